@@ -1,0 +1,110 @@
+"""Reads and writes the configuration of a released Qwen-VL checkpoint as it is."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+# The ids that follow image_start_id in every Qwen-VL vocabulary: <img> </img> <imgpad>.
+IMAGE_TOKEN_COUNT = 3
+RELEASED_ARCHITECTURE = "QWenLMHeadModel"
+
+
+class QwenVLConfig(PreTrainedConfig):
+    """Shape and behaviour of a Qwen-VL model; every field carries the name that the released `config.json` gives it.
+
+    Args:
+        vocab_size: Rows of the embedding and of `lm_head`, padded above the tokenizer's ids.
+        hidden_size: Width C of the decoder.
+        intermediate_size: Twice the inner width of the gated MLP (published: each of its two branches has half of it).
+        num_hidden_layers: Decoder layers.
+        num_attention_heads: Heads H; `hidden_size / num_attention_heads` is the head width D.
+        kv_channels: Head width as the released file states it; must agree with the two above.
+        layer_norm_epsilon: Epsilon of the decoder's RMSNorms.
+        rotary_emb_base: Base of the rotary frequencies before dynamic NTK, at least 1.
+        seq_length: Length the base model was trained at; dynamic NTK and log-n attention begin beyond it, in tokens.
+        use_dynamic_ntk: Stretch the rotary base for prompts longer than `seq_length` (not in training mode).
+        use_logn_attn: Scale queries beyond `seq_length` by log(position) / log(seq_length) (not in training mode).
+        max_position_embeddings: Longest context that the model is meant for, in tokens.
+        visual: The vision tower: `heads image_size image_start_id layers mlp_ratio output_dim patch_size width`.
+
+    Raises:
+        ValueError: A size that cannot hold together, with the numbers.
+    """
+
+    model_type = "qwen"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # the Trainer adds a list to it
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    kv_channels: int = 128
+    layer_norm_epsilon: float = 1e-6
+    initializer_range: float = 0.02
+    rotary_emb_base: int | float = 10000
+    seq_length: int = 2048
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    max_position_embeddings: int = 8192
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    visual: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.visual is None:
+            self.visual = {
+                "heads": 16,
+                "image_size": 448,
+                "image_start_id": 151857,
+                "layers": 48,
+                "mlp_ratio": 4.9231,
+                "output_dim": self.hidden_size,
+                "patch_size": 14,
+                "width": 1664,
+            }
+        self._check_sizes()
+        super().__post_init__(**kwargs)
+
+    def _check_sizes(self) -> None:
+        if self.num_attention_heads * self.kv_channels != self.hidden_size:
+            raise ValueError(
+                f"config.json: num_attention_heads {self.num_attention_heads} x kv_channels {self.kv_channels} "
+                f"must be hidden_size {self.hidden_size}"
+            )
+        if self.visual["output_dim"] != self.hidden_size:
+            raise ValueError(
+                f"config.json: visual.output_dim {self.visual['output_dim']} must be hidden_size {self.hidden_size}, "
+                "because image features take the place of token embeddings"
+            )
+        if self.visual["image_start_id"] + IMAGE_TOKEN_COUNT > self.vocab_size:
+            raise ValueError(
+                f"config.json: visual.image_start_id {self.visual['image_start_id']} lies outside vocab_size "
+                f"{self.vocab_size}"
+            )
+
+    @property
+    def image_start_id(self) -> int:
+        """Id of `<img>`; `</img>` and `<imgpad>` follow it."""
+        return self.visual["image_start_id"]
+
+    @property
+    def image_end_id(self) -> int:
+        """Id of `</img>`."""
+        return self.visual["image_start_id"] + 1
+
+    @property
+    def used_vocab_size(self) -> int:
+        """Number of ids that the tokenizer knows; rows of `lm_head` from here on exist but mean nothing."""
+        return self.visual["image_start_id"] + IMAGE_TOKEN_COUNT
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with the architecture's released name, so that the released code still reads what is saved."""
+        return super().to_dict() | {"architectures": [RELEASED_ARCHITECTURE]}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `config.json` gets; transformers 4, which the released code needs, knows the dtype as `torch_dtype`."""
+        fields = super().to_diff_dict()
+        if "dtype" in fields:
+            fields["torch_dtype"] = fields["dtype"]
+        return fields

@@ -1,0 +1,341 @@
+"""Many requests at once: shared prefixes computed once, finished rows replaced by waiting ones, nothing changed.
+
+What a request gives depends on the request alone: its tokens are those that `chat()` finds for it (in float32; in
+bfloat16 the rounding of a matrix product depends on its shape), whatever shares its batch, its order or its process.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from qwen_vl.blocks import OWN_STEP, Block, CacheShape
+from qwen_vl.chat import MAX_WINDOW_SIZE, build_context, cut_answer
+from qwen_vl.flight import Flight, Group, Row, image_key, image_places
+from qwen_vl.forward import BatchForward
+from qwen_vl.images import QwenVLImageProcessor
+from qwen_vl.language import ntk_alpha
+from qwen_vl.modeling import QwenVLForCausalLM
+from qwen_vl.prefixes import group_by_prefix
+from qwen_vl.requests import Request, Result, Statistics
+from qwen_vl.sampling import RequestGenerator, SamplingSettings, choose
+from qwen_vl.tokenization import QwenVLTokenizer
+
+__all__ = ["BatchGenerator", "Request", "Result", "Statistics"]
+
+logger = logging.getLogger(__name__)
+
+IMAGES_AT_ONCE = 8  # through the vision tower
+IMAGES_KEPT = 64  # features of the latest images, in case another group shows them again
+BLOCK_ROWS = 64  # of a block that is made anew
+
+
+class BatchGenerator:
+    """Answers many requests with one model.
+
+    Args:
+        model: In eval mode.
+        tokenizer: The checkpoint's.
+        max_batch_tokens: Tokens whose keys and values may be held at once; by default what memory has room for. An
+            out-of-memory error halves it, and what was in flight beyond that begins again later.
+        max_rows: Requests decoded at once; by default 512 on a GPU, 256 on a CPU.
+        prefill_tokens: Prompt tokens computed in one pass; by default 8,192 on a GPU, 4,096 on a CPU.
+        window: Requests looked at at once to find common prefixes; no more than that are held in memory.
+        share_prefixes: False computes every prompt on its own.
+    """
+
+    def __init__(
+        self,
+        model: QwenVLForCausalLM,
+        tokenizer: QwenVLTokenizer,
+        *,
+        max_batch_tokens: int | None = None,
+        max_rows: int | None = None,
+        prefill_tokens: int | None = None,
+        window: int = 2048,
+        share_prefixes: bool = True,
+    ) -> None:
+        gpu = model.device.type == "cuda"
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows = max_rows or (512 if gpu else 256)
+        self.prefill_tokens = prefill_tokens or (8192 if gpu else 4096)
+        self.window, self.share_prefixes = window, share_prefixes
+        config = model.config
+        self.shape = CacheShape(
+            config.num_hidden_layers, config.num_attention_heads, config.kv_channels, model.dtype, model.device
+        )
+        self.max_batch_tokens = max_batch_tokens or self._tokens_that_fit()
+        self.statistics = Statistics()
+        self._forward = BatchForward(model)
+        self._processor = QwenVLImageProcessor(config.visual["image_size"])
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """Yields one result per request, as they finish; a request that cannot be done fails alone.
+
+        Requests are taken from the iterable a window at a time, so memory does not grow with their number.
+        """
+        source, flight, number = iter(requests), Flight(), 0
+        while True:
+            if sum(len(group.members) for group in flight.waiting) < self.max_rows:
+                batch = list(islice(source, self.window))
+                prepared = [self._prepare(request, number + i) for i, request in enumerate(batch)]
+                number += len(batch)
+                yield from (entry for entry in prepared if isinstance(entry, Result))
+                flight.waiting += self._grouped([entry for entry in prepared if isinstance(entry, Row)])
+            if not flight.waiting and not flight.groups:
+                return
+            yield from self._advance(flight)
+
+    @torch.inference_mode()
+    def _advance(self, flight: Flight) -> list[Result]:
+        """Prefills what there is room for, or decodes one step of everything in flight."""
+        try:
+            failed, admitted = self._admit(flight)
+            if failed or admitted:
+                return failed + self._prefill(flight, admitted)
+            return self._step(flight)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        return self._make_room(flight)
+
+    def _prepare(self, request: Request, number: int) -> Row | Result:
+        try:
+            return self._row(request, number)
+        except (ValueError, TypeError, KeyError) as error:
+            return Result(request.id, "", f"{type(error).__name__}: {error}")
+
+    def _row(self, request: Request, number: int) -> Row:
+        settings, config, tokenizer = self.model.generation_config, self.model.config, self.tokenizer
+        window = getattr(settings, "max_window_size", None) or MAX_WINDOW_SIZE
+        context = build_context(tokenizer, request.query, request.history, request.system, window)
+        if len(context.ids) >= config.max_position_embeddings:
+            raise ValueError(
+                f"the prompt has {len(context.ids)} tokens, and the model has {config.max_position_embeddings} "
+                "positions for prompt and answer"
+            )
+        limit = _first(request.max_new_tokens, settings.max_new_tokens, 512)
+        if limit < 1:
+            raise ValueError(f"max_new_tokens is {limit}; it must be 1 or more")
+        stops = request.stop_ids
+        if stops is None:
+            stops = (tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id)
+        ids = np.array(context.ids, dtype=np.int64)
+        return Row(
+            request=request,
+            number=number,
+            ids=ids,
+            image_places=image_places(ids, tokenizer.img_start_id),
+            images=context.images,
+            alpha=ntk_alpha(len(ids), config.seq_length) if config.use_dynamic_ntk else 1.0,
+            sampling=SamplingSettings(
+                do_sample=bool(_first(request.do_sample, settings.do_sample, False)),
+                temperature=_first(request.temperature, settings.temperature, 1.0),
+                top_k=_first(request.top_k, settings.top_k, 0),
+                top_p=_first(request.top_p, settings.top_p, 1.0),
+            ),
+            generator=RequestGenerator(request.seed, self.model.device),
+            limit=limit,
+            stops=frozenset(stops),
+        )
+
+    def _grouped(self, rows: list[Row]) -> list[Group]:
+        """Groups in the order of their work: those of one size together, so that blocks fit them."""
+        if self.share_prefixes:
+            numbers: dict[Any, int] = {}
+            found = group_by_prefix([row.comparable(numbers) for row in rows], [row.alpha for row in rows])
+            groups = [Group([rows[i] for i in group.members], group.shared) for group in found]
+        else:
+            groups = [Group([row], len(row.ids)) for row in rows]
+        return sorted(groups, key=lambda g: (-len(g.members), -g.shared, g.members[0].number))
+
+    def _admit(self, flight: Flight) -> tuple[list[Result], list[Group]]:
+        """Moves waiting groups into blocks, as many as one prefill takes; and results of those without their image."""
+        failed: list[Result] = []
+        admitted: list[Group] = []
+        tokens = rows = 0
+        in_flight = flight.rows
+        while flight.waiting:
+            group = flight.waiting[0]
+            work = group.shared + sum(len(row.ids) - group.shared for row in group.members)
+            full = in_flight + rows + len(group.members) > self.max_rows and (in_flight or rows)
+            if full or (admitted and tokens + work > self.prefill_tokens):
+                break
+            problems = self._encode(flight, group)
+            if problems:
+                flight.waiting[:1] = self._grouped([row for row in group.members if id(row) not in problems])
+                failed += [Result(r.request.id, "", problems[id(r)]) for r in group.members if id(r) in problems]
+                continue
+            if not self._place(flight, group):
+                break
+            flight.waiting.pop(0)
+            flight.groups.append(group)
+            admitted.append(group)
+            tokens += work
+            rows += len(group.members)
+        return failed, admitted
+
+    def _place(self, flight: Flight, group: Group) -> bool:
+        """Finds room for a group, in a block that is there or in a new one."""
+        fitting = [block for block in flight.blocks if block.fits(group.shared, len(group.members))]
+        for block in sorted(fitting, key=lambda block: block.prefix):
+            growth = (block.grown(group.suffix + 1) - block.own) * block.groups * block.rows
+            if flight.tokens + growth <= self.max_batch_tokens:
+                group.block, group.place = block, block.take(group.shared)
+                return True
+        new = self._new_block(flight)
+        if new is None:
+            return False
+        flight.blocks.append(new)
+        group.block, group.place = new, new.take(group.shared)
+        return True
+
+    def _new_block(self, flight: Flight) -> Block | None:
+        """A block for as many of the groups that come next as fit into the memory that is left."""
+        first = flight.waiting[0]
+        rows = len(first.members)
+        alike = [g for g in flight.waiting[: max(BLOCK_ROWS // rows, 1)] if g.shared <= first.shared]
+        own = max(group.suffix for group in alike) + OWN_STEP
+        left = self.max_batch_tokens - flight.tokens
+        groups = min(len(alike), left // Block.tokens_for(1, rows, first.shared, own))
+        if groups < 1 and flight.groups:
+            return None
+        return Block(self.shape, groups=max(groups, 1), rows=rows, prefix=first.shared, own=own)
+
+    def _encode(self, flight: Flight, group: Group) -> dict[int, str]:
+        """Sees to it that the features of a group's images are there; why not, for the rows whose image is broken."""
+        wanted = {image_key(image): image for row in group.members for image in row.images}
+        missing = {key: image for key, image in wanted.items() if key not in flight.images}
+        if missing and flight.waiting:
+            upcoming = (image for g in flight.waiting[:IMAGES_AT_ONCE] for row in g.members for image in row.images)
+            for image in upcoming:
+                if image_key(image) not in flight.images and len(missing) < IMAGES_AT_ONCE:
+                    missing.setdefault(image_key(image), image)
+        with ThreadPoolExecutor(IMAGES_AT_ONCE) as pool:
+            opened = dict(zip(missing, pool.map(self._open, missing.values()), strict=True))
+        broken = {key: error for key, error in opened.items() if isinstance(error, str)}
+        whole = {key: pixels for key, pixels in opened.items() if not isinstance(pixels, str)}
+        for start in range(0, len(whole), IMAGES_AT_ONCE):
+            keys = list(whole)[start : start + IMAGES_AT_ONCE]
+            flight.images.update(
+                zip(keys, self._forward.encode_images(torch.stack([whole[k] for k in keys])), strict=True)
+            )
+        self.statistics.images += len(whole)
+        for key in list(flight.images)[: max(len(flight.images) - IMAGES_KEPT, 0)]:
+            if key not in wanted:
+                del flight.images[key]
+        return {
+            id(row): broken[key] for row in group.members for image in row.images if (key := image_key(image)) in broken
+        }
+
+    def _open(self, image: Any) -> torch.Tensor | str:
+        try:
+            return self._processor.load(image)
+        except (OSError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def _prefill(self, flight: Flight, groups: list[Group]) -> list[Result]:
+        if not groups:
+            return []
+        features = {key: flight.images[key] for g in groups for r in g.members for key in map(image_key, r.images)}
+        logits = [self._forward.prefixes(groups, features)]
+        branched = [group for group in groups if not group.alone]
+        if branched:
+            logits.append(self._forward.suffixes(branched, features))
+        alone = [(group, 0) for group in groups if group.alone]
+        rows = alone + [(group, i) for group in branched for i in range(len(group.members))]
+        stats = self.statistics
+        stats.prompt_tokens += sum(len(group.members[i].ids) for group, i in rows)
+        stats.prefilled_tokens += sum(g.shared for g in groups)
+        stats.prefilled_tokens += sum(len(row.ids) - g.shared for g in branched for row in g.members)
+        stats.peak_rows = max(stats.peak_rows, flight.rows)
+        stats.peak_cache_tokens = max(stats.peak_cache_tokens, flight.tokens)
+        return self._take_tokens(flight, rows, torch.cat([part for part in logits if part is not None]))
+
+    def _step(self, flight: Flight) -> list[Result]:
+        rows = [(group, i) for group in flight.groups for i in group.open]
+        logits = self._forward.step(flight.groups, rows)
+        self.statistics.steps += 1
+        return self._take_tokens(flight, rows, logits)
+
+    def _take_tokens(self, flight: Flight, rows: Sequence[tuple[Group, int]], logits: torch.Tensor) -> list[Result]:
+        """Chooses the next token of each row; results of the rows that it ends, which leave."""
+        members = [group.members[i] for group, i in rows]
+        used = self.model.config.used_vocab_size
+        tokens = choose(logits, [m.sampling for m in members], [m.generator for m in members], used)
+        self.statistics.new_tokens += len(tokens)
+        results = []
+        for (group, i), member, token in zip(rows, members, tokens, strict=True):
+            member.answer.append(token)
+            if token in member.stops or len(member.answer) == member.limit:
+                group.open.remove(i)
+                text = cut_answer(self.tokenizer, member.answer)
+                results.append(
+                    Result(member.request.id, text, None, tuple(member.answer), prompt_tokens=len(member.ids))
+                )
+        self.statistics.requests += len(results)
+        for group in [group for group in flight.groups if not group.open]:
+            flight.release(group)
+        self._tidy(flight)
+        return results
+
+    def _tidy(self, flight: Flight) -> None:
+        """Once nobody waits for a place, half-empty blocks are packed: else their empty half is computed as well."""
+        if flight.waiting:
+            return
+        for block in flight.blocks:
+            if block.busy * 2 <= block.groups:
+                mine = sorted((g for g in flight.groups if g.block is block), key=lambda g: g.place)
+                block.keep([group.place for group in mine])
+                for place, group in enumerate(mine):
+                    group.place = place
+
+    def _make_room(self, flight: Flight) -> list[Result]:
+        """After an out-of-memory error: what was not begun, else the younger half, waits again; less is in flight."""
+        self.statistics.out_of_memory += 1
+        self.max_batch_tokens = max(flight.tokens // 2, 1)
+        alone = len(flight.groups) == 1
+        begun = [group for group in flight.groups if all(group.members[i].answer for i in group.open)]
+        back = [group for group in flight.groups if group not in begun] or begun[len(begun) // 2 :]
+        logger.warning(
+            "out of memory with %d requests in flight: going on with at most %d tokens",
+            flight.rows,
+            self.max_batch_tokens,
+        )
+        failed = []
+        for group in back:
+            members = [group.members[i] for i in group.open]
+            flight.release(group)
+            if alone and len(members) == 1:
+                failed.append(Result(members[0].request.id, "", "out of memory, even alone"))
+                continue
+            for row in members:
+                row.restart()
+            flight.waiting += [Group([row], len(row.ids)) for row in members] if alone else self._grouped(members)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return failed
+
+    def _tokens_that_fit(self) -> int:
+        """How many tokens' keys and values the free memory holds, room for the computation left aside."""
+        config, item = self.model.config, self.shape.dtype.itemsize
+        activations = self.prefill_tokens * (8 * config.hidden_size + 2 * config.intermediate_size) * max(item, 4)
+        logits = 4 * self.max_rows * config.vocab_size * 4
+        if self.model.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.model.device)[0] * 0.9
+        else:
+            free = psutil.virtual_memory().available * 0.5
+        return max(int((free - activations - logits) / self.shape.token_bytes), 1)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

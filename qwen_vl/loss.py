@@ -1,0 +1,74 @@
+"""Cross-entropy from hidden states, without ever holding the logits of a whole batch.
+
+Shapes: N supervised positions, C width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORED = -100
+CHUNK = 512  # positions whose logits exist at once: 512 x 151,936 in float32 are 311 MB
+
+
+class LanguageHead(nn.Linear):
+    """The language head; with labels it gives their summed cross-entropy instead of logits.
+
+    Hidden states and weight meet inside this one module's forward, so that sharded training, which gathers a weight
+    when its module is called, gathers it once a step on every rank, however many positions are supervised there.
+    """
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., C); or, with labels (N,) for hidden states (N, C), the float32 sum."""
+        if labels is None:
+            return super().forward(hidden)
+        return _LinearCrossEntropy.apply(hidden, self.weight, labels)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies in chunks; the backward computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        # The sum over nothing still depends on hidden and weight, so that every rank runs the same backward.
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            total += F.cross_entropy(F.linear(rows, weight).float(), wanted, reduction="sum")
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        hidden, weight, labels = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, hidden.shape[0], CHUNK):
+            part = slice(start, start + CHUNK)
+            slope = F.linear(hidden[part], weight).float().softmax(dim=-1)  # (chunk, V)
+            slope[torch.arange(slope.shape[0], device=slope.device), labels[part]] -= 1
+            slope = (slope * grad).to(hidden.dtype)
+            grad_hidden[part] = slope @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(slope.T, hidden[part])
+        return grad_hidden, grad_weight, None
+
+
+def supervised_mean(head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the supervised tokens of a micro-batch, logits at their positions only.
+
+    published: the mean over this micro-batch's supervised tokens. Where there are none it is 0, with gradients of 0.
+
+    Args:
+        head: The language head.
+        hidden: (B, T, C).
+        labels: int64 (B, T), not shifted, -100 where nothing is to be learned.
+
+    Returns:
+        float32 scalar.
+    """
+    wanted = labels[:, 1:]
+    kept = wanted != IGNORED
+    total = head(hidden[:, :-1][kept], wanted[kept])
+    return total / kept.sum().clamp(min=1)

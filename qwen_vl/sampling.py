@@ -1,0 +1,148 @@
+"""The next token of each request: greedy, or drawn exactly as `generate()` draws it, from the request's own generator.
+
+Shapes: n requests, V rows of the head (ids without a token among them), U ids that have one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+CANDIDATES = 64  # kept tokens that the quick road can hold; top-p 0.3 rarely leaves more than a few
+MARGIN = 1e-4  # of probability mass: nearer to the limit than this, rounding could decide, and the exact road is taken
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a request's tokens are chosen.
+
+    Attributes:
+        do_sample: False takes the most likely token.
+        temperature: Divides the logits, above 0.
+        top_k: Keep so many tokens; 0 keeps all.
+        top_p: Keep the most likely tokens up to this mass; 1 keeps all.
+    """
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (for greedy use do_sample=False)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (keep all) or more")
+
+
+class RequestGenerator:
+    """The random numbers of one request: those that `torch.multinomial` would use after `torch.manual_seed(seed)`.
+
+    A draw costs V exponential variates, whatever it chooses among; draws with a single candidate are only counted, and
+    made up for if a later one needs its place in the sequence.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+        self._skipped = 0
+
+    def skip(self) -> None:
+        """Passes over a draw whose outcome is certain."""
+        self._skipped += 1
+
+    def restarted(self) -> "RequestGenerator":
+        """The same random numbers from the beginning."""
+        return RequestGenerator(self._seed, self.device)
+
+    def variates(self, size: int) -> torch.Tensor:
+        """The exponential variates (size,) of the next draw, float32."""
+        if self._generator is None:
+            self._generator = torch.Generator(self.device).manual_seed(self._seed)
+        values = torch.empty(size, device=self.device)
+        for _ in range(self._skipped + 1):
+            values.exponential_(1, generator=self._generator)
+        self._skipped = 0
+        return values
+
+
+def choose(
+    logits: torch.Tensor, settings: Sequence[SamplingSettings], generators: Sequence[RequestGenerator], used: int
+) -> list[int]:
+    """The next token of each request.
+
+    Args:
+        logits: (n, V) of the last positions.
+        settings: One per request.
+        generators: One per request; only sampling uses it.
+        used: U; ids from here on are never chosen.
+
+    Returns:
+        n ids below U: for each request what `generate()` would choose for it alone.
+    """
+    size = logits.shape[-1]
+    tokens = logits[:, :used].argmax(dim=-1).tolist()
+    rows = [i for i, setting in enumerate(settings) if setting.do_sample]
+    if not rows:
+        return tokens
+    scaled = logits[rows, :used].float()
+    scaled /= torch.tensor([settings[i].temperature for i in rows], device=logits.device)[:, None]
+    quick = _quick_candidates(scaled, [settings[i] for i in rows])
+    for place, row in enumerate(rows):
+        kept = quick[place]
+        if kept is None:
+            whole = logits[row].float() / settings[row].temperature
+            whole[used:] = -torch.inf
+            kept = _exact_candidates(whole, settings[row])
+        ids, scores = kept
+        if len(ids) == 1:
+            generators[row].skip()
+            tokens[row] = int(ids[0])
+            continue
+        # As torch.multinomial does it: the largest ratio of probability to exponential variate.
+        variates = generators[row].variates(size).to(ids.device)[ids]
+        tokens[row] = int(ids[(scores.softmax(-1) / variates).argmax()])
+    return tokens
+
+
+def _quick_candidates(
+    scores: torch.Tensor, settings: Sequence[SamplingSettings]
+) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Kept ids and their scores of each row, by id, from its highest scores alone; None where they don't do."""
+    width = min(CANDIDATES, scores.shape[-1])
+    top, ids = scores.topk(width, dim=-1)  # (rows, width)
+    mass = (top - scores.logsumexp(dim=-1, keepdim=True)).exp()
+    before = (mass.double().cumsum(-1) - mass).tolist()  # probability of all that is more likely
+    found: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+    for row, setting in enumerate(settings):
+        distances = [abs(b - setting.top_p) for b in before[row]]
+        keep = sum(b < setting.top_p for b in before[row])
+        if setting.top_k or setting.top_p == 1 or keep == width or min(distances) < MARGIN or _ties(top[row], keep):
+            found.append(None)
+            continue
+        order = ids[row, :keep].sort()
+        found.append((order.values, top[row, :keep][order.indices]))
+    return found
+
+
+def _ties(top: torch.Tensor, keep: int) -> bool:
+    """Whether the last kept and the first dropped score are equal: which goes is then a matter of the sort."""
+    return bool(top[keep - 1] == top[keep])
+
+
+def _exact_candidates(scores: torch.Tensor, setting: SamplingSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept ids and scores of one row, by the arithmetic of transformers' top-k and top-p, step by step."""
+    scores = scores[None].clone()
+    if setting.top_k:
+        limit = scores.topk(min(setting.top_k, scores.shape[-1])).values[..., -1, None]
+        scores = scores.masked_fill(scores < limit, -torch.inf)
+    if setting.top_p < 1:
+        ordered, places = scores.sort(descending=False)
+        drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - setting.top_p
+        drop[..., -1:] = False
+        scores = scores.masked_fill(drop.scatter(1, places, drop), -torch.inf)
+    ids = scores[0].isfinite().nonzero()[:, 0]
+    return ids, scores[0, ids]

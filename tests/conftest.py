@@ -1,0 +1,52 @@
+"""Fixtures that all tests share: where the real data and golden numbers lie, and the small golden checkpoint."""
+
+import base64
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_vl import QwenVLTokenizer
+
+RANKS = 256  # of the small tokenizer: the bytes
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_folder() -> Path | None:
+    """The folder with real data and golden numbers (`MMROLE_SHARED`, else `../shared`), or None where there is none."""
+    folder = Path(os.environ.get("MMROLE_SHARED", ROOT.parent / "shared"))
+    return folder if (folder / "golden").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """`../shared`; the test is skipped, with the reason, where it is absent."""
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("no ../shared with golden numbers and real data here (set MMROLE_SHARED to point at it)")
+    return folder
+
+
+def build_golden_checkpoint(shared: Path, out: Path, *, weights_format: str = "safetensors") -> Path:
+    """Writes the golden checkpoint `tiny_a` to `out` with the recipe beside the golden numbers."""
+    golden = shared / "golden"
+    command = [sys.executable, golden / "make_checkpoint.py", golden / "tiny_a" / "spec.json", out]
+    subprocess.run([*map(str, command), "--format", weights_format], check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_a(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint (2 layers, width 128, the real vocabulary) as sharded safetensors."""
+    return build_golden_checkpoint(shared, tmp_path_factory.mktemp("golden") / "tiny_a")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> QwenVLTokenizer:
+    """A tokenizer whose vocabulary is the 256 bytes and the special tokens."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    lines = [base64.b64encode(bytes([i])) + b" " + str(i).encode() for i in range(RANKS)]
+    (folder / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
+    return QwenVLTokenizer.from_pretrained(folder)

@@ -1,0 +1,318 @@
+"""The engine gives what `chat()` gives one by one, however requests are batched, ordered or shared."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer, generation
+from qwen_vl.generation import BatchGenerator, Request, Result
+from qwen_vl.prefixes import common_prefix, group_by_prefix
+from qwen_vl.sampling import RequestGenerator, SamplingSettings, choose
+from tests.qwen_vl.conftest import small_model
+
+WORDS = (
+    "lamp",
+    "speaks",
+    "softly",
+    "of",
+    "rivers",
+    "and",
+    "stones",
+    "while",
+    "evening",
+    "falls",
+    "on",
+    "quiet",
+    "roofs",
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    gradients = [Image.radial_gradient("L"), Image.linear_gradient("L")]
+    for i, image in enumerate(gradients):
+        image.convert("RGB").save(folder / f"{i}.png")
+    return [folder / f"{i}.png" for i in range(len(gradients))]
+
+
+def _text(length: int, seed: int) -> str:
+    chooser = random.Random(seed)
+    return " ".join(chooser.choice(WORDS) for _ in range(length))
+
+
+@pytest.fixture(scope="module")
+def requests(pictures: list[Path]) -> list[Request]:
+    """Two rows of four reviews that share long prefixes, and six requests of every other sort."""
+    shared = [
+        Request(
+            id=f"review {row}.{metric}",
+            query=[
+                {"image": pictures[row]},
+                {"text": _text(60 + 40 * row, row) + f" Judge it: {_text(3, 90 + metric)}"},
+            ],
+            system="You judge.",
+            seed=10 * row + metric,
+            max_new_tokens=5 + 3 * metric,
+        )
+        for row in range(2)
+        for metric in range(4)
+    ]
+    others = [
+        Request(id="greedy", query="Hello", do_sample=False, max_new_tokens=20),
+        Request(id="short", query="Hello", seed=3, max_new_tokens=1),
+        Request(id="long", query=_text(120, 5), seed=4, top_p=0.9, max_new_tokens=12),
+        Request(id="history", query="And?", history=[("Who?", "I.")], seed=5, temperature=1.5, top_k=5, top_p=1.0),
+        Request(id="two pictures", query=[{"image": p} for p in pictures] + [{"text": "Which?"}], seed=6),
+        Request(id="flat", query=_text(20, 8), seed=7, temperature=3.0, top_p=0.95, max_new_tokens=9),
+    ]
+    return shared + others
+
+
+SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens")
+
+
+@pytest.fixture(scope="module")
+def sampler() -> QwenVLForCausalLM:
+    """A model whose own settings sample; its training length lies between the requests' lengths."""
+    model = small_model(seq_length=200)
+    model.generation_config.update(do_sample=True, top_p=0.5, top_k=0, max_new_tokens=8)
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(sampler: QwenVLForCausalLM, tokenizer: QwenVLTokenizer, requests: list[Request]) -> dict[str, str]:
+    """One by one, by `chat()` after `torch.manual_seed`."""
+    answers = {}
+    for request in requests:
+        given = {name: getattr(request, name) for name in SETTINGS if getattr(request, name) is not None}
+        torch.manual_seed(request.seed)
+        context = {"history": list(request.history), "system": request.system}
+        answers[request.id], _ = sampler.chat(tokenizer, request.query, **context, **given)
+    assert len(set(answers.values())) > len(answers) // 2
+    return answers
+
+
+def _answers(results: list[Result]) -> dict[str, str]:
+    assert [r.error for r in results if r.error] == []
+    return {result.id: result.text for result in results}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"share_prefixes": False},
+        {"max_rows": 1},
+        {"max_rows": 3, "prefill_tokens": 1},
+        {"max_batch_tokens": 1},
+        {"max_batch_tokens": 1500, "window": 3},
+    ],
+    ids=str,
+)
+def test_same_as_one_by_one(sampler, tokenizer, requests, expected, options: dict) -> None:
+    engine = BatchGenerator(sampler, tokenizer, **options)
+    assert _answers(list(engine.run(requests))) == expected
+    if not options:
+        assert engine.statistics.prefill_saved > 0.3
+        assert engine.statistics.images == 2
+        assert engine.statistics.requests == len(requests)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_order_does_not_matter(sampler, tokenizer, requests, expected, seed: int) -> None:
+    shuffled = random.Random(seed).sample(requests, len(requests))
+    assert _answers(list(BatchGenerator(sampler, tokenizer, max_rows=5).run(shuffled))) == expected
+
+
+def test_more_requests_than_rows_flow_through(sampler, tokenizer, requests, expected) -> None:
+    """Finished rows leave and waiting ones take their place; the iterable is read as it is needed."""
+    taken = []
+
+    def endless():
+        for turn in range(4):
+            for request in requests:
+                taken.append(request.id)
+                yield Request(**{**request.__dict__, "id": (turn, request.id)})
+
+    engine = BatchGenerator(sampler, tokenizer, max_rows=6, window=5)
+    results = []
+    for result in engine.run(endless()):
+        if not results:
+            assert len(taken) <= 15
+        results.append(result)
+    assert {r.id: r.text for r in results} == {(t, name): text for t in range(4) for name, text in expected.items()}
+    assert engine.statistics.peak_rows <= 6
+    assert engine.statistics.mean_rows > 3
+
+
+def test_bad_requests_fail_alone(sampler, tokenizer, requests, expected, pictures, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:300])
+    bad = {
+        "gone": Request(id="gone", query=[{"image": tmp_path / "gone.png"}, {"text": "Who?"}]),
+        "broken": Request(id="broken", query=[{"image": tmp_path / "broken.png"}, {"text": "Who?"}]),
+        "too long": Request(id="too long", query="long " * 2000),
+        "unclosed": Request(id="unclosed", query="<img>a.png"),
+        "settings": Request(id="settings", query="Hello", temperature=0.0),
+        "limit": Request(id="limit", query="Hello", max_new_tokens=0),
+    }
+    # one of a group that shares a prefix but for its picture
+    results = {r.id: r for r in BatchGenerator(sampler, tokenizer).run([*bad.values(), *requests])}
+    assert {name: results[name].text for name in expected} == expected
+    messages = {"gone": r"gone.png", "broken": "broken.png", "too long": "8192 positions", "unclosed": "Unclosed"}
+    messages |= {"settings": "temperature is 0.0", "limit": "max_new_tokens is 0"}
+    for name, message in messages.items():
+        assert results[name].text == ""
+        assert message in results[name].error
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_out_of_memory_halves_and_goes_on(sampler, tokenizer, requests, expected, monkeypatch, failures: int) -> None:
+    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
+    step, steps, left = engine._forward.step, [], [failures]
+
+    def failing(groups, rows):
+        steps.append(len(rows))
+        if len(rows) > 3 and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return step(groups, rows)
+
+    monkeypatch.setattr(engine._forward, "step", failing)
+    assert _answers(list(engine.run(requests))) == expected
+    assert engine.statistics.out_of_memory == failures
+    assert engine.max_batch_tokens < 100_000
+
+
+def test_out_of_memory_even_alone_is_one_failure(sampler, tokenizer, requests, monkeypatch) -> None:
+    engine = BatchGenerator(sampler, tokenizer)
+    prefixes = engine._forward.prefixes
+
+    def failing(groups, features):
+        if any(row.request.id == "long" for group in groups for row in group.members):
+            raise torch.OutOfMemoryError("pretended")
+        return prefixes(groups, features)
+
+    monkeypatch.setattr(engine._forward, "prefixes", failing)
+    results = {r.id: r for r in engine.run(requests)}
+    assert results["long"].error == "out of memory, even alone"
+    assert [r.id for r in results.values() if r.error] == ["long"]
+
+
+def test_other_runtime_errors_are_not_swallowed(sampler, tokenizer, requests, monkeypatch) -> None:
+    engine = BatchGenerator(sampler, tokenizer)
+    monkeypatch.setattr(engine._forward, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(engine.run(requests))
+
+
+def test_stops_and_forced_lengths(tokenizer: QwenVLTokenizer, sampler) -> None:
+    free = Request(id="free", query="Hello", do_sample=False, max_new_tokens=15, stop_ids=())
+    [forced] = BatchGenerator(sampler, tokenizer).run([free])
+    assert len(forced.token_ids) == 15
+    stop = Request(id="stop", query="Hello", do_sample=False, max_new_tokens=15, stop_ids=[forced.token_ids[4]])
+    [stopped] = BatchGenerator(sampler, tokenizer).run([stop])
+    first = forced.token_ids.index(forced.token_ids[4])
+    assert stopped.token_ids == forced.token_ids[: first + 1]
+
+
+def test_memory_does_not_grow_with_the_requests(sampler, tokenizer) -> None:
+    engine = BatchGenerator(sampler, tokenizer, max_rows=4, window=8, max_batch_tokens=2000)
+    many = (Request(id=i, query=_text(10 + i % 7, i), max_new_tokens=3) for i in range(120))
+    assert sum(1 for _ in engine.run(many)) == 120
+    assert engine.statistics.peak_cache_tokens <= 2000
+
+
+class TestPrefixes:
+    def test_reviews_of_rows(self) -> None:
+        rows = [np.arange(1000 * row, 1000 * row + 300) for row in range(3)]
+        prompts = [np.concatenate([rows[i % 3], [-i, 7, 7]]) for i in range(24)]
+        groups = group_by_prefix(prompts, [1.0] * 24)
+        assert sorted(group.shared for group in groups) == [300] * 3
+        assert sorted(i for group in groups for i in group.members) == list(range(24))
+
+    def test_each_prompt_once_and_prefixes_are_common(self) -> None:
+        chooser = random.Random(0)
+        prompts = [
+            np.array(
+                [0] * chooser.choice([0, 40, 80]) + [chooser.randrange(3) for _ in range(chooser.randrange(1, 60))]
+            )
+            for _ in range(200)
+        ]
+        kinds = [float(chooser.randrange(2)) for _ in prompts]
+        groups = group_by_prefix(prompts, kinds)
+        assert sorted(i for group in groups for i in group.members) == list(range(200))
+        for group in groups:
+            first = prompts[group.members[0]]
+            assert len({kinds[i] for i in group.members}) == 1
+            for i in group.members[1:]:
+                assert common_prefix(first, prompts[i]) >= group.shared
+                assert group.shared < len(prompts[i])
+
+    def test_equal_prompts_leave_a_token_each(self) -> None:
+        [group] = group_by_prefix([np.arange(100)] * 3, [1.0] * 3)
+        assert group.shared == 99
+
+    def test_little_in_common_is_not_shared(self) -> None:
+        prompts = [np.array([1] * 20 + [i] * 500) for i in range(2, 5)]
+        assert [g.members for g in group_by_prefix(prompts, [1.0] * 3)] == [(0,), (1,), (2,)]
+
+    def test_a_long_prefix_is_not_given_up_for_a_short_one(self) -> None:
+        near = [np.array([1] * 40 + [2] * 500 + [i]) for i in range(3, 7)]
+        far = [np.array([1] * 40 + [9] * 500 + [i]) for i in range(3, 7)]
+        assert sorted(g.shared for g in group_by_prefix(near + far, [1.0] * 8)) == [540, 540]
+
+
+class TestSampling:
+    """`choose` against transformers' processors and `torch.multinomial`, over many shapes of distributions."""
+
+    @pytest.mark.parametrize("spread", [0.3, 1.0, 3.0, 10.0])
+    @pytest.mark.parametrize(
+        "settings", [{"top_p": 0.3}, {"top_p": 0.95}, {"top_k": 7, "top_p": 0.8}, {"temperature": 0.7}]
+    )
+    def test_as_transformers(self, sampler, spread: float, settings: dict) -> None:
+        vocabulary, used, rows = 3000, 2950, 40
+        generator = torch.Generator().manual_seed(int(spread * 10))
+        logits = torch.randn(rows, vocabulary, generator=generator) * spread
+        logits[3, 100:110] = logits[3].max()  # ties
+        setting = SamplingSettings(**settings)
+        sources = [RequestGenerator(seed, torch.device("cpu")) for seed in range(rows)]
+        for draw in range(3):
+            chosen = choose(logits, [setting] * rows, sources, used)
+            expected = [_reference(logits[row], setting, used, seed=row, draw=draw) for row in range(rows)]
+            assert chosen == expected
+
+    def test_greedy_and_sampled_rows_together(self) -> None:
+        logits = torch.zeros(2, 50)
+        logits[:, 45] = 9  # has no token
+        logits[:, 7] = 5
+        greedy = SamplingSettings(do_sample=False)
+        sources = [RequestGenerator(0, torch.device("cpu")) for _ in range(2)]
+        tokens = choose(logits, [greedy, SamplingSettings(top_p=0.1)], sources, 40)
+        assert tokens == [7, 7]
+
+
+def _reference(row: torch.Tensor, setting: SamplingSettings, used: int, *, seed: int, draw: int) -> int:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = row[None].clone()
+    scores[:, used:] = -torch.inf
+    if setting.temperature != 1:
+        scores = TemperatureLogitsWarper(setting.temperature)(None, scores)
+    if setting.top_k:
+        scores = TopKLogitsWarper(setting.top_k)(None, scores)
+    if setting.top_p < 1:
+        scores = TopPLogitsWarper(setting.top_p)(None, scores)
+    torch.manual_seed(seed)
+    token = None
+    for _ in range(draw + 1):
+        token = torch.multinomial(scores.softmax(-1), 1).item()
+    return token
+
+
+def test_module_names_its_public_parts() -> None:
+    assert {"BatchGenerator", "Request", "Result"} <= set(dir(generation))

@@ -1,0 +1,55 @@
+"""The image transform against the released one's pixels, and files that are no images."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vl.images import QwenVLImageProcessor
+
+
+def test_golden_pixels(shared: Path) -> None:
+    golden = np.load(shared / "golden" / "image_transform.npz")
+    names = [name for name in golden.files if not name.endswith(".mean_std")]
+    assert len(names) == 8
+    for name in names:
+        pixels = QwenVLImageProcessor(448).load(shared / "golden" / "images" / name)
+        assert pixels.shape == (3, 448, 448)
+        assert pixels.dtype == torch.float32
+        np.testing.assert_allclose(pixels[:, ::16, 5::16], golden[name], atol=1e-6, rtol=0)
+        mean_std = [pixels.double().mean(), pixels.double().std(correction=0)]
+        np.testing.assert_allclose(mean_std, golden[f"{name}.mean_std"], atol=1e-5)
+
+
+def test_aspect_is_not_kept(tmp_path: Path) -> None:
+    left_red = Image.new("RGB", (100, 10), "blue")
+    left_red.paste("red", (0, 0, 50, 10))
+    pixels = QwenVLImageProcessor(28).load(left_red)
+    assert (pixels[0, :, :10] > 1).all()
+    assert (pixels[0, :, -10:] < 0).all()
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "text", "empty", "truncated", "bomb"])
+def test_unreadable_files(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "broken.png"
+    if kind == "folder":
+        file.mkdir()
+    elif kind in ("text", "empty"):
+        file.write_text("I am no picture" if kind == "text" else "")
+    elif kind != "missing":
+        noise = Image.frombytes("RGB", (64, 64), os.urandom(64 * 64 * 3))
+        noise.save(file)
+        if kind == "truncated":
+            file.write_bytes(file.read_bytes()[:2000])
+        else:
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"broken\.png"):
+        QwenVLImageProcessor().load(file)
+
+
+def test_url_is_just_a_missing_file() -> None:
+    with pytest.raises(FileNotFoundError):
+        QwenVLImageProcessor().load("http://localhost/a.png")

@@ -1,0 +1,159 @@
+"""Checkpoint folders: what is saved loads again, in the released layout; damaged ones say what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+import qwen_vl
+from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
+from tests.qwen_vl.conftest import small_config, small_model
+
+AUTO_MAP = {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}
+NEVER = "raise SystemExit('code of a checkpoint must never run')\n"
+
+
+@pytest.fixture
+def base(tmp_path: Path, tokenizer: QwenVLTokenizer) -> Path:
+    """A checkpoint as it is released: auto_map, code files, generation settings of its own."""
+    folder = tmp_path / "base"
+    model = small_model(auto_map=AUTO_MAP, no_bias=True, tokenizer_type="QWenTokenizer")
+    settings = {"do_sample": True, "top_p": 0.3, "top_k": 0, "chat_format": "chatml", "max_window_size": 6144}
+    model.generation_config = GenerationConfig(**settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py"):
+        (folder / name).write_text(NEVER)
+    return folder
+
+
+@pytest.mark.parametrize("shard", ["50GB", "100KB"])
+def test_save_and_load_round_trip(base: Path, tmp_path: Path, shard: str) -> None:
+    model, tokenizer = qwen_vl.load(base, device="cpu")
+    out = tmp_path / "saved"
+    model.save_pretrained(out, max_shard_size=shard)
+    tokenizer.save_pretrained(out)
+    assert (out / "model.safetensors.index.json").is_file() == (shard == "100KB")
+    again, _ = qwen_vl.load(out, device="cpu")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    for name in ("configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py"):
+        assert (out / name).read_text() == NEVER
+    config = json.loads((out / "config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP
+    assert config["architectures"] == ["QWenLMHeadModel"]
+    assert config["model_type"] == "qwen"
+    assert config["torch_dtype"] == "float32"
+    assert config["tokenizer_type"] == "QWenTokenizer"
+    assert json.loads((out / "generation_config.json").read_text())["chat_format"] == "chatml"
+
+
+def test_released_config_survives(shared: Path, tmp_path: Path) -> None:
+    """Every field of the released config.json comes back as it was."""
+    released = json.loads((shared / "qwen_vl_chat" / "config.json").read_text())
+    qwen_vl.QwenVLConfig.from_pretrained(shared / "qwen_vl_chat").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    changed = {key for key, value in released.items() if saved.get(key) != value}
+    assert changed == {"_name_or_path", "transformers_version"}
+
+
+def test_dtype_auto_and_named(base: Path) -> None:
+    assert qwen_vl.load(base)[0].dtype == torch.float32
+    assert qwen_vl.load(base, dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="no such dtype: 'int8'"):
+        qwen_vl.load(base, dtype="int8")
+
+
+def test_lora_folder_goes_onto_its_base(base: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, tokenizer = qwen_vl.load(base, device="cpu")
+    lora = peft.LoraConfig(r=4, target_modules=["c_attn", "w1"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora)
+    ids = torch.tensor([tokenizer.encode("who are you")])
+    with torch.no_grad():
+        expected = adapted(ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded, _ = qwen_vl.load(tmp_path / "adapter", device="cpu")
+    assert isinstance(loaded, QwenVLForCausalLM)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, expected)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/gone"}))
+    with pytest.raises(FileNotFoundError, match="'/gone', which is no folder here"):
+        qwen_vl.load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("lost", ["config.json", "qwen.tiktoken", "model.safetensors"])
+def test_incomplete_folder(base: Path, lost: str) -> None:
+    (base / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=lost.removesuffix(".safetensors")):
+        qwen_vl.load(base)
+
+
+def test_missing_folder_and_missing_shard(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
+        qwen_vl.load(tmp_path / "nowhere")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
+        qwen_vl.load(base)
+
+
+def test_broken_config(base: Path) -> None:
+    (base / "tokenizer_config.json").write_text('{"model_max_length": ')
+    with pytest.raises(ValueError, match=r"not a JSON file: .*tokenizer_config\.json"):
+        qwen_vl.load(base)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_channels": 16}, "must be hidden_size 128"),
+        ({"vocab_size": 300}, "outside vocab_size 300"),
+        ({"hidden_size": 256, "kv_channels": 64}, "visual.output_dim 128"),
+    ],
+)
+def test_sizes_that_cannot_be(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_config(**change)
+
+
+def test_bin_with_a_pickle_is_refused(base: Path, tmp_path: Path) -> None:
+    """`.bin` shards are read with weights_only: an object in one is an error, and is never built."""
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save(weights, base / "pytorch_model.bin")
+    qwen_vl.load(base, device="cpu")
+    marker = tmp_path / "ran"
+    writer = f"""
+import os, sys, torch
+class Evil:
+    def __reduce__(self):
+        return (os.mknod, ({str(marker)!r},))
+torch.save({{"lm_head.weight": Evil()}}, {str(base / "pytorch_model.bin")!r})
+"""
+    subprocess.run([sys.executable, "-c", writer], check=True)
+    with pytest.raises(Exception, match=r"weights_only|Weights only|Unsupported"):
+        qwen_vl.load(base, device="cpu")
+    assert not marker.exists()
+
+
+def test_modules_that_must_stay_whole_across_devices() -> None:
+    """accelerate's device map for two small devices cuts between the declared blocks only."""
+    accelerate = pytest.importorskip("accelerate")
+    with torch.device("meta"):
+        model = QwenVLForCausalLM(small_config(num_hidden_layers=4))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    device_map = accelerate.infer_auto_device_map(
+        model, max_memory={0: int(size * 0.6), 1: size}, no_split_module_classes=list(model._no_split_modules)
+    )
+    assert set(device_map.values()) == {0, 1}
+    whole = [name for name, m in model.named_modules() if type(m).__name__ in model._no_split_modules]
+    assert whole
+    for name in whole:
+        assert not any(entry.startswith(f"{name}.") for entry in device_map), (name, device_map)
