@@ -1,0 +1,295 @@
+"""Writes the files that train and test: `python -m data_utils.build DATA_ROOT`.
+
+    python -m data_utils.build DATA_ROOT                     data/train/train_85k.json
+    python -m data_utils.build DATA_ROOT --test --out DIR    DIR/{in,out-of}-distribution/<kind>_test.json
+    python -m data_utils.build DATA_ROOT --reviews FOLDER    RM_data/{train/RM-train_23k,test/RM-test_320}.json
+
+Training samples come from the in-distribution dialogues, without those that a test sample of data/test was drawn from.
+--test builds the samples that data/test names; without data/test, one turn of each out-of-distribution dialogue, drawn.
+--reviews takes reviewed rows of any reviewer, as eval/RM_review.sh writes them (<split>-test_reviews/<agent>/*.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_utils.build import (
+    KINDS,
+    SPLITS,
+    Characters,
+    build_sample,
+    dialogue_id,
+    iterate_samples,
+    speaker,
+    tested_dialogues,
+)
+from data_utils.build_reviews import (
+    PUBLISHED_REVIEWS,
+    PUBLISHED_VALIDATION,
+    RM_TEST_FILE,
+    RM_TRAIN_FILE,
+    named_function,
+    read_reviews,
+    write_reviews,
+)
+from data_utils.errors import MMRoleError, raise_problems, shown
+from data_utils.files import read_json, write_error
+from data_utils.prompts import HUMAN
+from data_utils.row_files import first_problems, write_rows
+from data_utils.schema import Dialogue, Profiles, Roles, Row, read_rows, validate_rows, validate_value
+
+TRAIN_FILE = "data/train/train_85k.json"
+PUBLISHED_SAMPLES = 85_456
+
+
+class Sources:
+    """The dialogues and characters of a data root and of further ones.
+
+    Args:
+        roots: The data root, and further ones that add to it.
+
+    Raises:
+        ProblemsError: Files of characters are missing or wrong, with everything that is.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self.roots = list(roots)
+        self.problems: list[MMRoleError] = []
+        profiles: dict[str, str] = {}
+        scripts: dict[str, str] = {}
+        for folder in (root / "profiles" / split for root in self.roots for split in SPLITS):
+            if not folder.is_dir():
+                continue
+            profiles.update(self._value(folder / "profiles.json", Profiles))
+            roles = self._value(folder / "roles.json", Roles)
+            scripts.update({name: script for script, names in roles.items() for name in names})
+        if not scripts and not self.problems:
+            fix = "choose the folder that holds profiles/ and dialogues/"
+            self.problems.append(MMRoleError("no profiles/<split>/roles.json", None, self.roots[0], fix))
+        raise_problems(self.problems)
+        self.characters = Characters(profiles, scripts)
+
+    def dialogues(self, split: str, kind: str) -> Iterator[Row]:
+        """The dialogues of all roots; a file that is wrong goes to `problems`."""
+        for root in self.roots:
+            place = root / "dialogues" / split / kind
+            single = place.with_name(f"{kind}.json")
+            for path in sorted(place.glob("*.json")) if place.is_dir() else [single] if single.is_file() else []:
+                rows, problems = read_rows(path, Dialogue)
+                self.problems += problems
+                yield from rows
+
+    def tested(self) -> frozenset[str]:
+        """The dialogues that test samples of any root were drawn from."""
+        there = [root for root in self.roots if (root / "data" / "test").is_dir()]
+        return frozenset().union(*map(_tested, there))
+
+    def _value(self, path: Path, form: Any) -> Any:
+        try:
+            value = read_json(path)
+        except MMRoleError as error:
+            self.problems.append(error)
+            return {}
+        problems = validate_value(value, form, path)
+        self.problems += problems
+        return {} if problems else value
+
+
+def training_rows(sources: Sources, *, sane_partner: bool = False, counts: Counter[str] | None = None) -> Iterator[Row]:
+    """Yields the training samples of all roots, one kind after the other; what is wrong goes to `sources.problems`.
+
+    Args:
+        sources: Where they come from.
+        sane_partner: The partner is the dialogue's other speaker, instead of the published rule.
+        counts: Counts samples by kind, and dialogues ("dialogues", "held out").
+    """
+    counts = Counter() if counts is None else counts
+    tested = sources.tested()
+    for kind in KINDS:
+        for dialogue in sources.dialogues(SPLITS[0], kind):
+            counts["held out" if dialogue["id"] in tested else "dialogues"] += 1
+            if dialogue["id"] in tested:
+                continue
+            try:
+                samples = iterate_samples([dialogue], sources.characters, sane_partner=sane_partner, training=True)
+                for sample in samples:
+                    counts[kind] += 1
+                    yield sample
+            except MMRoleError as error:
+                sources.problems.append(error)
+
+
+def test_rows(sources: Sources, split: str, kind: str, *, sane_partner: bool, seed: int) -> tuple[list[Row], list[str]]:
+    """The test samples of a split and kind.
+
+    Returns:
+        Those that data/test names, in its order, and the ids of those whose dialogue is not here. Without data/test,
+        one drawn turn of each out-of-distribution dialogue, and no ids.
+    """
+    paths = [root / "data" / "test" / split / f"{kind}_test.json" for root in sources.roots]
+    wanted = [row["id"] for path in paths if path.is_file() for row in read_json(path)]
+    named = any((root / "data" / "test").is_dir() for root in sources.roots)
+    ids = {dialogue_id(name) for name in wanted}
+    dialogues = {d["id"]: d for d in sources.dialogues(split, kind) if not named or d["id"] in ids}
+    if not named:
+        wanted = [] if split == SPLITS[0] else list(filter(None, (_drawn(d, seed) for d in dialogues.values())))
+    rows, absent = [], []
+    for name in wanted:
+        if dialogue_id(name) not in dialogues:
+            absent.append(name)
+            continue
+        dialogue, turn = dialogues[dialogue_id(name)], int(name.rpartition("_")[2])
+        try:
+            rows.append(build_sample(dialogue, turn, sources.characters, sane_partner=sane_partner))
+        except MMRoleError as error:
+            sources.problems.append(error)
+    return rows, absent
+
+
+def missing_images(data_root: Path, extra_roots: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """The images of further roots that `data_root` does not hold: where they are, and where they are looked for."""
+    pairs = []
+    for root in extra_roots:
+        images = root / "images"
+        for path in sorted(images.rglob("*")):
+            there = data_root / "images" / path.relative_to(images)
+            if path.is_file() and path.suffix != ".json" and not there.exists():
+                pairs.append((path.resolve(), there))
+    return pairs
+
+
+def _tested(root: Path) -> frozenset[str]:
+    problems = []
+    for path in sorted((root / "data" / "test").glob("*/*_test.json")):
+        rows = read_json(path)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
+            problems += validate_rows(rows, Dialogue, path)[:3]
+    raise_problems(problems)
+    return tested_dialogues(root)
+
+
+def _drawn(dialogue: Row, seed: int) -> str | None:
+    turns = [number for number, turn in enumerate(dialogue["conversations"]) if speaker(turn) != HUMAN]
+    rng = random.Random(f"{seed}/{dialogue['id']}")  # noqa: S311 - draws samples, keeps no secret
+    return f"{dialogue['id']}_{rng.choice(turns)}" if turns else None
+
+
+def _build_training(options: argparse.Namespace) -> None:
+    sources = Sources([options.data_root, *options.extra_root])
+    out = options.out or options.data_root / TRAIN_FILE
+    counts: Counter[str] = Counter()
+    rows = training_rows(sources, sane_partner=options.sane_partner, counts=counts)
+    if not any((root / "data" / "test").is_dir() for root in sources.roots):
+        print("no data/test here: no dialogue is held out")
+    with_bar = tqdm(rows, "training samples", disable=None, unit=" samples")
+    total = write_rows(out, _some(with_bar, sources), sources.problems)
+    of_kinds = ", ".join(f"{kind} {counts[kind]:,}" for kind in KINDS)
+    held_out = counts["held out"]
+    print(
+        f"{total:,} training samples ({of_kinds}) of {counts['dialogues']:,} dialogues; {held_out:,} held out for tests"
+    )
+    if total != PUBLISHED_SAMPLES:
+        print(f"not the published {PUBLISHED_SAMPLES:,}, which all 14,346 published dialogues give")
+    print(f"written to {out.resolve()}")
+    _tell_images(options)
+
+
+def _some(rows: Iterable[Row], sources: Sources) -> Iterator[Row]:
+    """Passes rows on; that there are none is a problem."""
+    some = False
+    for row in rows:
+        some = True
+        yield row
+    if not some and not sources.problems:
+        fix = "see data_utils.grow for how to get dialogues, data_utils.check for what is there"
+        sources.problems.append(MMRoleError("no dialogue gives a training sample", None, sources.roots[0], fix))
+
+
+def _tell_images(options: argparse.Namespace) -> None:
+    """Training looks for all images below one root."""
+    pairs = missing_images(options.data_root, options.extra_root)
+    if not pairs:
+        return
+    if not options.link_images:
+        print(f"{len(pairs):,} images of the further roots are not below {options.data_root / 'images'}: --link_images")
+        return
+    for source, link in pairs:
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source)
+        except OSError as error:
+            raise write_error(link, error, "the samples are written, not all of their images linked") from error
+    print(f"{len(pairs):,} images of the further roots linked below {options.data_root / 'images'}")
+
+
+def _build_tests(options: argparse.Namespace) -> None:
+    sources = Sources([options.data_root, *options.extra_root])
+    if options.out is None:
+        raise MMRoleError(
+            "--test needs a folder to write to", None, "--out", "give one; data/test is never overwritten"
+        )
+    built = {
+        (split, kind): test_rows(sources, split, kind, sane_partner=options.sane_partner, seed=options.seed)
+        for split in SPLITS
+        for kind in KINDS
+    }
+    raise_problems(first_problems(sources.problems))
+    for (split, kind), (rows, _) in built.items():
+        if rows:
+            write_rows(options.out / split / f"{kind}_test.json", rows)
+    absent = [name for _, names in built.values() for name in names]
+    print(f"{sum(len(rows) for rows, _ in built.values()):,} test samples written to {options.out.resolve()}")
+    if absent:
+        print(f"{len(absent):,} of data/test left out, their dialogues are not here: {shown(', '.join(absent[:3]))} …")
+
+
+def _build_reviews(options: argparse.Namespace) -> None:
+    prompts = named_function(options.review_prompts)
+    reviews = read_reviews(options.reviews)
+    root = options.out or options.data_root
+    trained, held_out = write_reviews(root, reviews, prompts, validation=options.validation, seed=options.seed)
+    agents = len({agent for agent, _ in reviews})
+    print(f"{trained:,} reward-model samples and {held_out:,} for validation, of {agents} agents")
+    if trained + held_out != PUBLISHED_REVIEWS:
+        print(f"not the paper's {PUBLISHED_REVIEWS:,} reviews of 10 agents")
+    print(f"written to {(root / RM_TRAIN_FILE).resolve()} and {Path(RM_TEST_FILE).name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line of `data_utils.build`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_utils.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data_root", type=Path, metavar="DATA_ROOT", help="the folder that holds dialogues/, profiles/")
+    parser.add_argument("--out", type=Path, help="another file than data/train/…; a folder with --test or --reviews")
+    parser.add_argument("--extra_root", type=Path, action="append", default=[], help="a further root; repeatable")
+    parser.add_argument("--link_images", action="store_true", help="link the further roots' images below DATA_ROOT")
+    parser.add_argument(
+        "--sane_partner", action="store_true", help="the partner is always the dialogue's other speaker"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--test", action="store_true", help="write test samples")
+    what.add_argument("--reviews", type=Path, metavar="FOLDER", help="write reward-model samples from these reviews")
+    parser.add_argument("--validation", type=int, default=PUBLISHED_VALIDATION, help="reviews held out (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    parser.add_argument(
+        "--review_prompts",
+        metavar="MODULE:FUNCTION",
+        default="eval.review_prompt:review_prompts",
+        help="what makes the reviewer's prompts (%(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    if options.reviews:
+        _build_reviews(options)
+    elif options.test:
+        _build_tests(options)
+    else:
+        _build_training(options)
+    return 0

@@ -1,0 +1,119 @@
+"""Errors for the person at the keyboard: what is wrong, the value, where, and what to do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+
+_MAX_VALUE = 300
+_INDENT = " " * 9
+
+
+class MMRoleError(Exception):
+    """A problem the user can fix, told in four parts.
+
+    Args:
+        what: What is wrong, one sentence.
+        value: The offending value; shown as text, cut when it is very long. A list is shown one item a line.
+        where: The file, sample id, field or option it was found at.
+        fix: What to do about it.
+    """
+
+    def __init__(self, what: str, value: object = None, where: object = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.value = value
+        self.where = where
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[type[MMRoleError], tuple[object, ...]]:
+        """Keeps all four parts when the error crosses a process boundary."""
+        return type(self), (self.what, self.value, self.where, self.fix)
+
+    def __str__(self) -> str:
+        parts = [
+            ("problem", self.what),
+            ("value", shown(self.value)),
+            ("where", shown(self.where)),
+            ("to do", self.fix),
+        ]
+        lines = [f"{name + ':':<9}{_indented(text)}" for name, text in parts if text]
+        return "\n".join(lines)
+
+
+class ProblemsError(MMRoleError):
+    """Many problems found before anything expensive was started, reported together.
+
+    Args:
+        problems: The single problems, in the order they were found; at least one.
+    """
+
+    def __init__(self, problems: Iterable[MMRoleError]) -> None:
+        self.problems = list(problems)
+        super().__init__(f"{len(self.problems)} problem(s) found")
+
+    def __reduce__(self) -> tuple[type[MMRoleError], tuple[object, ...]]:
+        return type(self), (self.problems,)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        total = len(self.problems)
+        blocks = [f"[{number}/{total}]\n{problem}" for number, problem in enumerate(self.problems, 1)]
+        return "\n".join([f"{total} problems:", *blocks])
+
+
+def raise_problems(problems: Iterable[MMRoleError]) -> None:
+    """Raises all problems at once; does nothing when there are none.
+
+    Raises:
+        ProblemsError: If there is at least one problem.
+    """
+    found = list(problems)
+    if found:
+        raise ProblemsError(found)
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Runs an entry script's main; user errors are printed without a traceback.
+
+    Args:
+        main: The script's work; its return value is the exit status (None counts as 0).
+
+    Returns:
+        The exit status: main's own, 2 after a user error, 130 after Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except MMRoleError as error:
+        _print_error(f"error\n{error}")
+        return 2
+    except KeyboardInterrupt:
+        _print_error("interrupted; what was finished is kept, run the same command again to go on")
+        return 130
+
+
+def shown(value: object) -> str:
+    """The value as short, printable text: control characters escaped, the middle of a long one left out.
+
+    A list or tuple is shown whole, one item a line.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return "\n".join(shown(item) for item in value)
+    text = value if isinstance(value, str) else str(value)
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text) if text else "(empty)"
+    if len(text) <= _MAX_VALUE:
+        return text
+    half = _MAX_VALUE // 2
+    return f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[-half:]}"
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n" + _INDENT)
+
+
+def _print_error(text: str) -> None:
+    encoding = sys.stderr.encoding or "utf-8"
+    print(text.encode(encoding, errors="backslashreplace").decode(encoding), file=sys.stderr, flush=True)

@@ -1,0 +1,373 @@
+"""Files that are whole or not there: atomic writing, and the journal that makes long runs resumable."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_utils.errors import MMRoleError
+
+JOURNAL_FORMAT = 1
+_SYNC_SECONDS = 1.0
+_HEADER, _ENTRY = {"journal", "settings", "info"}, {"key", "value"}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        MMRoleError: If the file is missing, not readable, not UTF-8 or not JSON (with line and column).
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+    except OSError as error:
+        raise MMRoleError(
+            f"cannot read the file: {error.strerror}", path, fix="check the path and its permissions"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise MMRoleError(
+            "the file is not UTF-8 text", f"byte {error.object[error.start]:#04x}", f"{path}, byte {error.start}",
+            "save it as UTF-8",
+        ) from None  # fmt: skip
+    except json.JSONDecodeError as error:
+        line = error.doc.splitlines()[error.lineno - 1] if error.doc.splitlines() else ""
+        near = line[max(0, error.colno - 30) : error.colno + 10]
+        raise MMRoleError(
+            f"the file is not valid JSON: {error.msg}", near, f"{path}, line {error.lineno}, column {error.colno}",
+            "correct it there, or fetch or build the file anew",
+        ) from None  # fmt: skip
+    except (ValueError, RecursionError) as error:
+        raise MMRoleError(f"the file is not valid JSON: {error}", path, fix="fetch or build the file anew") from None
+
+
+def published_json(rows: Any) -> bytes:
+    """The bytes of a published file: indented by four, not ASCII-escaped, no newline at the end.
+
+    Raises:
+        MMRoleError: If a text holds half of a surrogate pair, which no UTF-8 file can.
+    """
+    text = json.dumps(rows, ensure_ascii=False, indent=4)  # published: data, answers and reviews are all written so
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 40) : error.start + 10]
+        raise MMRoleError(
+            "a text holds half of a surrogate pair", near, fix="remove or replace that character in the data"
+        ) from None
+
+
+def write_json(path: str | Path, rows: Any) -> None:
+    """Writes rows in the published format, atomically; see `write_bytes`."""
+    write_bytes(path, published_json(rows))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text atomically, newlines as they are; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file so that at any moment either the old or the whole new content is there.
+
+    Raises:
+        MMRoleError: If it cannot be written (disk full, no permission); the old content then still stands.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(path, error, "what was there before is unchanged") from error
+
+
+def write_error(path: Path, error: OSError, kept: str) -> MMRoleError:
+    """The four-part error for a file that could not be written."""
+    fix = "free some space" if error.errno in _FULL else "check the folder and its permissions"
+    return MMRoleError(f"cannot write: {error.strerror}", path, fix=f"{fix}, then run the same command again; {kept}")
+
+
+def sha256_of(path: Path) -> str | None:
+    """The sha256 of a file's content, or None where there is no file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+@dataclass
+class JournalContent:
+    """What a journal holds.
+
+    Attributes:
+        settings: What must be equal for two runs to share a file.
+        info: What is good to know about the run, and never compared.
+        entries: The value of each finished unit; of two lines with one key the later counts.
+        end: Bytes up to the end of the last whole line.
+    """
+
+    settings: dict[str, Any]
+    info: dict[str, Any]
+    entries: dict[str, Any] = field(default_factory=dict)
+    end: int = 0
+
+
+def read_journal(path: Path) -> JournalContent | None:
+    """Reads a journal without locking it; None where there is none, or not even a whole first line.
+
+    A half-written last line, which a killed run leaves behind, does not count.
+
+    Raises:
+        MMRoleError: If it cannot be read or any other line is broken.
+    """
+    content: JournalContent | None = None
+    broken: int | None = None
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if broken is not None:
+                    raise _broken_line(path, broken)
+                record = _parse_line(line, _HEADER if number == 1 else _ENTRY)
+                if record is None:
+                    broken = number
+                elif number == 1:
+                    content = _from_header(path, record, len(line))
+                else:
+                    assert content is not None
+                    content.entries[record["key"]] = record["value"]
+                    content.end += len(line)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise MMRoleError(f"cannot read the journal: {error.strerror}", path, fix="check its permissions") from error
+    return content
+
+
+def check_settings(path: Path, content: JournalContent, settings: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Refuses to go on with a journal that other settings began.
+
+    Args:
+        path: The journal, for the message.
+        content: What it holds.
+        settings: The present run's settings.
+        info: The present run's info; `info["names"]` may name the things behind settings (a fingerprint's folder).
+
+    Raises:
+        MMRoleError: If a setting differs; both values of each are named.
+    """
+    now = json.loads(json.dumps(dict(settings)))
+    keys = [key for key in {**content.settings, **now} if content.settings.get(key) != now.get(key)]
+    if not keys:
+        return
+    there_names, now_names = content.info.get("names", {}), info.get("names", {})
+    lines = [
+        f"{key}: {_named(content.settings, there_names, key)} there, {_named(now, now_names, key)} now" for key in keys
+    ]
+    raise MMRoleError(
+        "results of different settings would be mixed in one file",
+        lines,
+        path,
+        "run with the settings it was begun with, or choose another output folder, or give --overwrite to start anew",
+    )
+
+
+class Journal:
+    """An append-only file of finished units, for one writing process.
+
+    One JSON line per unit, handed to the system before `add` returns: killing the process loses nothing. It is forced
+    to the disk once a second, so that a power cut loses a second's work. The first line holds the run's settings. Use
+    `open`.
+    """
+
+    def __init__(self, path: Path, descriptor: int, content: JournalContent) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._content = content
+        self._broken = False
+        self._synced = 0.0  # by time.monotonic()
+
+    @classmethod
+    def open(
+        cls, path: Path, settings: Mapping[str, Any], info: Mapping[str, Any], *, overwrite: bool = False
+    ) -> Journal:
+        """Opens a journal for writing and locks it; a new one is begun where there is none.
+
+        A half-written last line is cut off.
+
+        Args:
+            path: The file; its folder must exist.
+            settings: What must be equal for a run to go on with it; JSON values.
+            info: Other facts about the run, kept when the journal is new.
+            overwrite: Throws away what is there.
+
+        Raises:
+            MMRoleError: If another process writes it, other settings began it, a line is broken, or it cannot be
+                written.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise write_error(path, error, "nothing was started") from error
+        try:
+            _lock(path, descriptor)
+            content = None if overwrite else read_journal(path)
+            if content is None:
+                return cls._begin(path, descriptor, settings, info)
+            check_settings(path, content, settings, info)
+            os.ftruncate(descriptor, content.end)
+            return cls(path, descriptor, content)
+        except BaseException as error:
+            os.close(descriptor)
+            if isinstance(error, OSError):
+                raise write_error(path, error, "nothing was started") from error
+            raise
+
+    @classmethod
+    def _begin(cls, path: Path, descriptor: int, settings: Mapping[str, Any], info: Mapping[str, Any]) -> Journal:
+        os.ftruncate(descriptor, 0)
+        header = {"journal": JOURNAL_FORMAT, "settings": dict(settings), "info": dict(info)}
+        journal = cls(path, descriptor, JournalContent(header["settings"], header["info"]))
+        journal._append(header)
+        _sync_folder(path.parent)
+        return journal
+
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """The value of each finished unit by its key."""
+        return self._content.entries
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the run that began the journal said about itself."""
+        return self._content.info
+
+    def add(self, key: str, value: Any) -> None:
+        """Appends one unit; it outlives this process when this returns.
+
+        Raises:
+            MMRoleError: If it cannot be written; the journal then ends with the unit before and can be gone on with.
+        """
+        self._append({"key": key, "value": value})
+        self._content.entries[key] = value
+
+    def _append(self, record: dict[str, Any]) -> None:
+        assert not self._broken, "a journal that could not be written must be opened anew"
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+        try:
+            _write_all(self._descriptor, line)
+            if time.monotonic() - self._synced >= _SYNC_SECONDS:
+                os.fsync(self._descriptor)
+                self._synced = time.monotonic()
+        except OSError as error:
+            self._cut()
+            self._broken = True
+            raise write_error(self.path, error, "everything finished so far is kept") from error
+        self._content.end += len(line)
+
+    def _cut(self) -> None:
+        try:
+            os.ftruncate(self._descriptor, self._content.end)
+        except OSError:
+            return  # a half-written line may stay; the next run cuts it off
+
+    def sync(self) -> None:
+        """Forces everything to the disk.
+
+        Raises:
+            MMRoleError: If the disk does not take it.
+        """
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise write_error(self.path, error, "everything finished so far is kept") from error
+
+    def close(self) -> None:
+        """Forces everything to the disk and closes the file, which frees the lock."""
+        if self._descriptor >= 0:
+            try:
+                self.sync()
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MMRoleError(
+            "another process is writing this journal",
+            path,
+            fix="wait until it has ended, or choose another output folder",
+        ) from None
+
+
+def _parse_line(line: bytes, must_have: set[str]) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and must_have <= record.keys() else None
+
+
+def _broken_line(path: Path, number: int) -> MMRoleError:
+    return MMRoleError(
+        "the journal is damaged",
+        path,
+        f"line {number}",
+        "delete that line if the rest is sound (its unit is done again), or give --overwrite to start anew",
+    )
+
+
+def _from_header(path: Path, record: dict[str, Any], length: int) -> JournalContent:
+    if record["journal"] != JOURNAL_FORMAT:
+        raise MMRoleError(
+            "the journal was written by another version", record["journal"], path, "give --overwrite to start anew"
+        )
+    return JournalContent(record["settings"], record["info"], end=length)
+
+
+def _named(settings: Mapping[str, Any], names: Mapping[str, str], key: str) -> str:
+    value = json.dumps(settings[key], ensure_ascii=False) if key in settings else "nothing"
+    return f"{value} ({names[key]})" if key in names else value

@@ -1,0 +1,264 @@
+"""The records of MMRole-Data and of its evaluation, and a check that reports everything wrong with a file at once.
+
+Rows are checked, never changed: what a function here gives back are the very dicts of the file, with their key order
+and any keys of their own, so that a file written from them is faithful to the byte.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from data_utils.errors import MMRoleError
+from data_utils.files import read_json
+from data_utils.image_files import image_name_problem
+
+Row = dict[str, Any]
+
+
+def _check_image_name(name: str) -> str:
+    problem = image_name_problem(name)
+    if problem:
+        raise ValueError(problem)
+    return name
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair at character {error.start}, which no file can hold") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Name = Annotated[Text, Field(min_length=1)]
+ImageName = Annotated[Text, AfterValidator(_check_image_name)]
+
+
+class Record(BaseModel):
+    """A record of a data file; types are strict, further keys are allowed."""
+
+    model_config = ConfigDict(strict=True, extra="allow", populate_by_name=False)
+
+
+class Annotation(Record):
+    """What is known about an image; an empty text says nothing."""
+
+    image: ImageName
+    role_info: Text
+    place_info: Text
+    scene_info: Text
+
+
+class DialogueTurn(Record):
+    """What somebody says in a dialogue; a character's name, or "human" as `role` or (in a comment) as `from`."""
+
+    role: Name | None = None
+    sender: Literal["human"] | None = Field(default=None, alias="from")
+    value: Text
+
+    @model_validator(mode="after")
+    def _someone_speaks(self) -> DialogueTurn:
+        if (self.role is None) == (self.sender is None):
+            raise ValueError('a turn must have either "role" or "from", to say who speaks')
+        return self
+
+
+class Dialogue(Record):
+    """A dialogue about an image, maybe with the image's information; published ones may have no turns."""
+
+    id: Name
+    image: ImageName
+    role_info: Text | None = None
+    place_info: Text | None = None
+    scene_info: Text | None = None
+    conversations: list[DialogueTurn]
+
+
+class UserTurn(Record):
+    """What the model is asked."""
+
+    sender: Literal["user"] = Field(alias="from")
+    value: Name
+
+
+class AssistantTurn(Record):
+    """The ground truth."""
+
+    sender: Literal["assistant"] = Field(alias="from")
+    value: Text
+
+
+class AnsweredTurn(AssistantTurn):
+    """The ground truth, and an agent's answer; an empty answer is one that was not given."""
+
+    answer: Text
+
+
+class Turn(Record):
+    """A turn of a training sample."""
+
+    sender: Literal["user", "assistant"] = Field(alias="from")
+    value: Text
+
+
+class TestSample(Record):
+    """A sample of the test sets."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+    id: Name
+    system: Text
+    image: ImageName
+    conversations: tuple[UserTurn, AssistantTurn] = Field(strict=False)
+    role: Name
+    script: Name
+    other_role: Name
+
+
+class TrainSample(Record):
+    """A training sample, of the agent or of the reward model; the trainer reads nothing but `conversations`."""
+
+    id: Name
+    system: Text | None = None
+    image: ImageName | None = None
+    conversations: Annotated[list[Turn], Field(min_length=1)]
+
+
+class RewardSample(Record):
+    """A reward-model sample: a review prompt with its picture, and the review."""
+
+    id: Name
+    system: Text
+    image: ImageName
+    conversations: tuple[UserTurn, AssistantTurn] = Field(strict=False)
+
+
+class AnswerRow(TestSample):
+    """A test sample with an agent's answer in `conversations[1]`."""
+
+    conversations: tuple[UserTurn, AnsweredTurn] = Field(strict=False)
+
+
+class Review(Record):
+    """One review: the text, and its scores of the answer and of the ground truth (none where it could not be read)."""
+
+    review: Text = ""
+    score: list[float] | dict[str, float] = []  # published: a review that could not be read has the score {}
+
+
+class ReviewedRow(AnswerRow):
+    """An answered sample with its reviews, one per metric; none where the answer is empty."""
+
+    rm_review: dict[str, Review] = {}
+
+
+Profiles = TypeAdapter(dict[Name, Name], config=ConfigDict(strict=True))  # profiles.json: a character's profile
+Roles = TypeAdapter(dict[Name, list[Name]], config=ConfigDict(strict=True))  # roles.json: a script's characters
+
+
+def validate_value(value: object, form: TypeAdapter[Any], source: str | Path) -> list[MMRoleError]:
+    """Everything wrong with a file that is not a list of records.
+
+    Args:
+        value: The file's content.
+        form: What it must be: `Profiles` or `Roles`.
+        source: The file, for the messages.
+    """
+    try:
+        form.validate_python(value)
+    except ValidationError as error:
+        return [_detail_problem(detail, "the file", source) for detail in error.errors()]
+    return []
+
+
+def validate_row(row: object, record: type[Record], number: int, source: str | Path) -> list[MMRoleError]:
+    """Everything wrong with one row: one problem per wrong or missing field; empty if all is well.
+
+    Args:
+        row: The row.
+        record: What it must be.
+        number: Its place in the file, from 1.
+        source: The file, for the messages.
+    """
+    try:
+        record.model_validate(row)
+    except ValidationError as error:
+        return [_detail_problem(detail, "the row", _place(row, number, source)) for detail in error.errors()]
+    return []
+
+
+def validate_rows(rows: object, record: type[Record], source: str | Path) -> list[MMRoleError]:
+    """Everything wrong with the rows of a file.
+
+    Args:
+        rows: The file's content.
+        record: What each row must be.
+        source: The file, for the messages.
+
+    Returns:
+        One problem per wrong field, missing field or repeated id, in file order; empty if all is well.
+    """
+    if not isinstance(rows, list):
+        return [
+            MMRoleError(
+                "a list of samples is expected",
+                f"a JSON {type(rows).__name__}",
+                source,
+                "check that it is the right file",
+            )
+        ]
+    problems = []
+    for number, row in enumerate(rows, 1):
+        problems += validate_row(row, record, number, source)
+    return problems + _repeated_ids(rows, source)
+
+
+def read_rows(path: str | Path, record: type[Record]) -> tuple[list[Row], list[MMRoleError]]:
+    """Reads and checks a file of records.
+
+    Args:
+        path: A JSON file.
+        record: What each of its rows must be.
+
+    Returns:
+        The rows exactly as they stand in the file and no problems; or no rows and everything that is wrong.
+    """
+    try:
+        rows = read_json(path)
+    except MMRoleError as error:
+        return [], [error]
+    problems = validate_rows(rows, record, path)
+    return ([], problems) if problems else (rows, [])
+
+
+def _detail_problem(detail: Any, whole: str, where: str | Path) -> MMRoleError:
+    location = [str(part) for part in detail["loc"]]
+    name = ".".join(location) or whole
+    message = detail["msg"].removeprefix("Value error, ")
+    value = None if detail["type"] == "missing" else detail["input"]
+    return MMRoleError(
+        f"{name}: {message[:1].lower()}{message[1:]}",
+        value if value is None or isinstance(value, str) else f"{value!r}",
+        where,
+        "correct this field in the file, or build or fetch the file anew",
+    )
+
+
+def _repeated_ids(rows: Sequence[object], source: str | Path) -> list[MMRoleError]:
+    ids = [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+    return [
+        MMRoleError(f"id: {count} rows have the same id", name, source, "give each row an id of its own")
+        for name, count in Counter(ids).items()
+        if count > 1
+    ]
+
+
+def _place(row: object, number: int, source: str | Path) -> str:
+    sample = row.get("id") if isinstance(row, dict) else None
+    return f"{source}, row {number}" + (f", sample {sample}" if isinstance(sample, str) and sample else "")

@@ -1,0 +1,232 @@
+"""The files that train and test, from the command line: counts, bytes, leaks, refusals."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_utils.build import KINDS, SPLITS, dialogue_id, main, training_samples
+from data_utils.build_reviews import RM_TEST_FILE, RM_TRAIN_FILE, write_reviews
+from data_utils.demo import draw_world, write_world
+from data_utils.errors import MMRoleError, ProblemsError
+from data_utils.files import published_json
+from data_utils.row_files import write_rows
+from data_utils.schema import RewardSample, TrainSample, validate_rows
+from eval.review_prompt import review_prompts
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = "data/train/train_85k.json"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    root = tmp_path / "world"
+    write_world(draw_world(3), root)
+    (root / TRAIN).unlink()
+    return root
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_training_file_is_the_published_format_to_the_byte(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(world)]) == 0
+    samples = list(training_samples(world))
+    assert (world / TRAIN).read_bytes() == published_json(samples)
+    out = capsys.readouterr().out
+    assert f"{len(samples)} training samples" in out
+    assert "not the published 85,456" in out
+    assert not list((world / "data/train").glob(".*"))
+    tests = [row["id"] for path in (world / "data/test").glob("*/*.json") for row in read(path)]
+    assert tests and not {*map(dialogue_id, tests)} & {dialogue_id(row["id"]) for row in samples}
+
+
+@pytest.mark.parametrize("rows", [[], [{"id": "a", "b": []}], [{"id": '中\n"\\', "b": [1, {}]}, {"id": "c"}]])
+def test_written_row_by_row_as_at_once(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert write_rows(tmp_path / "new" / "x.json", iter(rows)) == len(rows)
+    assert (tmp_path / "new" / "x.json").read_bytes() == published_json(rows)
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_rows(path, [{"id": "old"}])
+    with pytest.raises(MMRoleError, match="surrogate"):
+        write_rows(path, [{"id": "new"}, {"id": "half", "value": "\ud800"}])
+    assert read(path) == [{"id": "old"}]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_sane_partner(world: Path) -> None:
+    main([str(world), "--sane_partner", "--out", str(world / "sane.json")])
+    assert read(world / "sane.json") == list(training_samples(world, sane_partner=True))
+    assert all(row["role"] != row["other_role"] for row in read(world / "sane.json"))
+
+
+def test_without_test_files_nothing_is_held_out(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = len(list(training_samples(world)))
+    shutil.rmtree(world / "data" / "test")
+    main([str(world)])
+    assert len(read(world / TRAIN)) > held
+    assert "no data/test here" in capsys.readouterr().out
+
+
+def test_incomplete_test_files_stop_the_build(world: Path) -> None:
+    (world / "data/test/in-distribution/comment_test.json").unlink()
+    with pytest.raises(MMRoleError, match="cannot read the file"):
+        main([str(world)])
+    assert not (world / TRAIN).exists()
+
+
+def test_all_broken_dialogues_are_told_at_once(world: Path) -> None:
+    files = sorted((world / "dialogues/in-distribution/human-role").glob("*.json"))
+    rows = read(files[0])
+    rows[0]["conversations"][1]["role"] = "Nobody"
+    files[0].write_text(json.dumps(rows), encoding="utf-8")
+    files[1].write_text("[", encoding="utf-8")
+    rows = read(files[2])
+    rows[0]["image"] = 5
+    files[2].write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(ProblemsError) as caught:
+        main([str(world)])
+    message = str(caught.value)
+    for part in ("Nobody", files[1].name, f"{files[2]}, row 1", "image: "):
+        assert part in message
+    assert not (world / TRAIN).exists()
+
+
+def test_test_files_are_rebuilt_to_the_byte(world: Path, tmp_path: Path) -> None:
+    main([str(world), "--test", "--out", str(tmp_path / "built")])
+    for split in SPLITS:
+        for kind in KINDS:
+            name = f"{split}/{kind}_test.json"
+            assert (tmp_path / "built" / name).read_bytes() == (world / "data/test" / name).read_bytes()
+
+
+def test_test_samples_are_drawn_without_test_files(world: Path, tmp_path: Path) -> None:
+    shutil.rmtree(world / "data" / "test")
+    for out in ("a", "b"):
+        main([str(world), "--test", "--out", str(tmp_path / out)])
+    drawn = read(tmp_path / "a/out-of-distribution/human-role_test.json")
+    assert [row["id"] for row in drawn] == [
+        row["id"] for row in read(tmp_path / "b/out-of-distribution/human-role_test.json")
+    ]
+    assert len(drawn) == len(read(world / "dialogues/out-of-distribution/human-role.json"))
+    assert not (tmp_path / "a/in-distribution").exists()
+
+
+def test_tests_need_a_folder(world: Path) -> None:
+    with pytest.raises(MMRoleError, match="folder to write to"):
+        main([str(world), "--test"])
+
+
+def test_extra_root(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = len(list(training_samples(world)))
+    extra = tmp_path / "extra"
+    dialogue = read(sorted((world / "dialogues/in-distribution/comment").glob("*.json"))[0])[0]
+    (extra / "dialogues/in-distribution").mkdir(parents=True)
+    own = {**dialogue, "id": "extra_0", "image": "Mine/01.jpg"}
+    (extra / "dialogues/in-distribution/comment.json").write_text(json.dumps([own]), encoding="utf-8")
+    (extra / "images/Mine").mkdir(parents=True)
+    (extra / "images/Mine/01.jpg").write_bytes(b"picture")
+    main([str(world), "--extra_root", str(extra)])
+    assert "1 images of the further roots are not below" in capsys.readouterr().out
+    assert [row["id"] for row in read(world / TRAIN) if row["id"].startswith("extra")] == ["extra_0_1"]
+    assert len(read(world / TRAIN)) == before + 1
+    main([str(world), "--extra_root", str(extra), "--link_images"])
+    assert (world / "images/Mine/01.jpg").read_bytes() == b"picture"
+
+
+def reviewed(world: Path, folder: Path, agents: int = 2) -> int:
+    """Writes reviews of the test samples in the layout of eval/; gives how many."""
+    total = 0
+    for agent in range(agents):
+        rows = read(world / "data/test/in-distribution/comment_test.json")
+        for row in rows:
+            row["conversations"][1]["answer"] = f"I am agent {agent}."
+            scores = {"review": "Fine. [Scores]: (8, 9)", "score": [8.0, 9.0]}
+            row["rm_review"] = dict.fromkeys(review_prompts(row), scores)
+            total += len(row["rm_review"])
+        rows[0]["conversations"][1]["answer"] = ""
+        total -= len(rows[0].pop("rm_review"))
+        place = folder / "in-test_reviews" / f"agent-{agent}"
+        place.mkdir(parents=True)
+        (place / "comment_test.json").write_bytes(published_json(rows))
+    answers = folder / "in-test_answers" / "agent-0"
+    answers.mkdir(parents=True)
+    (answers / "comment_test.json").write_text('["not reviews"]', encoding="utf-8")
+    return total
+
+
+def test_reviews_are_split_for_validation(world: Path, tmp_path: Path) -> None:
+    total = reviewed(world, tmp_path / "eval")
+    command = [str(world), "--reviews", str(tmp_path / "eval"), "--validation", "10"]
+    main([*command, "--seed", "1"])
+    train, test = read(world / RM_TRAIN_FILE), read(world / RM_TEST_FILE)
+    assert (len(train), len(test)) == (total - 10, 10)
+    assert validate_rows([*train, *test], RewardSample, "") == []
+    assert train[0]["conversations"][1]["value"] == "Fine. [Scores]: (8, 9)"
+    assert "I am agent 0." in train[0]["conversations"][0]["value"]
+    main([*command, "--seed", "1"])
+    assert read(world / RM_TEST_FILE) == test
+    main([*command, "--seed", "2"])
+    assert read(world / RM_TEST_FILE) != test
+
+
+def test_reviews_that_cannot_be_used(world: Path, tmp_path: Path) -> None:
+    reviewed(world, tmp_path / "eval")
+    with pytest.raises(MMRoleError, match="too few reviews"):
+        main([str(world), "--reviews", str(tmp_path / "eval"), "--validation", "100000"])
+    with pytest.raises(MMRoleError, match="no such function"):
+        main([str(world), "--reviews", str(tmp_path / "eval"), "--review_prompts", "eval.nothing:here"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MMRoleError, match="no reviews"):
+        main([str(world), "--reviews", str(tmp_path / "empty")])
+    row = read(tmp_path / "eval/in-test_reviews/agent-0/comment_test.json")[1]
+    with pytest.raises(MMRoleError, match="more than once"):
+        write_reviews(tmp_path, [("a", row), ("a", row)], review_prompts, validation=1, seed=0)
+
+
+@pytest.mark.slow
+def test_snapshot_gives_all_training_samples(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "train.json"
+    command = [sys.executable, "-m", "data_utils.build", str(shared / "mmrole_data"), "--out", str(out)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30  # not what other processes take
+    # The most of any child so far, in kilobytes.
+    assert after.ru_maxrss < 1.5 * 2**20
+    assert "72,551 training samples (comment 4,795, human-role 22,093, inter-role 45,663)" in done.stdout
+    assert "not the published 85,456" in done.stdout
+    rows = read(out)
+    assert len(rows) == 72_551
+    assert validate_rows(rows[::50], TrainSample, out) == []
+
+
+def test_snapshot_gives_the_published_test_samples(shared: Path, tmp_path: Path) -> None:
+    root = shared / "mmrole_data"
+    main([str(root), "--test", "--out", str(tmp_path)])
+    total = 0
+    for split in SPLITS:
+        for kind in KINDS:
+            name = f"{split}/{kind}_test.json"
+            published = {row["id"]: row for row in read(root / "data/test" / name)}
+            for row in read(tmp_path / name):
+                assert json.dumps(row) == json.dumps(published[row["id"]])
+                total += 1
+    assert total == 269
+
+
+def test_snapshot_gives_reward_model_files(shared: Path, tmp_path: Path) -> None:
+    root = shared / "mmrole_data"
+    main([str(root), "--reviews", str(root / "published"), "--out", str(tmp_path)])
+    assert len(read(tmp_path / RM_TEST_FILE)) == 320
+    assert len(read(tmp_path / RM_TRAIN_FILE)) == 18_472

@@ -1,0 +1,165 @@
+"""Characters of one's own: what is written, what is refused, and the worked example of the documentation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import inference
+from data_utils.build import SPLITS
+from data_utils.characters import PLAIN_IMAGE, NewCharacter, Picture, add_character, main
+from data_utils.check import check_roots
+from data_utils.demo import draw_world, write_world
+from data_utils.errors import MMRoleError, ProblemsError
+from data_utils.prompts import SYSTEM_MESSAGE
+from data_utils.schema import TestSample, validate_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "docs" / "own_characters.md"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "tower.png"
+    Image.new("RGB", (60, 40), (200, 30, 30)).save(path)
+    return path
+
+
+def read(path: Path) -> object:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_published_layout(tmp_path: Path, picture: Path) -> None:
+    root = tmp_path / "mine"
+    ada = NewCharacter("Ada Reed", "The Lighthouse", "Keeps a light.", [Picture(picture, "A tower.", "Grey Point")])
+    play = add_character(root, ada, ["What is it?", "Whose is it?"])
+    assert read(root / "profiles/in-distribution/profiles.json") == {"Ada Reed": "Keeps a light."}
+    assert read(root / "profiles/in-distribution/roles.json") == {"The Lighthouse": ["Ada Reed"]}
+    assert read(root / "images/annotations.json") == [
+        {
+            "image": "The_Lighthouse/01.png",
+            "role_info": "",
+            "place_info": "Grey Point",
+            "scene_info": "A tower.",
+        }
+    ]
+    assert (root / "images/The_Lighthouse/01.png").read_bytes() == picture.read_bytes()
+    rows = read(play)
+    assert validate_rows(rows, TestSample, play) == []
+    assert [row["image"] for row in rows] == ["The_Lighthouse/01.png"] * 2
+    assert rows[1]["system"] == SYSTEM_MESSAGE
+    prompt = rows[1]["conversations"][0]["value"]
+    assert prompt.startswith("Please step into the shoes of Ada Reed from The Lighthouse. ")
+    assert " - Scene information: A tower.\n" in prompt
+    assert prompt.endswith("vocabulary of Ada Reed:\nWhose is it?")
+    assert "error" not in check_roots(root)[0][1].counts()
+
+
+def test_a_second_call_adds_and_repeats_nothing(tmp_path: Path, picture: Path) -> None:
+    root = tmp_path / "mine"
+    add_character(root, NewCharacter("Ada", "Sea", "One.", [Picture(picture)]))
+    add_character(root, NewCharacter("Ada", "Sea", "Two.", [Picture(picture)]))
+    add_character(root, NewCharacter("Tom", "Sea", "Three."))
+    assert read(root / "profiles/in-distribution/profiles.json") == {"Ada": "Two.", "Tom": "Three."}
+    assert read(root / "profiles/in-distribution/roles.json") == {"Sea": ["Ada", "Tom"]}
+    assert len(read(root / "images/annotations.json")) == 1
+
+
+def test_a_character_without_pictures_is_shown_a_plain_one(tmp_path: Path) -> None:
+    play = add_character(tmp_path, NewCharacter("Ada", "Sea", "One."))
+    assert {row["image"] for row in read(play)} == {PLAIN_IMAGE}
+    assert Image.open(tmp_path / "images" / PLAIN_IMAGE).size == (448, 448)
+    assert check_roots(tmp_path)[0][1].counts() == {}
+
+
+def test_extends_a_published_root(tmp_path: Path, picture: Path) -> None:
+    root = tmp_path / "world"
+    write_world(draw_world(2), root)
+    before = check_roots(root)[0][1]
+    add_character(root, NewCharacter("Ada Reed", "Sea", "One.", [Picture(picture, "A tower.")], SPLITS[1]))
+    after = check_roots(root)[0][1]
+    assert after.checked["characters"] == before.checked["characters"] + 1
+    assert {**after.counts(), "unused_image": 0} == {**before.counts(), "unused_image": 0}
+
+
+def test_all_faults_at_once_and_nothing_written(tmp_path: Path, picture: Path) -> None:
+    picture.write_bytes(picture.read_bytes()[:60])
+    wrong = NewCharacter("a/b", "Sea", "  ", [Picture(picture, "<img>x</img>"), Picture(tmp_path / "none.jpg")])
+    with pytest.raises(ProblemsError) as caught:
+        add_character(tmp_path / "mine", wrong)
+    message = str(caught.value)
+    for part in ("--name", "the profile is empty", "<img>", picture.name, "none.jpg"):
+        assert part in message
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_character_of_another_script_or_split_is_refused(tmp_path: Path) -> None:
+    add_character(tmp_path, NewCharacter("Ada", "Sea", "One."))
+    with pytest.raises(ProblemsError, match="another script"):
+        add_character(tmp_path, NewCharacter("Ada", "Land", "One."))
+    with pytest.raises(ProblemsError, match="other split"):
+        add_character(tmp_path, NewCharacter("Ada", "Sea", "One.", split=SPLITS[1]))
+
+
+def test_a_broken_data_root_is_not_touched(tmp_path: Path) -> None:
+    roles = tmp_path / "profiles/in-distribution/roles.json"
+    roles.parent.mkdir(parents=True)
+    roles.write_text('{"Sea": "Ada"}', encoding="utf-8")
+    with pytest.raises(ProblemsError, match="Sea: "):
+        add_character(tmp_path, NewCharacter("Tom", "Sea", "One."))
+    assert roles.read_text(encoding="utf-8") == '{"Sea": "Ada"}'
+
+
+def test_command_line_needs_a_profile(tmp_path: Path) -> None:
+    with pytest.raises(MMRoleError, match="a name and a profile"):
+        main([str(tmp_path), "--name", "Ada"])
+    (tmp_path / "ada").mkdir()
+    with pytest.raises(MMRoleError, match=r"no profile\.txt"):
+        main([str(tmp_path / "mine"), "--folder", str(tmp_path / "ada")])
+
+
+def guide_blocks() -> list[tuple[str, str]]:
+    """The guide's shell blocks: what each needs, and its text."""
+    return re.findall(r"^```bash ?([\w-]*)\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def run_block(text: str, folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = f"set -euo pipefail\n{text}"
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_worked_example(tmp_path: Path) -> None:
+    write_world(draw_world(2), tmp_path / "published_data")
+    blocks = guide_blocks()
+    assert [needs for needs, _ in blocks if needs] == ["needs-checkpoint", "needs-data"]
+    for needs, text in blocks:
+        if needs != "needs-checkpoint":
+            run_block(text, tmp_path)
+    data = tmp_path / "my_data"
+    assert len(read(data / "data/play/Ada_Reed.json")) == 2
+    assert [row["role"] for row in read(data / "data/train/train_85k.json")] == ["Tom Marsh", "Ada Reed"]
+    both = read(tmp_path / "published_data/data/train/train_85k.json")
+    assert [row["id"] for row in both if row["role"] == "Ada Reed"] == ["Ada_Reed_role-role-dialogue_script_0_1"]
+    assert (tmp_path / "published_data/images/The_Lighthouse/01.jpg").is_file()
+    tests = read(data / "data/test/out-of-distribution/comment_test.json")
+    assert [row["conversations"][1]["value"] for row in tests] == ["Too calm. Somebody has tidied up."]
+    # The command that needs a checkpoint: its inputs pass everything that is checked before a model is loaded.
+    command = next(text for needs, text in blocks if needs == "needs-checkpoint")
+    flags = re.findall(r"(--\w+) (\S+)", command)
+    arguments = [part if part.startswith("--") else str(tmp_path / part) for flag in flags for part in flag]
+    sources, problems = inference.find_sources(inference.parse_arguments(arguments))
+    assert problems == []
+    selection = inference.selection(inference.parse_arguments(arguments))
+    inputs, wrong = inference.read_inputs(sources, TestSample, selection)
+    assert wrong == []
+    assert {source.source.input.name for source in inputs} == {"Ada_Reed.json", "Tom_Marsh.json", "Inspector_Vale.json"}

@@ -1,0 +1,105 @@
+import json
+import shutil
+
+import pytest
+
+from data_utils.fingerprint import checkpoint_fingerprint, checkpoint_problems
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"hidden_size": 8}')
+    (folder / "generation_config.json").write_text('{"top_p": 0.3}')
+    (folder / "qwen.tiktoken").write_text("IQ== 0\n")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for number in (1, 2):
+        (folder / f"model-0000{number}-of-00002.safetensors").write_bytes(b"weights" * 100 * number)
+    return folder
+
+
+def make_adapter(folder, base):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "r": 64}))
+    (folder / "adapter_model.safetensors").write_bytes(b"lora")
+    return folder
+
+
+def test_a_copy_or_a_new_name_changes_nothing(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "README.md").write_text("notes")
+    (copy / "config.json").write_text('{\n  "_name_or_path": "/elsewhere",\n  "hidden_size": 8\n}')
+    assert checkpoint_fingerprint(folder) == checkpoint_fingerprint(copy)
+    assert len(checkpoint_fingerprint(folder)) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"hidden_size": 9}'),
+        ("generation_config.json", '{"top_p": 0.4}'),
+        ("tokenizer_config.json", "{}"),
+        ("qwen.tiktoken", "IQ== 1\n"),
+        ("model-00002-of-00002.safetensors", "weightz" * 200),
+    ],
+)
+def test_settings_and_weights_count(folder, name, content):
+    before = checkpoint_fingerprint(folder)
+    (folder / name).write_text(content)
+    assert checkpoint_fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("place", [0, 1 << 22, (1 << 23) - 1])
+def test_large_weights_are_sampled_from_end_to_end(folder, place):
+    shard = folder / "model-00001-of-00002.safetensors"
+    data = bytearray(1 << 23)
+    shard.write_bytes(data)
+    before = checkpoint_fingerprint(folder)
+    data[place : place + (1 << 17)] = b"x" * len(data[place : place + (1 << 17)])
+    shard.write_bytes(data)
+    assert shard.stat().st_size == 1 << 23
+    assert checkpoint_fingerprint(folder) != before
+
+
+def test_an_adapter_includes_its_base(folder, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", folder)
+    before = checkpoint_fingerprint(adapter)
+    assert before != checkpoint_fingerprint(folder)
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"other")
+    assert checkpoint_fingerprint(adapter) != before
+
+
+def test_a_base_beside_the_adapter_is_found(folder, tmp_path):
+    assert checkpoint_problems(make_adapter(tmp_path / "adapter", "../model"), use_lora=True) == []
+
+
+def test_a_complete_checkpoint_has_no_problems(folder):
+    assert checkpoint_problems(folder) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "qwen.tiktoken", "model-00002-of-00002.safetensors"])
+def test_what_is_missing_is_named(folder, name):
+    (folder / name).unlink()
+    (problem,) = checkpoint_problems(folder)
+    assert name in str(problem)
+
+
+def test_missing_weights_base_and_folder(folder, tmp_path):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    assert "the weights" in str(checkpoint_problems(folder)[0])
+    assert "no such checkpoint folder" in str(checkpoint_problems(tmp_path / "nowhere")[0])
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in str(checkpoint_problems(adapter)[0])
+
+
+def test_an_index_must_not_lead_out_of_the_folder(folder):
+    index = {"weight_map": {"a": "../secret.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names no files of its folder" in str(checkpoint_problems(folder)[0])
+
+
+def test_use_lora_needs_an_adapter(folder):
+    assert "--use_lora" in str(checkpoint_problems(folder, use_lora=True)[0])

@@ -1,0 +1,194 @@
+"""The data card: its numbers on a small world and on the real snapshot, its token counts, its plots."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_utils import stats, stats_plots
+from data_utils.build import KINDS, iterate_dialogues, load_characters, training_samples
+from data_utils.demo import draw_world, write_world
+from data_utils.errors import MMRoleError
+from data_utils.prompts import SYSTEM_MESSAGE
+from data_utils.stats import Card, LengthCounter, category, collect, main, markdown, write_card
+from qwen_vl import QwenVLTokenizer
+from qwen_vl.chat import make_context
+
+PLOTS = ["characters.png", "images.png", "lengths.png", "samples.png", "turns.png"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write_world(draw_world(3), root)
+    return root
+
+
+def part(card: Card, name: str) -> dict[str, int]:
+    return {kind: len(lengths.prompts) for (found, kind), lengths in card.samples.items() if found == name}
+
+
+def test_counts_are_those_of_the_files(world: Path) -> None:
+    card = collect(world)
+    counted = {kind: sum(1 for _ in training_samples(world, kinds=[kind])) for kind in KINDS}
+    assert part(card, "training") == counted
+    for (split, kind), seen in card.dialogues.items():
+        dialogues = list(iterate_dialogues(world, split, kind))
+        assert seen.total == len(dialogues)
+        assert seen.turns == [len(d["conversations"]) for d in dialogues if d["conversations"]]
+        assert seen.unusable == 0
+    assert sum(len(names) for *_, names in card.scripts) == len(load_characters(world).profiles)
+    there = len(list((world / "images").rglob("*.jpg")))
+    assert sum(present + unused for _, present, unused, _ in card.images.values()) == there
+    assert sum(seen.total for seen in card.dialogues.values()) == sum(numbers[3] for numbers in card.images.values())
+
+
+def test_lengths_in_characters_without_a_tokenizer(world: Path) -> None:
+    card = collect(world)
+    samples = list(training_samples(world, kinds=["comment"]))
+    lengths = card.samples["training", "comment"]
+    assert card.unit == "characters"
+    assert lengths.answers == [len(sample["conversations"][1]["value"]) for sample in samples]
+
+
+def test_tokens_are_counted_exactly(world: Path, tokenizer: QwenVLTokenizer) -> None:
+    counter = LengthCounter(tokenizer)
+    for sample in list(training_samples(world, kinds=["inter-role"]))[:20]:
+        text = sample["conversations"][0]["value"]
+        ids = make_context(tokenizer, [{"image": "x.jpg"}, {"text": text}], system=SYSTEM_MESSAGE)[1]
+        assert counter.prompt(text) == len(ids)
+
+
+HARD = [
+    "",
+    "\n",
+    "a\n\nb",
+    "a.\n\n b",
+    "a \n \n\tb\n",
+    "…\r\n第一\n二\u0301",
+    "x\n\u0301e",
+    "<|im_end|>\n<img>",
+    "don\n't",
+    " \n",
+]
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_line_by_line_changes_no_token(shared: Path, text: str) -> None:
+    tokenizer = QwenVLTokenizer.from_pretrained(shared / "qwen_vl_chat")
+    expected = len(tokenizer.encode(text, allowed_special=()))
+    assert LengthCounter(tokenizer).count(text) == expected
+
+
+def test_snapshot_is_counted_as_documented(shared: Path) -> None:
+    card = collect(shared / "mmrole_data")
+    sorts = {}
+    for split, _, sort, names in card.scripts:
+        sorts[split, sort] = sorts.get((split, sort), 0) + len(names)
+    assert sorts == {
+        ("in-distribution", "fictional"): 41,
+        ("in-distribution", "historical or public"): 11,
+        ("in-distribution", "hypothetical"): 20,
+        ("out-of-distribution", "fictional"): 5,
+        ("out-of-distribution", "historical or public"): 3,
+        ("out-of-distribution", "hypothetical"): 5,
+    }
+    assert part(card, "training") == {"comment": 4795, "human-role": 22093, "inter-role": 45663}
+    assert part(card, "test, in-distribution") == dict.fromkeys(KINDS, 72)
+    assert part(card, "test, out-of-distribution") == dict.fromkeys(KINDS, 26)
+    assert sum(seen.total for seen in card.dialogues.values()) == 13732
+    assert (
+        card.dialogues["in-distribution", "human-role"].total
+        - len(card.dialogues["in-distribution", "human-role"].turns)
+        == 394
+    )
+    assert card.images["COCO"] == (10839, 0, 0, 10839)
+    assert card.images["The_Big_Bang_Theory"] == (5, 5, 5, 15)
+
+
+@pytest.mark.slow
+def test_snapshot_with_tokens_is_quick_and_right(shared: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    main([str(shared / "mmrole_data"), "--out", str(tmp_path), "--tokenizer", str(shared / "qwen_vl_chat")])
+    assert time.monotonic() - started < 60
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == PLOTS
+    card = (tmp_path / "data_card.md").read_text(encoding="utf-8")
+    assert "72,551 training samples" in card
+    # A prompt or two of each file counted the long way.
+    tokenizer = QwenVLTokenizer.from_pretrained(shared / "qwen_vl_chat")
+    counter = LengthCounter(tokenizer)
+    for path in sorted((shared / "mmrole_data" / "data" / "test").rglob("*.json")):
+        for sample in json.loads(path.read_text(encoding="utf-8"))[::20]:
+            text = sample["conversations"][0]["value"]
+            ids = make_context(tokenizer, [{"image": "x.jpg"}, {"text": text}], system=SYSTEM_MESSAGE)[1]
+            assert counter.prompt(text) == len(ids)
+
+
+def test_card_and_plots(world: Path, tmp_path: Path) -> None:
+    path = write_card(collect(world), world, tmp_path / "new" / "folder")
+    text = path.read_text(encoding="utf-8")
+    assert sorted(p.name for p in path.parent.glob("*.png")) == PLOTS
+    for name in PLOTS:
+        assert f"]({name})" in text
+        with Image.open(path.parent / name) as image:
+            assert image.format == "PNG"
+            assert len(image.convert("L").getcolors()) > 10  # something is drawn on it
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) > 30
+
+
+def test_own_root_without_tests_and_dialogues(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "profiles" / "in-distribution"
+    folder.mkdir(parents=True)
+    (folder / "profiles.json").write_text(json.dumps({"A|B": "p"}))
+    (folder / "roles.json").write_text(json.dumps({"my | world": ["A|B"]}))
+    card = collect(tmp_path)
+    text = markdown(card, "mine", stats_plots.draw_plots(card))
+    assert "| in-distribution | my \\| world | other | 1 | A\\|B |" in text
+    assert "no dialogues/in-distribution/comment here" in text
+    assert "samples.png" not in text
+
+
+def test_broken_dialogue_is_counted_not_fatal(world: Path, tmp_path: Path) -> None:
+    for name in ("profiles.json", "roles.json"):
+        target = tmp_path / "profiles" / "in-distribution" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((world / "profiles" / "in-distribution" / name).read_bytes())
+    folder = tmp_path / "dialogues" / "in-distribution" / "inter-role"
+    folder.mkdir(parents=True)
+    turns = [{"role": "Nobody", "value": "a"}, {"role": "Nobody else", "value": "b"}]
+    (folder / "x.json").write_text(json.dumps([{"id": "x_1", "image": "x.jpg", "conversations": turns}]))
+    seen = collect(tmp_path).dialogues["in-distribution", "inter-role"]
+    assert (seen.total, seen.turns, seen.unusable) == (1, [2], 1)
+
+
+def test_names_that_no_font_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats_plots, "_families", lambda: ["DejaVu Sans"])
+    assert stats_plots.label("西游记", 4) == "Journey to the West"
+    assert stats_plots.label("我的世界", 4) == "row 4 of the table"
+    assert stats_plots.label("the_modern_times", 4) == "the modern times"
+    assert stats_plots.label("a" * 100, 1) == "a" * 27 + "…"
+
+
+def test_categories() -> None:
+    assert [category(s) for s in ("X-Men", "中国唐代", "Hypothetical Characters", "mine")] == list(stats.CATEGORIES)
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(MMRoleError, match="no profiles"):
+        main([str(tmp_path)])
+    with pytest.raises(MMRoleError, match="no tokenizer"):
+        main([str(tmp_path), "--tokenizer", str(tmp_path)])
+
+
+def test_png_is_a_picture_of_the_numbers() -> None:
+    card = Card(scripts=[("in-distribution", "x", "other", ["a"])])
+    one = stats_plots.draw_plots(card)["characters.png"]
+    card.scripts.append(("in-distribution", "y", "fictional", ["b", "c"]))
+    two = stats_plots.draw_plots(card)["characters.png"]
+    assert Image.open(io.BytesIO(one)).height < Image.open(io.BytesIO(two)).height
