@@ -1,0 +1,170 @@
+# ruff: noqa: N999 - the released file name
+"""Turns reviews into the published CSVs, and the reviews of all agents into one table and a radar chart.
+
+    python eval/RM_result.py                                                  every agent under eval/, and the report
+    python eval/RM_result.py --input_dir eval/in-test_reviews/mmrole-agent --output_dir OUT      one folder, CSVs only
+
+Exit status: 0; 1 if a file could not be read or written (everything else is done); 2 if nothing could be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_utils.errors import MMRoleError, run_main
+from data_utils.files import write_bytes, write_error
+from eval.agents import AgentResult, read_agents, results_folder
+from eval.report import AgentReport, build_report, markdown, report_json, table_csv, terminal_table
+from eval.results import csv_bytes, describe, read_reviews
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; the first three flags are the released ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_dir", type=Path, help="one folder of review files (*.json); needs --output_dir")
+    parser.add_argument("--input_file", help="one file in --input_dir instead of all")
+    parser.add_argument("--output_dir", type=Path, help="where its CSVs go")
+    parser.add_argument(
+        "--eval_dir", type=Path, default=Path("eval"), help="holds {in,out}-test_reviews (default: eval)"
+    )
+    parser.add_argument("--report_dir", type=Path, help="where table and chart go (default: EVAL_DIR/report)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line given, or the process's own.
+
+    Raises:
+        MMRoleError: If nothing could be done at all, or the report could not be written.
+    """
+    options = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot show
+    if options.input_dir or options.input_file or options.output_dir:
+        problems = _one_folder(options)
+    else:
+        problems = _all_agents(options)
+    for problem in problems:
+        print(f"error\n{problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _one_folder(options: argparse.Namespace) -> list[MMRoleError]:
+    files = _input_files(options)
+    problems = []
+    for path in files:
+        try:
+            result = read_reviews(path)
+            _write(options.output_dir / f"{path.stem}.csv", csv_bytes(result))
+        except MMRoleError as error:
+            problems.append(error)
+            print(f"{path.name}: not counted, see the error below")
+            continue
+        _say(path.name, describe(result))
+    print(f"results: {options.output_dir}")
+    return problems
+
+
+def _input_files(options: argparse.Namespace) -> list[Path]:
+    """The review files asked for.
+
+    Raises:
+        MMRoleError: If one of the two folders is not given, or there is no such file.
+    """
+    if not (options.input_dir and options.output_dir):
+        raise MMRoleError(
+            "--input_dir and --output_dir must be given together",
+            f"--input_dir {options.input_dir}, --output_dir {options.output_dir}, --input_file {options.input_file}",
+            "command line",
+            "give both, or none of the three to read every agent under --eval_dir",
+        )
+    if options.input_file is not None:
+        return [options.input_dir / options.input_file]
+    files = sorted(path for path in options.input_dir.glob("*.json") if not path.name.startswith("."))
+    if not files:
+        raise MMRoleError(
+            "no review files (*.json) here",
+            options.input_dir,
+            "--input_dir",
+            "check the path, or run eval/RM_review.sh",
+        )
+    return files
+
+
+def _all_agents(options: argparse.Namespace) -> list[MMRoleError]:
+    report_dir = options.report_dir or options.eval_dir / "report"
+    agents = read_agents(options.eval_dir)
+    for agent in agents:
+        _write_csvs(agent, options.eval_dir)
+        print(f"{agent.name} ({agent.status})")
+        for (split, kind), result in agent.files.items():
+            _say(f"  {split}-test/{kind}", describe(result))
+    _write_report(agents, report_dir, options)
+    print(f"\nresults: {results_folder(options.eval_dir, '{in,out}')}/<agent>/*.csv")
+    made = [name for name in ("table.md", "table.csv", "report.json", "radar.png") if (report_dir / name).is_file()]
+    print(f"report:  {report_dir}/{', '.join(made)}")
+    return [problem for agent in agents for problem in agent.problems]
+
+
+def _write_csvs(agent: AgentResult, eval_dir: Path) -> None:
+    for (split, kind), result in agent.files.items():
+        try:
+            _write(results_folder(eval_dir, split) / agent.folder / f"{kind}_test.csv", csv_bytes(result))
+        except MMRoleError as error:
+            agent.problems.append(error)
+
+
+def _write_report(agents: list[AgentResult], report_dir: Path, options: argparse.Namespace) -> None:
+    reports = build_report(agents, seed=options.seed)
+    print(f"\n{terminal_table(reports)}", end="")
+    settings = {"eval_dir": str(options.eval_dir), "seed": options.seed}
+    for name, text in (
+        ("table.md", markdown(reports)),
+        ("table.csv", table_csv(reports)),
+        ("report.json", report_json(reports, settings)),
+    ):
+        _write(report_dir / name, text.encode("utf-8", errors="backslashreplace"))
+    chart = report_dir / "radar.png"
+    picture = _radar(reports)
+    if picture:
+        _write(chart, picture)
+    else:
+        chart.unlink(missing_ok=True)
+        print("no chart: no agent has a single readable review")
+
+
+def _radar(reports: list[AgentReport]) -> bytes:
+    """The chart; agents without the paper's number are drawn, marked, by their sample means."""
+    from eval.radar import Line, radar_png  # matplotlib takes a second to import, and is not needed for CSVs alone
+
+    return radar_png(
+        [
+            Line(report.agent.name, report.paper[None][:-1], complete=True)
+            if report.agent.complete
+            else Line(report.agent.name, report.samples[None].mean[:-1], complete=False)
+            for report in reports
+        ]
+    )
+
+
+def _say(name: str, lines: Sequence[str]) -> None:
+    print(f"{name}: {lines[0]}")
+    for line in lines[1:]:
+        print(f"      {line}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path.parent, error, "the reviews are unchanged") from error
+    write_bytes(path, data)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

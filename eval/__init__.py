@@ -1,0 +1,1 @@
+"""Judging: prompts, scores, reports, and who answers or judges."""

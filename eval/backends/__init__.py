@@ -1,0 +1,1 @@
+"""Who answers or judges: one door, several engines behind it."""

@@ -1,0 +1,171 @@
+"""eval/RM_result.py and .sh from the command line."""
+
+# ruff: noqa: N999 - mirrors the released file name
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_utils.errors import MMRoleError
+from eval.agents import FILES
+from eval.RM_result import main
+from tests.conftest import ROOT
+from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows
+
+REPORT = ("table.md", "table.csv", "report.json", "radar.png")
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_published_reviews_give_the_published_files(shared: Path, tmp_path: Path) -> None:
+    eval_dir = link_published(shared, tmp_path / "eval")
+    assert run("--eval_dir", eval_dir) == 0
+    published = shared / "mmrole_data" / "published"
+    expected = sorted(published.glob("*_results/*/*.csv"))
+    assert len(expected) == 48
+    for path in expected:
+        assert (eval_dir / path.relative_to(published)).read_bytes() == path.read_bytes()
+    assert all((eval_dir / "report" / name).stat().st_size for name in REPORT)
+
+
+def test_all_agents_in_under_three_seconds(shared: Path, tmp_path: Path) -> None:
+    """From the start of the process; where other work keeps the processors busy, its own time on them counts."""
+    eval_dir = link_published(shared, tmp_path / "eval")
+    command = [sys.executable, ROOT / "eval" / "RM_result.py", "--eval_dir", eval_dir]
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert min(wall, busy) < 3
+
+
+def test_one_folder_with_the_released_flags(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in" / "comment_test.json", [made_row(0, (9, 10))])
+    write_rows(tmp_path / "in" / "other.json", [made_row(0, (8, 10))])
+    assert run("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out" / "deep") == 0
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["comment_test.csv", "other.csv"]
+    with (tmp_path / "out" / "deep" / "other.csv").open(newline="") as file:
+        assert [row["Fluency"] for row in csv.DictReader(file)] == ["0.8"]
+
+
+def test_one_file_with_the_released_flags(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        write_rows(tmp_path / "in" / name, [made_row()])
+    assert run("--input_dir", tmp_path / "in", "--input_file", "b.json", "--output_dir", tmp_path / "out") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.csv"]
+
+
+@pytest.mark.parametrize("flags", [["--input_dir", "x"], ["--output_dir", "x"], ["--input_file", "x"]])
+def test_half_of_the_released_flags_is_refused(flags: list[str]) -> None:
+    with pytest.raises(MMRoleError, match="must be given together"):
+        run(*flags)
+
+
+def test_empty_or_missing_input_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(MMRoleError, match="no review files"):
+            run("--input_dir", folder, "--output_dir", tmp_path / "out")
+    with pytest.raises(MMRoleError, match="no reviews here"):
+        run("--eval_dir", tmp_path)
+
+
+def test_broken_file_is_told_and_the_rest_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_agent(tmp_path, "good", [made_row()])
+    write_agent(tmp_path, "bad", [made_row()])
+    broken = review_path(tmp_path, "bad", "in", "comment")
+    broken.write_text('[{"id": 1,]', encoding="utf-8")
+    assert run("--eval_dir", tmp_path) == 1
+    told = capsys.readouterr()
+    assert all(part in told.err for part in ("problem:", "value:", "where:", "to do:", str(broken)))
+    assert "bad (incomplete: no readable in-test/comment" in told.out
+    assert len(list(tmp_path.glob("*_results/*/*.csv"))) == 11
+    assert not (tmp_path / "in-test_results" / "bad" / "comment_test.csv").exists()
+    assert all((tmp_path / "report" / name).is_file() for name in REPORT)
+
+
+def test_one_broken_file_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "in" / "b.json", [made_row()])
+    write_rows(tmp_path / "in" / "a.json", {"not": "rows"})
+    assert run("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.csv"]
+    assert "not a file of reviews" in capsys.readouterr().err
+
+
+def test_says_what_was_counted_and_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [made_row(0), made_row(1, answer=""), made_row(2, records={"Fluency": record((8, 0)), "Coherency": {}})]
+    write_agent(tmp_path, "made", rows)
+    assert run("--eval_dir", tmp_path) == 0
+    told = capsys.readouterr().out
+    assert told.count("3 rows, 2 counted, 1 without an answer, failed reviews: 2") == 6
+    assert told.count("Fluency: mean over 1 of 2 (1 × model B scored 0, so the ratio is undefined)") == 6
+    assert told.count("Coherency: mean over 1 of 2 (1 × no review stored)") == 6
+    assert "failed reviews: 12" in told
+
+
+def test_agent_with_nothing_but_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_agent(tmp_path, "made", [made_row(0, (8, 0))])
+    old_chart = write_rows(tmp_path / "report" / "radar.png", "an old chart")
+    assert run("--eval_dir", tmp_path) == 0
+    assert "no chart" in capsys.readouterr().out and not old_chart.exists()
+    line = (tmp_path / "in-test_results" / "made" / "comment_test.csv").read_bytes().splitlines()[1]
+    assert line == b"1" + b",nan" * 8
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file where a folder should be: unlike permissions, it also stops root."""
+    write_agent(tmp_path, "made", [made_row()])
+    (tmp_path / "in-test_results").write_text("a file", encoding="utf-8")
+    assert run("--eval_dir", tmp_path) == 1
+    assert capsys.readouterr().err.count("cannot write") == 3
+    assert len(list(tmp_path.glob("out-test_results/*/*.csv"))) == 3
+    (tmp_path / "report.txt").write_text("a file", encoding="utf-8")
+    with pytest.raises(MMRoleError, match="cannot write"):
+        run("--eval_dir", tmp_path, "--report_dir", tmp_path / "report.txt")
+    with pytest.raises(MMRoleError, match="cannot write"):
+        run("--eval_dir", tmp_path, "--report_dir", tmp_path / "report.txt" / "deeper")
+
+
+def test_reports_are_the_same_each_time(tmp_path: Path) -> None:
+    write_agent(tmp_path, "made", [made_row(i, (i, 10)) for i in range(1, 9)])
+    for name in ("first", "again"):
+        assert run("--eval_dir", tmp_path, "--report_dir", tmp_path / name, "--seed", 7) == 0
+    for name in REPORT:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert json.loads((tmp_path / "first" / "report.json").read_text())["settings"]["seed"] == 7
+
+
+def test_reviews_are_never_touched(tmp_path: Path) -> None:
+    write_agent(tmp_path, "made", [made_row()])
+    paths = [review_path(tmp_path, "made", *key) for key in FILES]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    run("--eval_dir", tmp_path)
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths] == before
+
+
+def test_script_runs_from_any_directory(tmp_path: Path) -> None:
+    write_agent(tmp_path / "my eval", "我的 $agent_1$", [made_row()])
+    environment = {**os.environ, "EVAL_DIR": "my eval", "VIRTUAL_ENV": sys.prefix}
+    script = ROOT / "eval" / "RM_result.sh"
+    done = subprocess.run(
+        ["bash", script, "--seed", "3"], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "我的 $agent_1$" in done.stdout and "The paper's table" in done.stdout
+    assert all((tmp_path / "my eval" / "report" / name).is_file() for name in REPORT)
+
+
+def test_script_tells_user_errors_without_a_traceback(tmp_path: Path) -> None:
+    environment = {**os.environ, "EVAL_DIR": str(tmp_path), "VIRTUAL_ENV": sys.prefix}
+    done = subprocess.run(
+        ["bash", ROOT / "eval" / "RM_result.sh"], env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 2
+    assert "no reviews here" in done.stderr and "Traceback" not in done.stderr

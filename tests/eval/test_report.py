@@ -1,0 +1,119 @@
+"""The report as Markdown, CSV and JSON."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from eval.agents import read_agents
+from eval.metrics import METRIC_NAMES
+from eval.report import COLUMNS, build_report, markdown, report_json, table_csv, terminal_table
+from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows
+
+
+def csv_rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def paper_cells(markdown_text: str) -> dict[str, list[str]]:
+    """The paper's table of a report: name -> cells."""
+    section = markdown_text.split("## The paper's table")[1].split("## In-Test")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_published_agents_give_the_papers_table(shared: Path, tmp_path: Path) -> None:
+    table = json.loads((shared / "golden" / "paper_table_5.json").read_text(encoding="utf-8"))
+    reports = build_report(read_agents(link_published(shared, tmp_path / "eval")))
+    paper = {row["name"]: [row[column] for column in table["columns"]] for row in table["rows"]}
+    cells = paper_cells(markdown(reports))
+    assert cells.pop("Agent") == [*table["columns"], "Note"]
+    names = [name for name in cells if not set(name) <= set("-")]
+    assert len(names) == 8 and all(cells[name] == [*paper[name], ""] for name in names)
+    assert names == sorted(names, key=lambda name: paper[name][-1], reverse=True)
+    rows = csv_rows(table_csv(reports))
+    assert len(rows) == 8 * 3 * 4
+    in_test = next(row for row in rows if (row["folder"], row["set"]) == ("mmrole-agent", "In-Test"))
+    assert [in_test[column] for column in COLUMNS] == paper["MMRole-Agent (In-Test)"]
+
+
+def write_two(eval_dir: Path) -> None:
+    write_agent(eval_dir, "whole", [made_row(0, (9, 10)), made_row(1, (7, 10)), made_row(2, answer="")])
+    write_agent(eval_dir, "part", [made_row(0, (3, 10)), made_row(1, (4, 10))], skip=[("out", "inter-role")])
+
+
+def test_incomplete_agent_is_marked_and_has_only_sample_means(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    reports = build_report(read_agents(tmp_path))
+    cells = paper_cells(markdown(reports))
+    assert cells["whole"][:9] == ["0.800"] * 9
+    assert cells["part"][:9] == ["–"] * 9 and cells["part"][9].startswith("incomplete: no readable out-test/inter-role")
+    rows = {(row["folder"], row["set"], row["statistic"]): row for row in csv_rows(table_csv(reports))}
+    assert {rows["part", "all", "paper (0.75 In + 0.25 Out)"][column] for column in COLUMNS} == {"nan"}
+    assert rows["part", "In-Test", "paper (mean of three files)"]["Overall"] == "0.350"
+    assert rows["part", "Out-Test", "paper (mean of three files)"]["Overall"] == "nan"
+    assert rows["part", "all", "sample mean"]["Overall"] == "0.350"
+    assert rows["part", "all", "sample mean"]["status"].startswith("incomplete")
+    assert "incomplete: no readable out-test/inter-role" in terminal_table(reports)
+
+
+def test_counts(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    broken = made_row(0, (9, 10), records={"Fluency": {}, "Coherency": {**record((9, 10)), "read_by": "forgiving"}})
+    write_rows(review_path(tmp_path, "whole", "in", "comment"), [broken, made_row(1, (7, 10), answer="")])
+    rows = {(row["folder"], row["set"]): row for row in csv_rows(table_csv(build_report(read_agents(tmp_path))))}
+    counts = ("rows", "reviewed", "without_answer", "not_reviewed", "failed_reviews", "forgiving_reader", "retried")
+    assert [rows["whole", "all"][name] for name in counts] == ["17", "11", "6", "0", "1", "1", "0"]
+    assert [rows["whole", "In-Test"][name] for name in counts] == ["8", "5", "3", "0", "1", "1", "0"]
+    assert [rows["part", "Out-Test"][name] for name in counts] == ["4", "4", "0", "0", "0", "0", "0"]
+
+
+def test_json_has_everything_and_no_nan(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    write_rows(
+        review_path(tmp_path, "whole", "in", "comment"), [made_row(7, (1, 3), records={"Fluency": record((1, 0))})]
+    )
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(name)
+
+    text = report_json(build_report(read_agents(tmp_path)), {"seed": 0})
+    report = json.loads(text, parse_constant=refuse)
+    agents = {agent["folder"]: agent for agent in report["agents"]}
+    comment = agents["whole"]["files"]["in-test/comment"]
+    assert comment["means"] == {name: None if name == "Fluency" else 1 / 3 for name in METRIC_NAMES}
+    assert comment["failures"] == [
+        {"id": "row_7", "metric": "Fluency", "reason": "model B scored 0, so the ratio is undefined"}
+    ]
+    assert agents["part"]["files"]["out-test/inter-role"] is None
+    assert set(agents["part"]["paper"]["all"].values()) == {None}
+    assert set(agents["part"]["sample_means"]["all"]) == {"mean", "low", "high"}
+    assert report["settings"] == {"seed": 0}
+
+
+def test_an_agents_interval_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    agents = read_agents(tmp_path)
+    both = {report.agent.folder: report for report in build_report(agents)}
+    alone = build_report([agent for agent in agents if agent.folder == "whole"])[0]
+    assert alone.samples[None].low.tolist() == both["whole"].samples[None].low.tolist()
+
+
+def test_text_is_the_same_each_time(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    first, again = (build_report(read_agents(tmp_path), seed=5) for _ in range(2))
+    for render in (markdown, table_csv, terminal_table, lambda reports: report_json(reports, {})):
+        assert render(first) == render(again)
+
+
+def test_odd_names_keep_the_table_whole(tmp_path: Path) -> None:
+    for folder in ("a|b", "孙悟空", "back\\slash", "two\nlines"):
+        write_agent(tmp_path, folder, [made_row()])
+    text = markdown(build_report(read_agents(tmp_path)))
+    section = text.split("## The paper's table")[1].split("## In-Test")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 4
+    assert {line.replace("\\|", "").count("|") for line in lines} == {12}
+    assert any("a\\|b" in line for line in lines) and any("孙悟空" in line for line in lines)

@@ -1,0 +1,358 @@
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import inference
+from data_utils.errors import MMRoleError, ProblemsError
+from tests.conftest import ROOT
+from tests.fake_backend import FakeBackend, fake_answer, flags, make_model, make_world, results, sample, write_rows
+
+FILES = [
+    f"{split}-test_answers/mmrole-agent/{kind}_test.json"
+    for split in ("in", "out")
+    for kind in ("comment", "human-role", "inter-role")
+]
+
+
+@pytest.fixture
+def world(tmp_path):
+    return make_world(tmp_path / "world")
+
+
+def start(world, *more, kill_at=None):
+    """The script with the fake engine in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.fake_backend", "inference", *flags(world, *more)],
+        cwd=ROOT,
+        env={**os.environ, "KILL_AT": str(kill_at or "")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def undisturbed(tmp_path):
+    other = make_world(tmp_path / "undisturbed")
+    assert inference.main(flags(other), FakeBackend()) == 0
+    return results(other / "eval")
+
+
+# ---- what is written
+
+
+def test_both_test_sets_are_answered_in_the_published_format(world):
+    backend = FakeBackend()
+    assert inference.main(flags(world), backend) == 0
+    made = results(world / "eval")
+    assert sorted(made) == sorted(FILES)
+    rows = json.loads((world / "data/test/in-distribution/comment_test.json").read_text())
+    expected = copy.deepcopy(rows)
+    for row in expected:
+        (request,) = [r for r in backend.requests if r.text == row["conversations"][0]["value"]]
+        row["conversations"][1]["answer"] = fake_answer(request)
+    assert made[FILES[0]] == json.dumps(expected, ensure_ascii=False, indent=4).encode()
+
+
+def test_a_request_is_the_sample_and_nothing_else(world):
+    backend = FakeBackend()
+    inference.main(flags(world, "--max_new_tokens", 9), backend)
+    request = backend.requests[0]
+    row = json.loads((world / "data/test/in-distribution/comment_test.json").read_text())[0]
+    assert request.image == world / "images" / row["image"]
+    assert (request.text, request.system) == (row["conversations"][0]["value"], row["system"])
+    assert (request.do_sample, request.max_new_tokens) == (None, 9)
+    assert len({request.seed for request in backend.requests}) == 18
+
+
+def test_no_random_is_greedy(world):
+    backend = FakeBackend()
+    inference.main(flags(world, "--no_random"), backend)
+    assert {request.do_sample for request in backend.requests} == {False}
+
+
+def test_published_answers_come_out_byte_for_byte(shared, tmp_path):
+    """From the test set and the published answers' texts, the published files."""
+    published = shared / "mmrole_data" / "published" / "in-test_answers" / "mmrole-agent"
+    rows = [row for path in published.glob("*.json") for row in json.loads(path.read_text())]
+    texts = {row["conversations"][0]["value"]: row["conversations"][1]["answer"] for row in rows}
+    world = make_world(tmp_path / "world")
+    for row in rows:
+        image = world / "images" / row["image"]
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(b"")
+    source = shared / "mmrole_data/data/test/in-distribution"
+    told = flags(world, "--input_dir", source, "--output_dir", tmp_path / "out")
+    assert inference.main(told, FakeBackend(lambda request: texts[request.text])) == 0
+    for path in published.glob("*.json"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_keys_of_the_data_s_own_survive(world):
+    path = world / "data/test/in-distribution/comment_test.json"
+    write_rows(path, [{"note": [1.0, None], **sample("a"), "更多": {"x": "\u2028"}}])
+    inference.main(flags(world), FakeBackend(lambda request: "hi"))
+    row = json.loads((world / "eval" / FILES[0]).read_text())[0]
+    assert list(row) == ["note", "id", "system", "image", "conversations", "role", "script", "other_role", "更多"]
+    assert row["更多"] == {"x": "\u2028"}
+
+
+def test_released_flags(world, tmp_path):
+    write_rows(tmp_path / "in" / "a.json", [sample("a")])
+    write_rows(tmp_path / "in" / "b.json", [sample("b")])
+    told = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "one", "--input_file", "b.json")
+    assert inference.main(told, FakeBackend()) == 0
+    assert list(results(tmp_path / "one")) == ["b.json"]
+    told = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "all")
+    assert inference.main(told, FakeBackend()) == 0
+    assert list(results(tmp_path / "all")) == ["a.json", "b.json"]
+    assert results(tmp_path / "all")["b.json"] == results(tmp_path / "one")["b.json"]
+
+
+# ---- resuming
+
+
+def test_a_finished_run_is_left_alone_and_says_so(world, capsys):
+    inference.main(flags(world), FakeBackend())
+    made, backend = results(world / "eval"), FakeBackend()
+    capsys.readouterr()
+    assert inference.main(flags(world), backend) == 0
+    assert capsys.readouterr().out.count("finished already, left alone") == 6
+    assert backend.requests == []
+    assert results(world / "eval") == made
+
+
+@pytest.mark.parametrize("moment", [1, 6, 7, 9, 10, 11, 23, 35, 36])
+def test_killed_in_the_middle_of_a_write(world, tmp_path, moment):
+    """6 headers, then 3 answers, a last line and a renaming for each of 6 files: 36 moments."""
+    process = start(world, kill_at=moment)
+    _, told = process.communicate()
+    assert process.returncode == -9, told.decode()
+    assert inference.main(flags(world), FakeBackend()) == 0
+    assert results(world / "eval") == undisturbed(tmp_path)
+    assert not list((world / "eval").rglob("*.tmp"))
+
+
+def test_killed_at_random_moments_again_and_again(tmp_path):
+    expected = undisturbed(tmp_path)
+    chance = random.Random(0)
+    kills = 0
+    for number in range(4):
+        world = make_world(tmp_path / f"world{number}")
+        while True:
+            process = start(world)
+            began = time.monotonic()
+            while not list(world.glob("eval/*/*/*.journal")) and time.monotonic() < began + 60:
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, 0.1))
+            process.kill()
+            process.communicate()
+            kills += process.returncode == -9
+            if process.returncode == 0:
+                break
+            if kills > 30:
+                assert inference.main(flags(world), FakeBackend()) == 0
+                break
+        assert results(world / "eval") == expected
+    assert kills
+
+
+def test_a_run_goes_on_and_asks_only_for_what_is_missing(world, tmp_path):
+    class Dying(FakeBackend):
+        def run(self, requests):
+            for number, result in enumerate(super().run(requests)):
+                if number == 7:
+                    raise KeyboardInterrupt
+                yield result
+
+    with pytest.raises(KeyboardInterrupt):
+        inference.main(flags(world), Dying())
+    assert list(results(world / "eval")) == FILES[:2]
+    backend = FakeBackend()
+    inference.main(flags(world), backend)
+    assert len(backend.requests) == 11
+    assert results(world / "eval") == undisturbed(tmp_path)
+
+
+def test_another_model_or_other_settings_are_refused_and_both_are_named(world):
+    inference.main(flags(world), FakeBackend())
+    made = results(world / "eval")
+    other = make_model(world / "other", b"other weights")
+    backend = FakeBackend()
+    with pytest.raises(ProblemsError) as caught:
+        inference.main([*flags(world), "--model_path", str(other), "--no_random", "--seed", "5"], backend)
+    told = str(caught.value)
+    assert str(world / "model") in told
+    assert str(other) in told
+    assert 'decoding: "as the checkpoint says" there, "greedy" now' in told
+    assert "seed: 0 there, 5 now" in told
+    assert backend.requests == []
+    assert results(world / "eval") == made
+    assert inference.main([*flags(world), "--model_path", str(other), "--overwrite"], backend) == 0
+    assert len(backend.requests) == 18
+
+
+def test_a_limited_run_is_not_taken_for_the_whole(world, tmp_path):
+    inference.main(flags(world, "--limit", 1), FakeBackend())
+    assert [len(json.loads(data)) for data in results(world / "eval").values()] == [1] * 6
+    backend = FakeBackend()
+    inference.main(flags(world), backend)
+    assert len(backend.requests) == 12
+    assert results(world / "eval") == undisturbed(tmp_path)
+
+
+def test_a_published_file_is_left_alone_even_without_its_images(world, capsys):
+    published = write_rows(world / "eval" / FILES[0], ["published"])
+    write_rows(world / "data/test/in-distribution/comment_test.json", [sample("a", image="gone.png")])
+    assert inference.main(flags(world), FakeBackend()) == 0
+    assert "made elsewhere" in capsys.readouterr().out
+    assert json.loads(published.read_text()) == ["published"]
+
+
+def test_a_failed_sample_is_counted_and_tried_again(world, capsys):
+    def fails(request):
+        if "in-distribution_comment_1" in request.text:
+            raise ValueError("not a readable image")
+        return fake_answer(request)
+
+    assert inference.main(flags(world), FakeBackend(fails)) == 1
+    assert "1 failed: not a readable image: in-distribution_comment_1" in capsys.readouterr().err
+    rows = json.loads((world / "eval" / FILES[0]).read_text())
+    assert [bool(row["conversations"][1]["answer"]) for row in rows] == [True, False, True]
+    backend = FakeBackend()
+    assert inference.main(flags(world), backend) == 0
+    assert len(backend.requests) == 1
+
+
+# ---- what is checked before the model is loaded
+
+
+class Untouchable:
+    def __call__(self, options):
+        raise AssertionError("the model must not be asked for")
+
+
+def problems_of(arguments):
+    with pytest.raises(MMRoleError) as caught:
+        inference.main(arguments, Untouchable())
+    return str(caught.value)
+
+
+def test_everything_wrong_is_told_at_once(world):
+    test = world / "data" / "test"
+    (test / "in-distribution/comment_test.json").write_text("[{]")
+    write_rows(test / "in-distribution/human-role_test.json", [sample("a", role=None), sample("a", image="../x.png")])
+    (test / "in-distribution/inter-role_test.json").unlink()
+    write_rows(
+        test / "out-of-distribution/comment_test.json", [sample("b", image="gone.png"), sample("c", image="go.png")]
+    )
+    (world / "eval").write_text("a file where the folder should be")
+    (world / "model" / "config.json").unlink()
+    told = problems_of(flags(world))
+    for part in (
+        "line 1, column 3",
+        "role: ",
+        "climb out of the image folder",
+        "2 rows have the same id",
+        "No such file or directory",
+        "gone.png\n",
+        "go.png\n",
+        "2 image(s) are missing",
+        "the output folder cannot be written",
+        "config.json",
+    ):
+        assert part in told, part
+    assert (world / "eval").is_file()
+
+
+def test_missing_images_may_be_skipped(world, capsys):
+    path = world / "data/test/in-distribution/comment_test.json"
+    write_rows(path, [sample("a", image="gone.png"), sample("b"), sample("c")])
+    assert "gone.png" in problems_of(flags(world))
+    assert inference.main(flags(world, "--missing_image", "skip", "--limit", 1), FakeBackend()) == 0
+    assert "1 of 3 rows, 1 left out for want of their image" in capsys.readouterr().out
+    assert [row["id"] for row in json.loads((world / "eval" / FILES[0]).read_text())] == ["b"]
+    (world / "images/gone.png").write_bytes(b"x")
+    assert inference.main(flags(world), FakeBackend()) == 0
+    assert [row["id"] for row in json.loads((world / "eval" / FILES[0]).read_text())] == ["a", "b", "c"]
+
+
+def test_no_image_folder_is_not_skipped_over(world):
+    assert "no such image folder" in problems_of(flags(world, "--image_dir", "nowhere", "--missing_image", "skip"))
+    (world / "empty").mkdir()
+    told = problems_of(flags(world, "--image_dir", world / "empty", "--missing_image", "skip"))
+    assert "no row has its image" in told
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--model_path", "nowhere"], "no such checkpoint folder"),
+        (["--use_lora"], "holds no adapter"),
+        (["--data_root", "nowhere"], "the data root holds no test sets"),
+        (["--agent", "../x"], "name of one folder"),
+        (["--input_dir", "nowhere", "--output_dir", "out"], "no such input folder"),
+        (["--input_dir", "."], "--input_dir needs --output_dir"),
+        (["--output_dir", "out"], "--output_dir needs --input_dir"),
+    ],
+)
+def test_flags_that_cannot_be_followed(world, more, told):
+    assert told in problems_of([*flags(world), *more])
+    assert not (world / "eval").exists()
+
+
+def test_the_input_is_never_overwritten(world):
+    folder = world / "data/test/in-distribution"
+    arguments = flags(world, "--input_dir", folder, "--output_dir", folder, "--overwrite")
+    assert "would overwrite the input" in problems_of(arguments)
+
+
+def test_a_changed_input_is_refused(world):
+    inference.main(flags(world), FakeBackend())
+    write_rows(
+        world / "data/test/in-distribution/comment_test.json", [sample("in-distribution_comment_0", system="new")]
+    )
+    assert "the input has changed" in problems_of(flags(world))
+
+
+def test_a_second_process_is_refused(world):
+    class Second(FakeBackend):
+        def run(self, requests):
+            process = start(world)
+            told = process.communicate()[1].decode()
+            assert process.returncode == 2
+            assert "another process is writing this journal" in told
+            return super().run(requests)
+
+    assert inference.main(flags(world), Second()) == 0
+
+
+def test_options_are_printed_and_saved(world, capsys):
+    inference.main(flags(world, "--seed", 3), FakeBackend())
+    assert f'image_dir: "{world / "images"}"' in capsys.readouterr().out
+    journal = (world / "eval" / FILES[0]).with_suffix(".journal")
+    header = json.loads(journal.read_text().splitlines()[0])
+    assert header["info"]["options"]["seed"] == 3
+    assert header["info"]["options"]["model_path"] == str(world / "model")
+    assert header["settings"]["seed"] == 3
+
+
+# ---- the real model
+
+
+def test_two_real_samples(shared, tiny_a, tmp_path):
+    command = [sys.executable, ROOT / "inference.py", "--model_path", tiny_a, "--output_dir", tmp_path / "out"]
+    command += ["--image_dir", shared / "mmrole_data/images", "--missing_image", "skip", "--limit", "2"]
+    command += ["--input_dir", shared / "mmrole_data/data/test/in-distribution", "--input_file", "comment_test.json"]
+    command += ["--max_new_tokens", "8", "--device", "cpu", "--dtype", "float32"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out/comment_test.json").read_text())
+    assert len(rows) == 2
+    assert all(row["conversations"][1]["answer"] for row in rows)
+    assert not list(Path(tmp_path).glob("*.ttf"))
