@@ -1,0 +1,119 @@
+"""Fine-tunes Qwen-VL-Chat into the agent or the reward model: full tuning or LoRA, with or without DeepSpeed.
+
+python finetune/finetune.py --model_name_or_path model_weights/Qwen-VL-Chat --data_path data/train/train_85k.json \
+    --output_dir checkpoints/MMRole-Agent …
+
+The four finetune_*.sh give the paper's settings. Under `torchrun` it is one of several processes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    # This file is named as its package: run as a script, its folder must not come first, or it would stand in for it.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data_utils.errors import run_main
+from finetune.early import check_early, told_once
+
+if TYPE_CHECKING:
+    from finetune.arguments import Options
+    from finetune.preflight import Checked
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks, trains, saves."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    warnings.simplefilter("ignore", FutureWarning)  # torch warns DeepSpeed, and transformers peft, at every step
+    check_early(words)
+    # What follows takes seconds to import, and the check above must not wait for it.
+    from finetune.arguments import parse_arguments
+    from finetune.preflight import check
+    from finetune.resuming import checkpoint_to_resume
+
+    with told_once():
+        options, notices = parse_arguments(words)
+        resume = checkpoint_to_resume(options)
+    first = options.training.process_index == 0
+    if first and notices:
+        print(f"old spellings: {'; '.join(notices)}", file=sys.stderr)
+    checked = check(options, resume)
+    if first:
+        _tell(options, checked, resume)
+        _clear(options)
+    train(options, checked, resume)
+    return 0
+
+
+def train(options: Options, checked: Checked, resume: Path | None) -> None:
+    """Loads the model, trains it from the beginning or from a checkpoint, and saves it."""
+    from finetune.model import load_model, parameter_counts, trainable_names
+    from finetune.trainer import SupervisedTrainer
+
+    with told_once():
+        model = load_model(options)
+    names, (trains, total) = trainable_names(model), parameter_counts(model)
+    if options.training.process_index == 0:
+        print(f"trains: {len(names)} tensors with {trains:,} of {total:,} weights", flush=True)
+        if options.training.use_lora:
+            print(f"  LoRA on {sum('lora_A' in name for name in names)} modules", flush=True)
+    trainer = SupervisedTrainer(
+        model=model,
+        arguments=options.training,
+        tokenizer=checked.tokenizer,
+        dataset=checked.dataset,
+        eval_dataset=checked.eval_dataset,
+        facts={**_facts(options, checked), "trainable_weights": trains, "weights": total, "trainable": names},
+    )
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_finished()
+    if options.training.process_index == 0:
+        print(f"saved: {options.training.output_dir}", flush=True)
+
+
+def _facts(options: Options, checked: Checked) -> dict[str, Any]:
+    from finetune.report import versions
+    from finetune.resuming import identity
+
+    return {
+        "identity": identity(options),
+        "global_batch": options.training.samples_per_step,
+        "data": {**checked.fingerprints["data"], **checked.facts.counts()},
+        "base": checked.fingerprints["base"],
+        "versions": versions(),
+        "options": options.resolved(),
+    }
+
+
+def _tell(options: Options, checked: Checked, resume: Path | None) -> None:
+    """Prints the resolved options and what was found in the data, once."""
+    for name, value in sorted(options.told().items()):
+        print(f"  {name}: {value}")
+    training = options.training
+    print(
+        f"{training.samples_per_step} samples a step: micro-batch {training.per_device_train_batch_size} x "
+        f"accumulation {training.gradient_accumulation_steps} x {training.world_size} process(es)"
+    )
+    print(f"{options.data.data_path}: {checked.facts.told(training.model_max_length)}")
+    print(f"resumes from {resume}" if resume else "begins at the beginning", flush=True)
+
+
+def _clear(options: Options) -> None:
+    """Deletes the checkpoints of an earlier run, if that is what the flag says."""
+    from finetune.saving import checkpoints
+
+    output = Path(options.training.output_dir)
+    if options.training.overwrite_output_dir:
+        for folder in checkpoints(output):
+            shutil.rmtree(folder)
+    output.mkdir(parents=True, exist_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Fine-tunes Qwen-VL-Chat into the role-playing agent: LoRA adapters on the decoder, 3 epochs.
+# Needs: train_85k.json at DATA_PATH, images/ below DATA_ROOT, Qwen-VL-Chat at MODEL_PATH.
+# Gives: the adapter in OUTPUT_DIR (scripts/merge_lora.py merges it).
+# Settings: see launch.sh; further flags of finetune.py may follow.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+DATA_PATH=${DATA_PATH:-$DATA_ROOT/data/train/train_85k.json}
+OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/checkpoints/MMRole-Agent-LoRA}
+
+finetune ds_config_zero2.json --num_train_epochs 3 --model_max_length 3072 --use_lora True "$@"

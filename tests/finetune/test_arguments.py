@@ -1,0 +1,81 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_utils.errors import MMRoleError
+from finetune.arguments import RETIRED, modern_spelling, parse_arguments
+from tests.conftest import ROOT
+
+Flags = Callable[..., list[str]]
+
+
+def test_old_spellings_are_mapped_with_a_line_each() -> None:
+    words = ["--evaluation_strategy", "no", "--lazy_preprocess", "True", "--warmup_ratio=0.01", "--bf16", "True"]
+    modern, notices = modern_spelling(words)
+    assert modern == ["--eval_strategy", "no", "--warmup_steps=0.01", "--bf16", "True"]
+    assert len(notices) == 3
+    assert modern_spelling(["--lazy_preprocess", "--bf16"])[0] == ["--bf16"]
+
+
+def test_the_released_command_line_is_understood(flags: Flags, tmp_path: Path) -> None:
+    words = flags(per_device_eval_batch_size=1, evaluation_strategy="no", save_steps=1000, save_total_limit=10)
+    words += ["--warmup_ratio", "0.01", "--adam_beta2", "0.95", "--lr_scheduler_type", "cosine", "--use_lora", "False"]
+    words += ["--fix_vit", "True", "--report_to", "none", "--gradient_checkpointing", "True", "--q_lora", "False"]
+    words += [word for name in RETIRED for word in (name, "x")]
+    options, notices = parse_arguments(words)
+    training = options.training
+    assert training.get_warmup_steps(1000) == 10
+    assert training.gradient_checkpointing is True
+    assert training.report_to == []
+    assert str(training.output_dir) == str(tmp_path / "out")
+    assert options.lora.lora_target_modules == ["c_attn", "attn.c_proj", "w1", "w2"]
+    assert (options.lora.lora_r, options.lora.lora_alpha, options.lora.lora_dropout) == (64, 16, 0.05)
+    assert len(notices) == len(RETIRED) + 2
+
+
+def test_defaults_are_ours(flags: Flags) -> None:
+    training = parse_arguments(flags())[0].training
+    assert training.use_cpu is True
+    assert training.model_max_length == 3072
+    assert training.fix_vit is True
+    assert training.packing is True
+    assert training.remove_unused_columns is False
+    assert training.zero_stage == 0
+    assert training.samples_per_step == 4
+
+
+def test_the_global_batch_decides_the_accumulation(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_arguments(flags(global_batch_size=16))[0].training.gradient_accumulation_steps == 8
+    with pytest.raises(MMRoleError, match="does not divide"):
+        parse_arguments(flags(global_batch_size=15))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(MMRoleError, match=r"3 process\(es\)"):
+        parse_arguments(flags(global_batch_size=16))
+
+
+def test_all_that_is_wrong_is_told_at_once(flags: Flags) -> None:
+    words = flags(fp16=True, deepspeed="nowhere.json", push_to_hub=True, model_max_length=0)
+    with pytest.raises(MMRoleError) as caught:
+        parse_arguments([*words, "--learning_rat", "1"])
+    told = str(caught.value)
+    for part in ("did you mean --learning_rate?", "nowhere.json", "float16 overflows", "--push_to_hub", "no tokens"):
+        assert part in told
+
+
+def test_a_value_that_cannot_be(flags: Flags) -> None:
+    with pytest.raises(MMRoleError, match="max_steps"):
+        parse_arguments(flags(max_steps="many"))
+    with pytest.raises(MMRoleError, match="required"):
+        parse_arguments(["--output_dir", "x"])
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_deepspeed_configs_need_no_compiler(name: str) -> None:
+    text = (ROOT / "finetune" / f"ds_config_{name}.json").read_text()
+    assert '"optimizer"' not in text
+    assert '"scheduler"' not in text
+    if "offload" in name:
+        assert '"zero_force_ds_cpu_optimizer": false' in text
+    if "zero3" in name:
+        assert '"stage3_gather_16bit_weights_on_model_save": true' in text

@@ -1,0 +1,126 @@
+"""What is found before the weights load."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_utils.errors import MMRoleError
+from data_utils.supervised import SupervisedDataset
+from finetune.arguments import parse_arguments
+from finetune.finetune import main
+from finetune.preflight import answer_positions, check, check_samples
+from finetune.saving import CHECKPOINT
+from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
+from tests.finetune.conftest import Data
+
+Flags = Callable[..., list[str]]
+
+
+def sample(name: str, question: str, answer: str = "Yes.") -> dict:
+    turns = [{"from": "user", "value": question}, {"from": "assistant", "value": answer}]
+    return {"id": name, "conversations": turns}
+
+
+def test_everything_wrong_is_told_at_once_and_no_weight_is_read(
+    flags: Flags, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data.root / "images" / "broken.png").write_bytes(b"no picture")
+    rows = [
+        sample("gone", "<img>images/gone.png</img>"),
+        sample("gone_too", "<img>images/gone.png</img>"),
+        sample("broken", "<img>images/broken.png</img>"),
+        sample("out", "<img>../secret.png</img>"),
+        sample("open", "<img>images/0.png"),
+        sample("good", "<img>images/0.png</img>"),
+    ]
+    file = data.with_rows(rows, "wrong.json")
+    monkeypatch.setattr(QwenVLForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(MMRoleError) as caught:
+        main(flags(data_path=file))
+    told = str(caught.value)
+    assert told.startswith("4 problems")
+    assert told.count("images/gone.png") == 1
+    assert "sample gone and 1 more" in told
+    for part in ("broken.png", "climb out", "Unclosed" if "Unclosed" in told else "unclosed"):
+        assert part in told
+
+
+def test_schema_problems_come_with_those_of_the_base(flags: Flags, data: Data, tmp_path: Path) -> None:
+    rows = [sample("twice", "a"), sample("twice", "b"), {"id": "none", "conversations": [{"from": "bot", "value": ""}]}]
+    file = data.with_rows(rows, "schema.json")
+    with pytest.raises(MMRoleError) as caught:
+        main(flags(data_path=file, model_name_or_path=tmp_path / "nowhere", eval_strategy="steps"))
+    told = str(caught.value)
+    for part in ("twice", "sample none", "no such checkpoint folder", "nothing to evaluate on"):
+        assert part in told
+
+
+def test_an_empty_file_and_a_missing_one(flags: Flags, data: Data) -> None:
+    with pytest.raises(MMRoleError, match="no samples"):
+        main(flags(data_path=data.with_rows([], "empty.json")))
+    with pytest.raises(MMRoleError, match="cannot read the file"):
+        main(flags(data_path=data.root / "nowhere.json"))
+
+
+def test_cut_answers_are_counted(base: Path, data: Data) -> None:
+    tokenizer = QwenVLTokenizer.from_pretrained(base)
+    rows = [
+        sample("fits", "a", "b"),
+        sample("loses_some", "a" * 20, "b" * 200),
+        sample("loses_all", "a" * 300, "b" * 5),
+    ]
+    dataset = SupervisedDataset(rows, tokenizer, data_root=data.root, max_length=200)
+    facts, problems = check_samples(dataset, Path("train.json"))
+    assert problems == []
+    assert (facts.samples, facts.too_long) == (3, ["loses_some", "loses_all"])
+    assert (facts.answer_cut, facts.answer_lost) == (["loses_some"], ["loses_all"])
+    assert "2 are longer than 200 tokens and are cut: 1 lose a part of their answer, 1 all of it" in facts.told(200)
+    ids, labels = dataset.tokens(0)
+    assert [ids[i] for i in answer_positions(labels, tokenizer)] == tokenizer.encode("b")
+
+
+def test_shares_of_several_processes_add_up(base: Path, data: Data) -> None:
+    tokenizer = QwenVLTokenizer.from_pretrained(base)
+    dataset = SupervisedDataset(data.rows, tokenizer, data_root=data.root, max_length=320)
+    whole, _ = check_samples(dataset, data.file)
+    shares = [check_samples(dataset, data.file, first, 3)[0] for first in range(3)]
+    assert sum(share.samples for share in shares) == whole.samples == len(data.rows)
+    assert sum(share.tokens for share in shares) == whole.tokens
+    first = shares[0]
+    for share in shares[1:]:
+        first.add(share)
+    assert sorted(first.too_long) == sorted(whole.too_long)
+    assert first.longest == whole.longest
+
+
+def test_an_adapter_is_no_base(flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(MMRoleError, match=r"merge_lora\.py"):
+        main(flags(model_name_or_path=tmp_path))
+
+
+def test_q_lora_is_refused_where_it_cannot_be(flags: Flags) -> None:
+    with pytest.raises(MMRoleError) as caught:
+        main(flags(q_lora=True))
+    assert "only adapters" in str(caught.value)
+    with pytest.raises(MMRoleError, match="needs a GPU"):
+        main(flags(q_lora=True, use_lora=True))
+
+
+def test_another_run_in_the_output_folder(flags: Flags, tmp_path: Path) -> None:
+    there = tmp_path / "out" / "checkpoint-7"
+    there.mkdir(parents=True)
+    with pytest.raises(MMRoleError, match="has a run in it already") as caught:
+        main(flags())
+    assert "checkpoint-7" in str(caught.value)
+    assert CHECKPOINT.fullmatch(there.name)
+
+
+def test_what_the_checks_give(flags: Flags, data: Data) -> None:
+    checked = check(parse_arguments(flags(data_path=data.file))[0])
+    assert len(checked.dataset) == checked.facts.samples == len(data.rows)
+    assert checked.eval_dataset is None
+    assert len(checked.fingerprints["data"]["sha256"]) == 64
+    assert json.dumps(checked.facts.counts())

@@ -1,0 +1,44 @@
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from finetune.report import Throughput, versions, write_report
+
+
+def test_report_and_curves(tmp_path: Path) -> None:
+    history = [{"step": i, "loss": 10 / i, "learning_rate": 1e-3, "grad_norm": 1.0} for i in range(1, 6)]
+    history.append({"step": 5, "train_runtime": 1.0})
+    other = tmp_path / "other"
+    other.mkdir()
+    write_report([tmp_path, other], {"state": "finished"}, history)
+    for folder in (tmp_path, other):
+        told = json.loads((folder / "training.json").read_text())
+        assert told["state"] == "finished"
+        assert [entry["step"] for entry in told["log"]] == [1, 2, 3, 4, 5]
+        with Image.open(folder / "loss.png") as picture:
+            assert picture.format == "PNG"
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_no_curve_without_a_step(tmp_path: Path) -> None:
+    write_report([tmp_path], {}, [])
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_throughput() -> None:
+    told = Throughput(steps=2, seconds=4, waiting=1, samples=8, tokens=300, positions=400, supervised=40).told()
+    assert told["samples_per_second"] == 2
+    assert told["tokens_per_second"] == 75
+    assert told["supervised_tokens_per_second"] == 10
+    assert told["padding_share"] == 0.25
+    assert told["waiting_for_data_share"] == 0.25
+    assert Throughput().told()["samples_per_second"] == 0
+
+
+def test_versions_name_what_is_not_there() -> None:
+    found = versions()
+    assert found["torch"]
+    assert found["python"]
+    assert set(found) >= {"transformers", "deepspeed", "peft", "bitsandbytes"}

@@ -1,0 +1,131 @@
+"""A save is whole or not there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qwen_vl
+from data_utils.errors import MMRoleError
+from finetune.saving import (
+    check_saved,
+    checkpoints,
+    drop_checkpoints,
+    expected_tensors,
+    publish_files,
+    publish_folder,
+    save_model,
+)
+
+
+@pytest.fixture
+def saved(base: Path, tmp_path: Path) -> tuple[Path, dict]:
+    """A save of the small model, and what must be in it."""
+    model, tokenizer = qwen_vl.load(base, dtype=torch.float32, device="cpu")
+    folder = tmp_path / "saved"
+    save_model(model, tokenizer, folder)
+    return folder, expected_tensors(model)
+
+
+def rewrite(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_good_save_passes_and_loads(saved: tuple[Path, dict], base: Path) -> None:
+    folder, expected = saved
+    check_saved(folder, expected)
+    assert (folder / "modeling_qwen.py").is_file()
+    assert (folder / "generation_config.json").read_text() == (base / "generation_config.json").read_text()
+    assert (folder / "model.safetensors").stat().st_mode & 0o077
+    model, _ = qwen_vl.load(folder, device="cpu")
+    there, _ = qwen_vl.load(base, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), there.parameters(), strict=True))
+    assert model.config.use_cache is True
+
+
+def test_every_way_to_be_wrong_is_found_at_once(saved: tuple[Path, dict]) -> None:
+    folder, expected = saved
+
+    def spoil(weights: dict) -> None:
+        del weights["transformer.ln_f.weight"]
+        weights["lm_head.weight"] = torch.zeros(0)  # what sharded training leaves behind
+        weights["transformer.wte.weight"] = weights["transformer.wte.weight"].bfloat16()
+        weights["more"] = torch.zeros(1)
+
+    rewrite(folder, spoil)
+    with pytest.raises(MMRoleError) as caught:
+        check_saved(folder, expected)
+    told = str(caught.value)
+    for part in ("transformer.ln_f.weight", "lm_head.weight: F32 [0] instead of F32 [512, 128]", "BF16", "more"):
+        assert part in told
+
+
+def test_a_file_cut_short_is_found(saved: tuple[Path, dict]) -> None:
+    folder, expected = saved
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(MMRoleError, match="cannot be read again"):
+        check_saved(folder, expected)
+    file.unlink()
+    with pytest.raises(MMRoleError, match="missing"):
+        check_saved(folder, expected)
+
+
+def test_weights_can_be_cast_on_the_way(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = qwen_vl.load(base, dtype=torch.float32, device="cpu")
+    save_model(model, tokenizer, tmp_path / "half", dtype=torch.bfloat16)
+    check_saved(tmp_path / "half", expected_tensors(model, torch.bfloat16))
+    assert next(model.parameters()).dtype == torch.float32
+    assert next(qwen_vl.load(tmp_path / "half", device="cpu")[0].parameters()).dtype == torch.bfloat16
+
+
+def test_publishing_into_a_folder_takes_the_old_weights_away(tmp_path: Path) -> None:
+    staged, target = tmp_path / "staged", tmp_path / "target"
+    staged.mkdir()
+    target.mkdir()
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "notes.txt"):
+        (target / name).write_text("old")
+    for name in ("model.safetensors", "config.json"):
+        (staged / name).write_text("new")
+    publish_files(staged, target)
+    assert {file.name: file.read_text() for file in target.iterdir()} == {
+        "model.safetensors": "new",
+        "config.json": "new",
+        "notes.txt": "old",
+    }
+    assert not staged.exists()
+
+
+def test_a_folder_is_not_loadable_while_it_is_being_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged, target = tmp_path / "staged", tmp_path / "target"
+    staged.mkdir()
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    for name in ("model.safetensors", "config.json"):
+        (staged / name).write_text("new")
+    replace = Path.replace
+
+    def killed(self: Path, to: Path) -> Path:
+        replace(self, to)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish_files(staged, target)
+    assert [file.name for file in target.iterdir()] == ["model.safetensors"]
+
+
+def test_checkpoints_by_step(tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-100", "checkpoint-x", ".saving"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    drop_checkpoints(tmp_path, None)
+    drop_checkpoints(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    assert checkpoints(tmp_path / "nowhere") == []
+    (tmp_path / ".saving" / "a").mkdir()
+    publish_folder(tmp_path / ".saving" / "a", tmp_path / "checkpoint-100")
+    assert len(checkpoints(tmp_path)) == 2
