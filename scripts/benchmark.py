@@ -1,0 +1,102 @@
+"""Times what this project does against the way of the released code: the same requests, one run, one machine.
+
+    python scripts/benchmark.py answer --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
+    python scripts/benchmark.py review --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
+    python scripts/benchmark.py schedule
+    python scripts/benchmark.py train --data_root ../MMRole_dataset --checkpoint model_weights/Qwen-VL-Chat --lora
+
+`answer` and `review` take the real prompts, force every text to the length of the published one, and print a table of
+both ways: requests and tokens per second, prefill saved, rows per step, peak memory, and how far that is from what the
+machine's matrix rate and bandwidth allow. Without --checkpoint the weights are random: `--size small` (8 layers, width
+512, the real vocabulary) or `--size full` (Qwen-VL-Chat's own sizes). A picture that is not there is stood in for by
+noise of the same cost. `schedule` shows that time grows linearly with the number of requests and memory not at all.
+`train` takes real training samples and compares padding to the maximum with all logits against packing with logits
+where there is a label: samples and tokens per second, memory, time waiting for data, and the share of the matrix rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_utils.errors import run_main
+from data_utils.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for task in ("answer", "review"):
+        _add_generation_flags(tasks.add_parser(task, help=f"time the {task}s"))
+    schedule = tasks.add_parser("schedule", help="time the engine's scheduler over 300, 3,000 and 30,000 requests")
+    schedule.add_argument("--requests", type=int, nargs="+", default=[300, 3_000, 30_000])
+    schedule.add_argument("--json", type=Path, help="write the figures to this file as well")
+    _add_training_flags(tasks.add_parser("train", help="time fine-tuning"))
+    return parser.parse_args(argv)
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    flag = parser.add_argument
+    flag("--data_root", type=Path, required=True, help="folder of dialogues/, images/, profiles/ and data/")
+    flag("--samples", type=int, default=64, help="real samples, taken in turn (%(default)s)")
+    flag("--steps", type=int, default=8, help="micro-batches that are timed, after one that is not (%(default)s)")
+    flag("--micro_batch", type=int, default=2, help="samples of a micro-batch (%(default)s)")
+    flag("--max_length", type=int, default=3072, help="what the released way pads to (%(default)s)")
+    flag("--lora", action="store_true", help="train LoRA instead of the decoder and the resampler")
+    flag("--layers", type=int, help="keep so many layers of the decoder only, so that full tuning fits one GPU")
+    flag("--workers", type=int, default=1, help="processes that make our batches (%(default)s)")
+    _add_model_flags(parser)
+    flag("--way", choices=["released", "ours"], help=argparse.SUPPRESS)
+    flag("--rows_file", type=Path, help=argparse.SUPPRESS)
+
+
+def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    flag = parser.add_argument
+    flag("--data_root", type=Path, required=True, help="folder of data/ and images/")
+    flag("--published", type=Path, help="folder of {in,out}-test_{answers,reviews} (<data_root>/published)")
+    flag("--agent", default="mmrole-agent", help="whose answers are reviewed, or repeated in length (%(default)s)")
+    flag("--rows", type=int, help="rows of the test sets to take, spread over them (all)")
+    flag("--released_requests", type=int, default=6, help="requests that the released way is timed on (%(default)s)")
+    flag("--max_batch_tokens", type=int)
+    flag("--max_rows", type=int)
+    flag("--prefill_tokens", type=int)
+    _add_model_flags(parser)
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    flag = parser.add_argument
+    flag("--checkpoint", type=Path, help="measure this checkpoint instead of random weights")
+    flag("--size", choices=["small", "full"], default="small", help="of the random weights (%(default)s)")
+    flag("--tokenizer", type=Path, default=ROOT / "model_weights" / "Qwen-VL-Chat", help="folder of qwen.tiktoken")
+    flag("--device", default="auto")
+    flag("--dtype", default="auto", help="of random weights: float32 on a CPU, bfloat16 on a GPU")
+    flag("--json", type=Path, help="write the figures to this file as well")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what the command line asks for, prints the figures, and writes them where it says."""
+    options = parse_arguments(argv)
+    if options.task == "schedule":
+        from benchmark_schedule import run_schedule
+
+        figures = run_schedule(options.requests)
+    elif options.task == "train":
+        from benchmark_training import run_training
+
+        figures = run_training(options, sys.argv[1:] if argv is None else argv)
+    else:
+        from benchmark_generation import run_generation
+
+        figures = run_generation(options)
+    if options.json:
+        write_text(options.json, json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,83 @@
+"""What a machine can do at best: its matrix rate and bandwidth, measured, and who it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """One line that names machine and versions, for whoever quotes a figure."""
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    else:
+        models = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
+        what = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{what}; {str(dtype).removeprefix('torch.')}; {versions}"
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product on random data."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _median_seconds(lambda: a @ b, device)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that reading a large array takes in."""
+    count = 2**31 if device.type == "cuda" else 2**28
+    values = torch.ones(count // 4, device=device)
+    return count / _median_seconds(lambda: values.sum(), device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU's work; a CPU has none waiting."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    """Seconds that some work takes, and what it gives."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts the count of the peak anew (a GPU's; the operating system's for a process cannot be reset)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5") if os.access("/proc/self/clear_refs", os.W_OK) else None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory since `reset_peak`: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cpu_lines() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    return info.read_text().splitlines() if info.is_file() else []
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    work()
+    return sorted(timed(work, device)[0] for _ in range(repeats))[repeats // 2]

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Starts a Python program in one process per GPU; what inference.sh, RM_review.sh and the finetune scripts share.
+# They source it.
+#   PROCESSES   processes on this machine (default: one a GPU; one on the CPU without)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes: run the same script on each, NODE_RANK from 0. All must
+#               see the same data and results, on a shared file system.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+NNODES=${NNODES:-1}
+count_gpus() {
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9GM]' || true # numbers, GPU-… or MIG-…
+  else
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+  fi
+}
+GPUS=$(count_gpus)
+PROCESSES=${PROCESSES:-$((GPUS > 0 ? GPUS : 1))}
+
+# spread PROGRAM FLAG…: in one process, or in PROCESSES of them on each node, under torchrun
+spread() {
+  if [[ $NNODES -eq 1 && $PROCESSES -eq 1 ]]; then
+    "$PYTHON" "$@" # no launcher between the user and an error
+    return
+  fi
+  local nodes=(--standalone --local_addr 127.0.0.1) # a host's own name often leads nowhere
+  if [[ $NNODES -gt 1 ]]; then
+    nodes=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?the number of this node, from 0}"
+      --master_addr "${MASTER_ADDR:?the address of node 0}" --master_port "${MASTER_PORT:-29500}")
+  fi
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > PROCESSES ? $(nproc) / PROCESSES : 1))}
+  "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$PROCESSES" "$@"
+}
+
+# launch PROGRAM FLAG…: the same, with the program's own exit status, which it leaves in a file: torchrun makes all of
+# them 1
+launch() {
+  if [[ $NNODES -eq 1 && $PROCESSES -eq 1 ]]; then
+    spread "$@"
+    return
+  fi
+  MMROLE_STATUS_FILE=$(mktemp)
+  export MMROLE_STATUS_FILE
+  trap 'rm -f "$MMROLE_STATUS_FILE"' EXIT
+  local launched=0 status
+  spread "$@" || launched=$?
+  status=$(cat "$MMROLE_STATUS_FILE")
+  return $((launched > ${status:-1} ? launched : ${status:-1}))
+}

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Whether this implementation computes what the released code computes, on your machine with your weights: a table,
+# case by case. The exit status is 0 where all agrees, 1 where something differs, 2 where it cannot be run.
+#
+#   bash scripts/parity.sh CHECKPOINT [--i_trust_the_code_in_this_folder] [--device D] [--dtype T]
+#
+# Needs a checkpoint folder with the released .py files in it. They run only with that flag, without a network, in an
+# environment of their own, .venv-reference, which is made at the first such run (Python 3.10 or 3.11; about 1.2 GB,
+# more with CUDA). Without the flag only this implementation runs. `--help` lists all flags. docs/parity.md says more.
+#   PYTHON_FOR_REFERENCE  the Python that makes .venv-reference (default: the first of python3.11, python3.10, python3 that fits)
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+set -euo pipefail
+
+"$PYTHON" "$ROOT/scripts/parity.py" "$@"

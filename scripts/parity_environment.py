@@ -1,0 +1,109 @@
+"""The released code's environment, `.venv-reference`: made when it is not there, quick when nothing changed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_utils.errors import MMRoleError, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIREMENTS = ROOT / "requirements-reference.txt"
+FOLDER = ROOT / ".venv-reference"
+CANDIDATES = ("python3.11", "python3.10", "python3", sys.executable)
+SETTING = "PYTHON_FOR_REFERENCE"
+# transformers 4.32's tokenizers has wheels up to Python 3.11; this project itself begins at 3.10.
+FITS = "import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))"
+
+
+def find_python(candidates: Sequence[str] | None = None) -> str:
+    """The first Python 3.10 or 3.11 among `candidates` (default: `PYTHON_FOR_REFERENCE`, else the usual names).
+
+    Raises:
+        MMRoleError: There is none.
+    """
+    if candidates is None:
+        candidates = os.environ.get(SETTING, "").split() or CANDIDATES
+    for candidate in candidates:
+        program = shutil.which(candidate)
+        # pyenv leaves names on the PATH that only say that there is no such Python: each is tried.
+        if program and not subprocess.run([program, "-c", FITS], capture_output=True, check=False).returncode:  # noqa: S603
+            return program
+    raise MMRoleError(
+        "the released code needs Python 3.10 or 3.11, and neither was found",
+        "tried: " + ", ".join(candidates),
+        "your PATH",
+        f"install Python 3.11, or name one: {SETTING}=/path/to/python3.11 bash scripts/parity.sh ...",
+    )
+
+
+def ensure_environment(folder: Path = FOLDER, requirements: Path = REQUIREMENTS) -> Path:
+    """The interpreter of the environment in `folder`, made anew if it is not what `requirements` ask for.
+
+    Raises:
+        MMRoleError: There is no fitting Python, or the packages cannot be installed.
+    """
+    if _up_to_date(folder, requirements):
+        return _python(folder)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here, and then finds it made
+        if not _up_to_date(folder, requirements):
+            _make(folder, requirements, find_python())
+    return _python(folder)
+
+
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def _stamp(folder: Path) -> Path:
+    return folder / "made-from.txt"
+
+
+def _up_to_date(folder: Path, requirements: Path) -> bool:
+    stamp = _stamp(folder)
+    return os.access(_python(folder), os.X_OK) and stamp.is_file() and stamp.read_text() == requirements.read_text()
+
+
+def _make(folder: Path, requirements: Path, python: str) -> None:
+    started = time.monotonic()
+    _say(f"making {folder} with {python}: the released code's own packages, once")
+    _run([python, "-m", "venv", "--clear", str(folder)], "on Debian or Ubuntu: sudo apt install python3-venv")
+    install = [str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    _run(
+        [*install, "-r", str(requirements)],
+        "connect to a network, or name a mirror or a folder of wheels (PIP_INDEX_URL, PIP_FIND_LINKS); then run the "
+        "same command again",
+    )
+    _stamp(folder).write_text(requirements.read_text())
+    _say(f"done in {time.monotonic() - started:.0f} s")
+
+
+def _run(command: list[str], fix: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if subprocess.run(command, env=environ, stdout=sys.stderr, check=False).returncode:  # noqa: S603 - a list
+        raise MMRoleError(
+            "the released code's environment could not be made (the lines above say why)",
+            " ".join(command),
+            "requirements-reference.txt",
+            fix,
+        )
+
+
+def _say(text: str) -> None:
+    print(f"[parity] {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Prints the interpreter of the environment, which is there then."""
+    print(ensure_environment())
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

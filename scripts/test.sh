@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Checks the project: sets everything up, then format, lint and tests.
+#
+#   bash scripts/test.sh                    without the tests marked slow
+#   bash scripts/test.sh --all              everything, and qwen_vl's tests once more with the oldest supported packages
+#   bash scripts/test.sh tests/eval -k csv  what else stands here goes to pytest (paths count from the repository)
+#
+# With CI=true it does what --all does.
+set -euo pipefail
+
+bash "$(dirname "${BASH_SOURCE[0]}")/setup.sh" --test
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
+
+ALL=${CI:-false}
+ARGUMENTS=()
+for argument in "$@"; do
+    if [[ $argument == --all ]]; then ALL=true; else ARGUMENTS+=("$argument"); fi
+done
+
+LOG=$(mktemp)
+trap 'rm -f "$LOG"' EXIT
+RESULTS=()
+
+run_pytest() { # its name, the interpreter, then pytest's arguments
+    local name=$1 python=$2
+    echo "== $name"
+    "$python" -m pytest --durations=10 --durations-min=1 "${@:3}" | tee "$LOG"
+    RESULTS+=("$name" "$(tail -n 1 "$LOG")")
+}
+
+# An environment on top of this one that has the lower end of every range in requirements.txt. Not of torch's: each of
+# its builds is gigabytes; not of deepspeed's, which has to be compiled.
+make_oldest() {
+    local oldest=$ROOT/.venv-oldest pins
+    mapfile -t pins < <(sed -nE '/^(torch|deepspeed)>/d; s/^([a-z_-]+)>=([0-9.]+),.*/\1==\2/p' requirements.txt)
+    if [[ "$("$oldest/bin/python" --version 2>/dev/null)" != "$("$PYTHON" --version)" ]]; then
+        "$PYTHON" -m venv --clear --without-pip "$oldest"
+    fi
+    local below above
+    below=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    above=$("$oldest/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import site; site.addsitedir('$below')" >"$above/below.pth"
+    "$oldest/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}"
+    OLDEST=$oldest/bin/python
+}
+
+started=$SECONDS
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m ruff check .
+if [[ $ALL == true ]]; then
+    run_pytest "all tests" "$PYTHON" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+    make_oldest
+    run_pytest "qwen_vl, oldest supported packages" "$OLDEST" tests/qwen_vl
+else
+    run_pytest "quick tests (all of them: --all)" "$PYTHON" -m "not slow" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+fi
+echo "== passed in $((SECONDS - started)) s"
+printf '%s\n' "${RESULTS[@]}"

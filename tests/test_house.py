@@ -1,0 +1,221 @@
+"""The rules of the house: what stands where, who may import whom, nothing on import, nobody let in, readable sizes."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP_LEVEL = {
+    *("finetune", "eval", "inference.py", "inference.sh", "qwen_vl", "data_utils", "scripts", "model_weights"),
+    *("requirements.txt", "README.md", "LICENSE", "tests", "pyproject.toml", ".ci", ".gitignore"),
+}
+MAY_BE_THERE = {"docs", "requirements-reference.txt"}
+MAY_IMPORT = {
+    "qwen_vl": set(),
+    "data_utils": {"qwen_vl"},
+    "finetune": {"qwen_vl", "data_utils"},
+    "eval": {"qwen_vl", "data_utils"},
+}
+# A script may import the ones beside it: Python looks into a script's own folder first.
+SIBLINGS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+LEAVES = {"inference", "scripts", "tests"}
+ONLY_WHERE_USED = {"deepspeed", "peft", "gradio", "openai", "wandb", "bitsandbytes", "flash_attn", "vllm"}
+NEVER = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "shelve",
+    "marshal",
+    "transformers_stream_generator",
+    "torchvision",
+}
+PACKAGE_OF = {"PIL": "pillow"}
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 80
+
+SOURCES = sorted(
+    [
+        path
+        for folder in [*MAY_IMPORT, "scripts", "inference.py"]
+        for path in ([ROOT / folder] if folder.endswith(".py") else (ROOT / folder).rglob("*.py"))
+    ]
+)
+SHELL = sorted([*ROOT.glob("*.sh"), *(p for d in [*MAY_IMPORT, "scripts"] for p in (ROOT / d).rglob("*.sh"))])
+SHELL.append(ROOT / ".ci" / "run")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The top-level names of all modules imported anywhere in `tree`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+def imports_at_load(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements that run when the file is imported: those inside functions are left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports_at_load(child)
+
+
+def not_ours(node: ast.Import | ast.ImportFrom) -> bool:
+    return getattr(node, "level", 0) == 0 and not set(imports(node)) & (MAY_IMPORT.keys() | LEAVES | SIBLINGS)
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, str], int]]:
+    """Each call's dotted name, its keyword arguments as source, and its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            keywords = {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg}
+            yield ast.unparse(node.func), keywords, node.lineno
+
+
+def test_top_level() -> None:
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split() if not line.startswith("!")]
+    names = {path.name for path in ROOT.iterdir()} - {".git"}
+    there = {name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)}
+    assert there - MAY_BE_THERE == TOP_LEVEL
+
+
+def test_packages_are_the_ones_that_get_installed() -> None:
+    listed = re.search(r"^packages = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert listed is not None
+    packages = {path.parent for path in SOURCES if path.name == "__init__.py"}
+    assert set(json.loads(listed[1])) == {name_of(package).replace("/", ".") for package in packages}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    forbidden = LEAVES | (MAY_IMPORT.keys() - MAY_IMPORT.get(package, MAY_IMPORT.keys()) - {package})
+    found = set(imports(parsed(path)))
+    assert not found & forbidden
+    assert not found & NEVER
+    assert not {name for node in imports_at_load(parsed(path)) for name in imports(node)} & ONLY_WHERE_USED
+
+
+def test_imported_packages_are_required() -> None:
+    required = set(re.findall(r"^([a-z_-]+)[<>=]", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    found = {name for path in SOURCES for name in imports(parsed(path))}
+    others = found - sys.stdlib_module_names - MAY_IMPORT.keys() - LEAVES - SIBLINGS
+    assert {PACKAGE_OF.get(name, name) for name in others} <= required
+
+
+def test_every_requirement_has_both_ends() -> None:
+    lines = (ROOT / "requirements.txt").read_text().split("\n")
+    lines = [line for line in lines if line and not line.startswith("#")]
+    assert lines[-1] == "-e ."
+    assert all(re.match(r"[a-z_-]+>=[\d.]+,<[\d.]+(  # .+)?$", line) for line in lines[:-1])
+    assert not any("torchvision" in line for line in lines)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nobody_is_let_in(path: Path) -> None:
+    for function, keywords, line in calls(parsed(path)):
+        assert keywords.get("trust_remote_code", "False") == "False", f"{name_of(path)}:{line}"
+        assert keywords.get("allow_pickle", "False") == "False", f"{name_of(path)}:{line}"
+        if function == "torch.load":
+            assert keywords.get("weights_only") == "True", f"{name_of(path)}:{line}"
+        assert function not in {"eval", "exec", "os.system"}, f"{name_of(path)}:{line}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_sizes_stay_readable(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").count("\n") <= MOST_LINES
+    functions = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [f.name for f in functions if f.end_lineno - f.lineno > MOST_LINES_OF_A_FUNCTION]
+
+
+@pytest.mark.parametrize("path", SHELL, ids=name_of)
+def test_shell_scripts(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if path.name != "environment.sh":  # it is read by the others, not run
+        assert lines[0] == "#!/usr/bin/env bash"
+        assert lines[1].startswith("# ")
+    assert "set -euo pipefail" in lines
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_ci_script_can_be_run() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+# Run in a process of its own: imports every module and tells what that did. What other packages do when they are
+# imported is not ours, so the import statements that name them are run before the watch begins.
+WATCH = """
+    import importlib, json, os, random, sys
+    import numpy, torch
+    for statement in json.loads(sys.argv[2]):
+        exec(statement, {})
+    done, watching = [], True
+    WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def hook(event, arguments):
+        if not watching:
+            return
+        if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+            done.append([event, repr(arguments)])
+        elif event in ("os.mkdir", "os.remove", "os.rename", "os.system", "subprocess.Popen"):
+            done.append([event, repr(arguments)])
+        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
+            done.append([event, repr(arguments)])
+
+    def state():
+        numbers = numpy.random.get_state()
+        return {
+            "random": hash(random.getstate()),
+            "numpy": hash(numbers[1].tobytes()),
+            "torch": hash(bytes(torch.get_rng_state().tolist())),
+            "cuda": torch.cuda.is_initialized(),
+            "grad": torch.is_grad_enabled(),
+            "dtype": str(torch.get_default_dtype()),
+            "environment": dict(os.environ),
+        }
+
+    sys.addaudithook(hook)
+    before = state()
+    for module in json.loads(sys.argv[1]):
+        importlib.import_module(module)
+    watching = False
+    after = state()
+    done += [[name, f"{before[name]} became {after[name]}"] for name in before if before[name] != after[name]]
+    print(json.dumps(done))
+"""
+
+
+def test_nothing_happens_on_import(tmp_path: Path) -> None:
+    modules = [name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in SOURCES]
+    nodes = [node for path in SOURCES for node in imports_at_load(parsed(path))]
+    others = {ast.unparse(node) for node in nodes if not_ours(node)}
+    command = [sys.executable, "-B", "-c", textwrap.dedent(WATCH), json.dumps(modules), json.dumps(sorted(others))]
+    empty = tmp_path / "empty"
+    empty.mkdir(mode=0o555)
+    offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    environ = {**os.environ, **offline, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "HOME": str(tmp_path)}
+    result = subprocess.run(command, cwd=empty, env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == []
+    assert list(empty.iterdir()) == []
