@@ -68,6 +68,18 @@ class Shuffled:
         return self._backend.run(requests)
 
 
+class Slow:
+    """The real engine, with so much time after each result that a process is never done before it is killed."""
+
+    def __init__(self, options):
+        self._backend = native_backend(options)
+
+    def run(self, requests):
+        for result in self._backend.run(requests):
+            yield result
+            time.sleep(2)
+
+
 def together(world, size, *more, script=inference, make_backend=native_backend, main=None):
     def run():
         torch.set_num_threads(1)  # threads of a forked process are not its own
@@ -136,7 +148,7 @@ def test_batch_flags_change_nothing(made, world):
 def test_killed_and_resumed_by_another_number_of_processes(made, world, seed):
     chance = random.Random(seed)
     journalled = chance.choice([0, 2, 5])
-    run = together(world, 3, "--batch_size", 2)
+    run = together(world, 3, "--batch_size", 2, make_backend=Slow)
     end = time.monotonic() + 60
     while sum(p.read_bytes().count(b"\n") - 1 for p in world.rglob("*.part-*.journal")) < journalled:
         assert time.monotonic() < end
