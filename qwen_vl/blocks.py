@@ -1,15 +1,16 @@
 """Keys and values of requests in flight: each shared prefix once, each request's own tokens beside it.
 
 Shapes: L layers, G groups of a block, R rows of a group, P prefix tokens, S own tokens, H heads, D width per head,
-n rows of this step.
+n rows in flight.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
+
+from qwen_vl.partial import join, partial_attention
 
 OWN_STEP = 64  # tokens by which a block's own part grows at the least
 
@@ -30,8 +31,26 @@ class CacheShape:
         return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
 
 
+class HeldRow(Protocol):
+    """A request whose own tokens lie in a block."""
+
+    place: int  # which of the block's rows; the block sets it
+    own: int  # tokens that have keys and values there
+
+
+class HeldGroup(Protocol):
+    """Requests whose common prefix lies in a block."""
+
+    place: int  # which of the block's prefixes; the block sets it
+    shared: int  # tokens of the prefix
+    members: list[HeldRow]
+
+
 class Block:
     """Room for G groups of up to R rows: dense buffers, filled in place, never copied for a step.
+
+    Prefixes and rows in flight always are the first ones: who leaves is replaced by the last, so that a step reads
+    nothing of those that are finished.
 
     Args:
         shape: The model's.
@@ -45,8 +64,8 @@ class Block:
         self.shape, self.groups, self.rows, self.prefix, self.own = shape, groups, rows, prefix, own
         self.prefix_keys, self.prefix_values = self._zeros(groups, prefix), self._zeros(groups, prefix)
         self.own_keys, self.own_values = self._zeros(groups * rows, own), self._zeros(groups * rows, own)
-        self.free = list(range(groups))[::-1]
-        self.prefix_lengths = [0] * groups
+        self.held_groups: list[HeldGroup] = []
+        self.held_rows: list[tuple[HeldGroup, HeldRow]] = []
 
     def _zeros(self, entries: int, tokens: int) -> torch.Tensor:
         # Zeros, not whatever memory holds: masked places have weight 0, and 0 times NaN would still be NaN.
@@ -63,25 +82,37 @@ class Block:
         """Tokens it has room for now."""
         return self.tokens_for(self.groups, self.rows, self.prefix, self.own)
 
-    @property
-    def busy(self) -> int:
-        """Groups in it."""
-        return self.groups - len(self.free)
-
     def fits(self, prefix: int, rows: int) -> bool:
         """Whether a group of this size can be taken in."""
-        return bool(self.free) and prefix <= self.prefix and rows <= self.rows
+        return len(self.held_groups) < self.groups and prefix <= self.prefix and rows <= self.rows
 
-    def take(self, prefix: int) -> int:
-        """Gives a free place to a group whose prefix has so many tokens."""
-        place = self.free.pop()
-        self.prefix_lengths[place] = prefix
-        return place
+    def take(self, group: HeldGroup) -> None:
+        """Gives a group and its rows their places, the rows one after the other."""
+        group.place = len(self.held_groups)
+        self.held_groups.append(group)
+        for row in group.members:
+            row.place = len(self.held_rows)
+            self.held_rows.append((group, row))
 
-    def release(self, place: int) -> None:
-        """Takes a place back."""
-        self.free.append(place)
-        self.prefix_lengths[place] = 0
+    def leave(self, row: HeldRow) -> None:
+        """Takes a row out; the last one moves to its place."""
+        last_group, last = self.held_rows.pop()
+        if last is not row:
+            for buffer in (self.own_keys, self.own_values):
+                buffer[:, row.place, :, : last.own] = buffer[:, last.place, :, : last.own]
+            last.place = row.place
+            self.held_rows[row.place] = (last_group, last)
+        row.place = -1
+
+    def release(self, group: HeldGroup) -> None:
+        """Takes a group out that has no rows here any more; the last one moves to its place."""
+        last = self.held_groups.pop()
+        if last is not group:
+            for buffer in (self.prefix_keys, self.prefix_values):
+                buffer[:, group.place, :, : last.shared] = buffer[:, last.place, :, : last.shared]
+            last.place = group.place
+            self.held_groups[group.place] = last
+        group.place = -1
 
     def grown(self, own: int) -> int:
         """The own size it would take so that `own` tokens fit, at least half as much again as now."""
@@ -95,81 +126,61 @@ class Block:
             self.own_values = F.pad(self.own_values, (0, 0, 0, more))
             self.own += more
 
-    def keep(self, groups: Sequence[int]) -> None:
-        """Moves the groups that are left together, in that order, and gives the rest of the room back."""
-        chosen = torch.tensor(groups, device=self.shape.device)
-        rows = (chosen[:, None] * self.rows + torch.arange(self.rows, device=self.shape.device)).flatten()
-        self.prefix_keys, self.prefix_values = self.prefix_keys[:, chosen], self.prefix_values[:, chosen]
-        self.own_keys, self.own_values = self.own_keys[:, rows], self.own_values[:, rows]
-        self.prefix_lengths = [self.prefix_lengths[g] for g in groups]
-        self.groups, self.free = len(groups), []
-
-    def put_prefix(self, layer: int, group: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def put_prefix(self, layer: int, group: HeldGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores a prefix's keys and values (H, P, D)."""
-        self.prefix_keys[layer, group, :, : keys.shape[1]] = keys
-        self.prefix_values[layer, group, :, : values.shape[1]] = values
+        self.prefix_keys[layer, group.place, :, : keys.shape[1]] = keys
+        self.prefix_values[layer, group.place, :, : values.shape[1]] = values
 
-    def attend_suffix(
-        self,
-        layer: int,
-        group: int,
-        row: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        """A row's own prompt tokens, which read the group's prefix and then themselves causally.
+    def put_own(self, layer: int, row: HeldRow, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores the keys and values (H, T, D) of what a row's prompt has after the prefix."""
+        self.own_keys[layer, row.place, :, : keys.shape[1]] = keys
+        self.own_values[layer, row.place, :, : values.shape[1]] = values
 
-        Args:
-            layer: Which layer.
-            group, row: Which row of which group.
-            query, key, value: (1, H, T, D).
-            scaling: What the scores are multiplied with.
+    def read_prefix(
+        self, layer: int, group: HeldGroup, query: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial attention of queries (1, H, T, D) to a group's whole prefix."""
+        keys, values = (t[layer, group.place, None, :, : group.shared] for t in (self.prefix_keys, self.prefix_values))
+        return partial_attention(query, keys, values, scaling)
 
-        Returns:
-            (1, H, T, D).
-        """
-        T, length, place = query.shape[2], self.prefix_lengths[group], group * self.rows + row
-        self.own_keys[layer, place, :, :T] = key[0]
-        self.own_values[layer, place, :, :T] = value[0]
-        prefix = (self.prefix_keys, self.prefix_values)
-        key, value = (
-            torch.cat([t[layer, group, None, :, :length], own], dim=2)  # (1, H, P + T, D)
-            for t, own in zip(prefix, (key, value), strict=True)
-        )
-        # Aligned at the lower right, a query reads the whole prefix and the row's tokens up to itself.
-        mask = causal_lower_right(T, length + T)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-
-    def step(self, rows: Sequence[int], own_lengths: Sequence[int]) -> "BlockStep":
-        """Prepares one decoding step of some of its rows (their places in the block, and tokens they have so far)."""
-        self.grow(max(own_lengths) + 1)
-        return BlockStep(self, rows, own_lengths)
+    def step(self) -> "BlockStep":
+        """Prepares one decoding step of all its rows."""
+        self.grow(max(row.own for _, row in self.held_rows) + 1)
+        return BlockStep(self)
 
 
 class BlockStep:
-    """One decoding step of a block: the same places and masks for all layers.
+    """One decoding step of a block's rows, in the order of their places; the same places and masks for all layers.
 
-    The scores over the prefix are a matrix product of all of a group's rows with keys that are read once; those over a
-    row's own tokens stand beside them, and one softmax goes over both.
+    A prefix is read once for all rows of its group; what comes of it is joined with a row's own tokens.
     """
 
-    def __init__(self, block: Block, rows: Sequence[int], own_lengths: Sequence[int]) -> None:
-        self.block, device = block, block.shape.device
-        self.longest = max(block.prefix_lengths[row // block.rows] for row in rows)
-        self.own = max(own_lengths) + 1
-        self.rows = torch.tensor(rows, device=device)
-        self.places = torch.tensor(own_lengths, device=device)
-        lengths = torch.tensor(block.prefix_lengths, device=device)
-        no_prefix = torch.arange(self.longest, device=device) >= lengths[:, None]  # (G, P)
-        counts = torch.zeros(block.groups * block.rows, dtype=torch.long, device=device)
-        counts[self.rows] = self.places + 1
-        no_own = torch.arange(self.own, device=device) >= counts[:, None]  # (G * R, S)
-        G, R = block.groups, block.rows
-        masked = [no_prefix[:, None].expand(G, R, -1), no_own.view(G, R, -1)]
-        self.masked = torch.cat(masked, dim=-1)[:, None]  # (G, 1, R, P + S)
-        self._all_rows = len(rows) == G * R and list(rows) == list(range(G * R))
+    def __init__(self, block: Block) -> None:
+        self.block, shape = block, block.shape
+        own = [row.own for _, row in block.held_rows]
+        shared = [group.shared for group in block.held_groups]
+        self.n, self.g = len(own), len(shared)
+        self.longest_own, self.longest_prefix = max(own) + 1, max(shared)
+        ranks, counts = [], [0] * self.g
+        for group, _ in block.held_rows:
+            ranks.append(counts[group.place])
+            counts[group.place] += 1
+        self.most = max(counts)  # rows of a group
+        places = [group.place * self.most + rank for (group, _), rank in zip(block.held_rows, ranks, strict=True)]
+        self.places = torch.tensor(places, device=shape.device)
+        self.rows = torch.arange(self.n, device=shape.device)
+        self.ends = torch.tensor(own, device=shape.device)
+        self.own_mask = self._mask(self.ends + 1, self.longest_own)  # (n, 1, 1, S)
+        lengths = torch.tensor(shared, device=shape.device)
+        alike = min(shared) == self.longest_prefix
+        self.prefix_mask = None if alike else self._mask(lengths, self.longest_prefix)  # (g, 1, 1, P)
+
+    def _mask(self, lengths: torch.Tensor, longest: int) -> torch.Tensor:
+        dtype = self.block.shape.dtype
+        beyond = torch.arange(longest, device=lengths.device) >= lengths[:, None]
+        return torch.zeros(beyond.shape, dtype=dtype, device=lengths.device).masked_fill_(
+            beyond, torch.finfo(dtype).min
+        )[:, None, None]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -178,38 +189,20 @@ class BlockStep:
 
         Args:
             layer: Which layer.
-            query, key, value: (n, H, D), the block's rows of this step in order.
+            query, key, value: (n, H, D), by place.
             scaling: What the scores are multiplied with.
 
         Returns:
             (n, H, D).
         """
-        block = self.block
-        G, R, H, D = block.groups, block.rows, block.shape.heads, block.shape.width
-        block.own_keys[layer][self.rows, :, self.places] = key
-        block.own_values[layer][self.rows, :, self.places] = value
-        if not self._all_rows:
-            query = query.new_zeros(G * R, H, D).index_copy_(0, self.rows, query)
-        by_group = query.view(G, R, H, D).transpose(1, 2)  # (G, H, R, D)
-        prefix_keys = block.prefix_keys[layer, :, :, : self.longest]  # (G, H, P, D)
-        own_keys = block.own_keys[layer, :, :, : self.own]  # (G * R, H, S, D)
-        on_prefix = _scores(by_group, prefix_keys, scaling)  # (G, H, R, P)
-        on_own = _scores(query[:, :, None], own_keys, scaling)  # (G * R, H, 1, S)
-        on_own = on_own.view(G, R, H, -1).transpose(1, 2)  # (G, H, R, S)
-        scores = torch.cat([on_prefix, on_own], dim=-1).masked_fill_(self.masked, torch.finfo(torch.float32).min)
-        weights = scores.softmax(dim=-1).to(value.dtype)  # (G, H, R, P + S)
-        out = weights[..., : self.longest] @ block.prefix_values[layer, :, :, : self.longest]  # (G, H, R, D)
-        own_weights = weights[..., self.longest :].transpose(1, 2).reshape(G * R, H, 1, -1)
-        own_out = own_weights @ block.own_values[layer, :, :, : self.own]  # (G * R, H, 1, D)
-        out = out.transpose(1, 2) + own_out.view(G, R, H, D)  # (G, R, H, D)
-        return out.reshape(G * R, H, D) if self._all_rows else out.reshape(G * R, H, D)[self.rows]
-
-
-def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """query @ key^T * scaling in float32: (…, R, D) and (…, T, D) to (…, R, T)."""
-    if query.dtype == torch.float32:
-        return (query * scaling) @ key.transpose(-1, -2)
-    if query.is_cuda:  # the products are summed in float32 anyway; here the sums are kept so
-        flat = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
-        return flat.view(*query.shape[:-1], key.shape[-2]) * scaling
-    return (query @ key.transpose(-1, -2)).float() * scaling
+        block, (n, H, D) = self.block, query.shape
+        block.own_keys[layer][self.rows, :, self.ends] = key
+        block.own_values[layer][self.rows, :, self.ends] = value
+        own = (t[layer, :n, :, : self.longest_own] for t in (block.own_keys, block.own_values))
+        own_out, own_lse = partial_attention(query[:, :, None], *own, scaling, mask=self.own_mask)  # (n, H, 1, D)
+        by_group = query.new_zeros(self.g * self.most, H, D).index_copy_(0, self.places, query)
+        by_group = by_group.view(self.g, self.most, H, D).transpose(1, 2)  # (g, H, R, D)
+        prefix = (t[layer, : self.g, :, : self.longest_prefix] for t in (block.prefix_keys, block.prefix_values))
+        out, lse = partial_attention(by_group, *prefix, scaling, mask=self.prefix_mask)
+        out, lse = (t.transpose(1, 2).flatten(0, 1)[self.places] for t in (out, lse))  # (n, H, D), (n, H)
+        return join(out, lse, own_out[:, :, 0], own_lse[:, :, 0])

@@ -27,6 +27,7 @@ class Row:
     limit: int
     stops: frozenset[int]
     answer: list[int] = field(default_factory=list)
+    place: int = -1  # among the rows of its group's block
     own: int = 0  # tokens after the shared prefix that have keys and values
 
     def comparable(self, numbers: dict[Any, int]) -> np.ndarray:
@@ -54,11 +55,11 @@ class Group:
     members: list[Row]
     shared: int
     block: Block | None = None
-    place: int = -1
-    open: list[int] = field(default_factory=list)  # members that are not finished
+    place: int = -1  # among the prefixes of its block
+    open: list[Row] = field(default_factory=list)  # members that are not finished
 
     def __post_init__(self) -> None:
-        self.open = list(range(len(self.members)))
+        self.open = list(self.members)
 
     @property
     def alone(self) -> bool:
@@ -88,11 +89,26 @@ class Flight:
     def tokens(self) -> int:
         return sum(block.tokens for block in self.blocks)
 
+    def place(self, group: Group, block: Block) -> None:
+        """Puts a group into a block."""
+        block.take(group)
+        group.block = block
+        self.groups.append(group)
+
+    def finish(self, group: Group, row: Row) -> None:
+        """Takes a row out that has its answer, and its group when it was the last."""
+        group.open.remove(row)
+        group.block.leave(row)
+        if not group.open:
+            self.release(group)
+
     def release(self, group: Group) -> None:
-        """Takes a group out; a block that nobody uses is given back."""
+        """Takes a group out, with the rows that are not finished; a block that nobody uses is given back."""
+        for row in group.open:
+            group.block.leave(row)
         self.groups.remove(group)
-        group.block.release(group.place)
-        if not group.block.busy:
+        group.block.release(group)
+        if not group.block.held_groups:
             self.blocks.remove(group.block)
         group.block = None
 

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen_vl.blocks import Block
 from qwen_vl.flight import Group, Row, image_key
 from qwen_vl.language import Attend, logn_factors, rotary_frequencies, rotary_tables, segment_attention
+from qwen_vl.loss import LanguageHead
 from qwen_vl.modeling import QwenVLForCausalLM
+from qwen_vl.partial import join, partial_attention
 from qwen_vl.vision import QUERIES
 
 
@@ -27,6 +30,7 @@ class BatchForward:
         self.model = model
         self.config = model.config
         self._known: dict[float, torch.Tensor] = {}
+        self._logits_buffer: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +50,7 @@ class BatchForward:
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
             parts = zip(groups, k[0].split(lengths, dim=1), v[0].split(lengths, dim=1), strict=True)
             for group, keys, values in parts:
-                group.block.put_prefix(layer, group.place, keys, values)
+                group.block.put_prefix(layer, group, keys, values)
             return segment_attention(q, k, v, lengths, scaling)
 
         hidden = self._tokens(spans, features, attend)
@@ -64,46 +68,38 @@ class BatchForward:
         members = [(member, group) for group in groups for member in group.members]
         spans = [(member, group.shared, len(member.ids)) for member, group in members]
         lengths = [end - start for _, start, end in spans]
-        rows = [(group, row) for group in groups for row in range(len(group.members))]
+        of_groups = [sum(len(member.ids) - group.shared for member in group.members) for group in groups]
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-            parts = zip(rows, *(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
-            outs = [group.block.attend_suffix(layer, group.place, row, *qkv, scaling) for (group, row), *qkv in parts]
-            return torch.cat(outs, dim=2).transpose(1, 2)
+            own = []
+            for (member, group), *qkv in zip(members, *(t.split(lengths, dim=2) for t in (q, k, v)), strict=True):
+                group.block.put_own(layer, member, qkv[1][0], qkv[2][0])
+                own.append(partial_attention(*qkv, scaling, causal=True))
+            by_group = zip(groups, q.split(of_groups, dim=2), strict=True)
+            prefix = [group.block.read_prefix(layer, group, query, scaling) for group, query in by_group]
+            own_out, own_lse, out, lse = (
+                torch.cat(t, dim=2) for t in (*zip(*own, strict=True), *zip(*prefix, strict=True))
+            )
+            return join(out, lse, own_out, own_lse).transpose(1, 2)  # (1, T, H, D)
 
         hidden = self._tokens(spans, features, attend)
         for member, group in members:
             member.own = len(member.ids) - group.shared
         return self._logits(hidden, (np.cumsum(lengths) - 1).tolist())
 
-    def step(self, groups: Sequence[Group], rows: Sequence[tuple[Group, int]]) -> torch.Tensor:
-        """Feeds the last token of each row's answer.
-
-        Args:
-            groups: All groups in flight.
-            rows: (group, member) of every unfinished request.
+    def step(self, blocks: Sequence[Block]) -> torch.Tensor:
+        """Feeds the last token of the answer of every row in these blocks.
 
         Returns:
-            Logits (n, V), in the order of `rows`.
+            Logits (n, V) of the rows, block by block, by place; overwritten by the next step.
         """
-        members = [group.members[i] for group, i in rows]
-        blocks = list({id(group.block): group.block for group in groups}.values())
-        steps = []
-        for block in blocks:
-            mine = [n for n, (group, _) in enumerate(rows) if group.block is block]
-            if mine:
-                places = [rows[n][0].place * block.rows + rows[n][1] for n in mine]
-                order = sorted(range(len(mine)), key=places.__getitem__)
-                mine = [mine[o] for o in order]
-                step = block.step([places[o] for o in order], [members[n].own for n in mine])
-                steps.append((torch.tensor(mine, device=self.device), step))
+        members: list[Row] = [row for block in blocks for _, row in block.held_rows]
+        steps = [block.step() for block in blocks]
+        counts = [step.n for step in steps]
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-            q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (n, H, D)
-            out = torch.empty_like(q)
-            for index, step in steps:
-                out[index] = step.attend(layer, q[index], k[index], v[index], scaling)
-            return out[None]
+            parts = zip(steps, *(t[0].transpose(0, 1).split(counts) for t in (q, k, v)), strict=True)  # (n, H, D)
+            return torch.cat([step.attend(layer, *qkv, scaling) for step, *qkv in parts])[None]
 
         tokens = torch.tensor([member.answer[-1] for member in members], device=self.device)
         positions = torch.tensor([len(m.ids) + len(m.answer) - 1 for m in members], device=self.device)
@@ -111,7 +107,16 @@ class BatchForward:
         hidden = self._layers(embeds, positions, [m.alpha for m in members], [1] * len(members), attend)
         for member in members:
             member.own += 1
-        return self.model.lm_head(hidden[0])
+        return self._head(hidden[0])
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (n, V) of (n, C), in memory that is kept: on a CPU, fresh pages cost nearly as much as the product."""
+        head = self.model.lm_head
+        if self.device.type != "cpu" or type(head) is not LanguageHead:
+            return head(hidden)
+        if self._logits_buffer is None or len(self._logits_buffer) < len(hidden):
+            self._logits_buffer = hidden.new_empty(len(hidden), head.out_features)
+        return torch.mm(hidden, head.weight.t(), out=self._logits_buffer[: len(hidden)])
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Features (N, 256, C) of images (N, 3, size, size)."""

@@ -174,7 +174,6 @@ class BatchGenerator:
             if not self._place(flight, group):
                 break
             flight.waiting.pop(0)
-            flight.groups.append(group)
             admitted.append(group)
             tokens += work
             rows += len(group.members)
@@ -186,13 +185,13 @@ class BatchGenerator:
         for block in sorted(fitting, key=lambda block: block.prefix):
             growth = (block.grown(group.suffix + 1) - block.own) * block.groups * block.rows
             if flight.tokens + growth <= self.max_batch_tokens:
-                group.block, group.place = block, block.take(group.shared)
+                flight.place(group, block)
                 return True
         new = self._new_block(flight)
         if new is None:
             return False
         flight.blocks.append(new)
-        group.block, group.place = new, new.take(group.shared)
+        flight.place(group, new)
         return True
 
     def _new_block(self, flight: Flight) -> Block | None:
@@ -247,10 +246,10 @@ class BatchGenerator:
         branched = [group for group in groups if not group.alone]
         if branched:
             logits.append(self._forward.suffixes(branched, features))
-        alone = [(group, 0) for group in groups if group.alone]
-        rows = alone + [(group, i) for group in branched for i in range(len(group.members))]
+        alone = [group for group in groups if group.alone]
+        rows = [(group, row) for group in alone + branched for row in group.members]
         stats = self.statistics
-        stats.prompt_tokens += sum(len(group.members[i].ids) for group, i in rows)
+        stats.prompt_tokens += sum(len(row.ids) for _, row in rows)
         stats.prefilled_tokens += sum(g.shared for g in groups)
         stats.prefilled_tokens += sum(len(row.ids) - g.shared for g in branched for row in g.members)
         stats.peak_rows = max(stats.peak_rows, flight.rows)
@@ -258,49 +257,33 @@ class BatchGenerator:
         return self._take_tokens(flight, rows, torch.cat([part for part in logits if part is not None]))
 
     def _step(self, flight: Flight) -> list[Result]:
-        rows = [(group, i) for group in flight.groups for i in group.open]
-        logits = self._forward.step(flight.groups, rows)
+        rows = [held for block in flight.blocks for held in block.held_rows]
+        logits = self._forward.step(flight.blocks)
         self.statistics.steps += 1
         return self._take_tokens(flight, rows, logits)
 
-    def _take_tokens(self, flight: Flight, rows: Sequence[tuple[Group, int]], logits: torch.Tensor) -> list[Result]:
+    def _take_tokens(self, flight: Flight, rows: Sequence[tuple[Group, Row]], logits: torch.Tensor) -> list[Result]:
         """Chooses the next token of each row; results of the rows that it ends, which leave."""
-        members = [group.members[i] for group, i in rows]
+        members = [row for _, row in rows]
         used = self.model.config.used_vocab_size
         tokens = choose(logits, [m.sampling for m in members], [m.generator for m in members], used)
         self.statistics.new_tokens += len(tokens)
         results = []
-        for (group, i), member, token in zip(rows, members, tokens, strict=True):
-            member.answer.append(token)
-            if token in member.stops or len(member.answer) == member.limit:
-                group.open.remove(i)
-                text = cut_answer(self.tokenizer, member.answer)
-                results.append(
-                    Result(member.request.id, text, None, tuple(member.answer), prompt_tokens=len(member.ids))
-                )
+        for (group, row), token in zip(rows, tokens, strict=True):
+            row.answer.append(token)
+            if token in row.stops or len(row.answer) == row.limit:
+                flight.finish(group, row)
+                text = cut_answer(self.tokenizer, row.answer)
+                results.append(Result(row.request.id, text, None, tuple(row.answer), prompt_tokens=len(row.ids)))
         self.statistics.requests += len(results)
-        for group in [group for group in flight.groups if not group.open]:
-            flight.release(group)
-        self._tidy(flight)
         return results
-
-    def _tidy(self, flight: Flight) -> None:
-        """Once nobody waits for a place, half-empty blocks are packed: else their empty half is computed as well."""
-        if flight.waiting:
-            return
-        for block in flight.blocks:
-            if block.busy * 2 <= block.groups:
-                mine = sorted((g for g in flight.groups if g.block is block), key=lambda g: g.place)
-                block.keep([group.place for group in mine])
-                for place, group in enumerate(mine):
-                    group.place = place
 
     def _make_room(self, flight: Flight) -> list[Result]:
         """After an out-of-memory error: what was not begun, else the younger half, waits again; less is in flight."""
         self.statistics.out_of_memory += 1
         self.max_batch_tokens = max(flight.tokens // 2, 1)
         alone = len(flight.groups) == 1
-        begun = [group for group in flight.groups if all(group.members[i].answer for i in group.open)]
+        begun = [group for group in flight.groups if all(row.answer for row in group.open)]
         back = [group for group in flight.groups if group not in begun] or begun[len(begun) // 2 :]
         logger.warning(
             "out of memory with %d requests in flight: going on with at most %d tokens",
@@ -309,7 +292,7 @@ class BatchGenerator:
         )
         failed = []
         for group in back:
-            members = [group.members[i] for i in group.open]
+            members = list(group.open)
             flight.release(group)
             if alone and len(members) == 1:
                 failed.append(Result(members[0].request.id, "", "out of memory, even alone"))

@@ -175,12 +175,13 @@ def test_out_of_memory_halves_and_goes_on(sampler, tokenizer, requests, expected
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
     step, steps, left = engine._forward.step, [], [failures]
 
-    def failing(groups, rows):
-        steps.append(len(rows))
-        if len(rows) > 3 and left[0]:
+    def failing(blocks):
+        rows = sum(len(block.held_rows) for block in blocks)
+        steps.append(rows)
+        if rows > 3 and left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
-        return step(groups, rows)
+        return step(blocks)
 
     monkeypatch.setattr(engine._forward, "step", failing)
     assert _answers(list(engine.run(requests))) == expected

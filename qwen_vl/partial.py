@@ -1,0 +1,76 @@
+"""Attention to a part of the keys, and how such parts are joined: the same as attention to all of them at once.
+
+Shapes: B batch, H heads, T queries, S keys of the part, D width per head.
+"""
+
+import torch
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def partial_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the queries to these keys alone, and how much weight that has beside other keys.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, H, S, D).
+        scaling: What the scores are multiplied with.
+        causal: Query t reads keys up to t; without a mask.
+        mask: Added to the scores, in the queries' dtype: broadcastable to (B, H, T, S).
+
+    Returns:
+        (B, H, T, D), and the logarithm of the sum of the exponentials of the scores: float32 (B, H, T).
+    """
+    # PyTorch's public attention keeps the second to itself; its own context parallelism calls these operators as well.
+    if query.device.type == "cpu":
+        full = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=full, scale=scaling
+        )
+    if query.dtype in _HALF and mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)[:2]
+    return written_out(query, key, value, scaling, causal=causal, mask=mask)
+
+
+def written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`partial_attention` by matrix products, with scores in float32."""
+    scores = _scores(query, key, scaling)  # (B, H, T, S)
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores.masked_fill_(later, torch.finfo(torch.float32).min)
+    if mask is not None:
+        scores += mask
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
+
+
+def join(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
+    """Attention to the keys of two parts from what each part gave: (…, D), (…), and the same of the other."""
+    share = torch.sigmoid(lse - other_lse)[..., None]  # of all weight: e^a / (e^a + e^b)
+    return torch.lerp(other_out.float(), out.float(), share).to(out.dtype)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """query @ key^T * scaling in float32."""
+    if query.dtype == torch.float32:
+        return (query * scaling) @ key.transpose(-1, -2)
+    if query.is_cuda:  # the products are summed in float32 anyway; here the sums are kept so
+        flat = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return flat.view(*query.shape[:-1], key.shape[-2]) * scaling
+    return (query @ key.transpose(-1, -2)).float() * scaling
