@@ -111,7 +111,13 @@ def _piece(tokenizer: QwenVLTokenizer, content: Query, tags: frozenset[str]) -> 
         images = []
         if "<img>" in tags:
             images = [e["image"] for e in tokenizer.to_list_format(content) if "image" in e]
-        return Context(content, tokenizer.encode(content, allowed_special=tags), images)
+        ids = tokenizer.encode(content, allowed_special=tags)
+        if not ids.count(tokenizer.img_start_id) == ids.count(tokenizer.img_end_id) == len(images):
+            raise ValueError(
+                f"the image tags of {content[:80]!r} cannot be told apart: there is a </img> without its <img>, or a "
+                "picture inside another tag. Write <img>path</img> on its own, or give a list of elements."
+            )
+        return Context(content, ids, images)
     return _list_piece(tokenizer, content)
 
 

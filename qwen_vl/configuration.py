@@ -6,6 +6,9 @@ from transformers import PreTrainedConfig
 
 # The ids that follow image_start_id in every Qwen-VL vocabulary: <img> </img> <imgpad>.
 IMAGE_TOKEN_COUNT = 3
+VISUAL_FIELDS = frozenset(
+    ["heads", "image_size", "image_start_id", "layers", "mlp_ratio", "output_dim", "patch_size", "width"]
+)
 RELEASED_ARCHITECTURE = "QWenLMHeadModel"
 
 
@@ -67,6 +70,8 @@ class QwenVLConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:
+        if wrong := sorted(VISUAL_FIELDS ^ set(self.visual)):
+            raise ValueError(f"config.json: visual must have the fields {sorted(VISUAL_FIELDS)} alone; see to {wrong}")
         if self.num_attention_heads * self.kv_channels != self.hidden_size:
             raise ValueError(
                 f"config.json: num_attention_heads {self.num_attention_heads} x kv_channels {self.kv_channels} "

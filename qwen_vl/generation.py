@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 IMAGES_AT_ONCE = 8  # through the vision tower
 IMAGES_KEPT = 64  # features of the latest images, in case another group shows them again
 BLOCK_ROWS = 64  # of a block that is made anew
+ALONE = "out of memory, even alone"
+NO_NUMBERS = "the model computed NaN or infinity: its weights are damaged, or the dtype is too narrow (not bfloat16)"
 
 
 class BatchGenerator:
@@ -94,15 +96,19 @@ class BatchGenerator:
     @torch.inference_mode()
     def _advance(self, flight: Flight) -> list[Result]:
         """Prefills what there is room for, or decodes one step of everything in flight."""
+        failed: list[Result] = []
         try:
-            failed, admitted = self._admit(flight)
+            admitted = self._admit(flight, failed)
             if failed or admitted:
                 return failed + self._prefill(flight, admitted)
             return self._step(flight)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-        return self._make_room(flight)
+        failed += self._make_room(flight)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return failed
 
     def _prepare(self, request: Request, number: int) -> Row | Result:
         try:
@@ -154,9 +160,8 @@ class BatchGenerator:
             groups = [Group([row], len(row.ids)) for row in rows]
         return sorted(groups, key=lambda g: (-len(g.members), -g.shared, g.members[0].number))
 
-    def _admit(self, flight: Flight) -> tuple[list[Result], list[Group]]:
-        """Moves waiting groups into blocks, as many as one prefill takes; and results of those without their image."""
-        failed: list[Result] = []
+    def _admit(self, flight: Flight, failed: list[Result]) -> list[Group]:
+        """Moves waiting groups into blocks, as many as one prefill takes; adds to `failed` what has no image."""
         admitted: list[Group] = []
         tokens = rows = 0
         in_flight = flight.rows
@@ -166,7 +171,14 @@ class BatchGenerator:
             full = in_flight + rows + len(group.members) > self.max_rows and (in_flight or rows)
             if full or (admitted and tokens + work > self.prefill_tokens):
                 break
-            problems = self._encode(flight, group)
+            try:
+                problems = self._encode(flight, group)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error) or len(flight.groups) > 1:
+                    raise
+                if flight.groups:
+                    break  # nothing is wrong with the one in flight; once it is done there is more room
+                problems = {id(row): ALONE for row in group.members if row.images}
             if problems:
                 flight.waiting[:1] = self._grouped([row for row in group.members if id(row) not in problems])
                 failed += [Result(r.request.id, "", problems[id(r)]) for r in group.members if id(r) in problems]
@@ -177,7 +189,7 @@ class BatchGenerator:
             admitted.append(group)
             tokens += work
             rows += len(group.members)
-        return failed, admitted
+        return admitted
 
     def _place(self, flight: Flight, group: Group) -> bool:
         """Finds room for a group, in a block that is there or in a new one."""
@@ -270,6 +282,10 @@ class BatchGenerator:
         self.statistics.new_tokens += len(tokens)
         results = []
         for (group, row), token in zip(rows, tokens, strict=True):
+            if token is None:
+                flight.finish(group, row)
+                results.append(Result(row.request.id, "", NO_NUMBERS, prompt_tokens=len(row.ids)))
+                continue
             row.answer.append(token)
             if token in row.stops or len(row.answer) == row.limit:
                 flight.finish(group, row)
@@ -281,28 +297,43 @@ class BatchGenerator:
     def _make_room(self, flight: Flight) -> list[Result]:
         """After an out-of-memory error: what was not begun, else the younger half, waits again; less is in flight."""
         self.statistics.out_of_memory += 1
-        self.max_batch_tokens = max(flight.tokens // 2, 1)
-        alone = len(flight.groups) == 1
-        begun = [group for group in flight.groups if all(row.answer for row in group.open)]
-        back = [group for group in flight.groups if group not in begun] or begun[len(begun) // 2 :]
+        self.max_batch_tokens = max((flight.tokens or self.max_batch_tokens) // 2, 1)
         logger.warning(
             "out of memory with %d requests in flight: going on with at most %d tokens",
             flight.rows,
             self.max_batch_tokens,
         )
+        if not flight.groups:
+            first = flight.waiting[0]
+            if self.max_batch_tokens > Block.tokens_for(1, len(first.members), first.shared, first.suffix + OWN_STEP):
+                return []  # a smaller block may do
+            del flight.waiting[0]
+            return self._alone(flight, first.members)
+        begun = [group for group in flight.groups if all(row.answer for row in group.open)]
+        back = [group for group in flight.groups if group not in begun] or begun[len(begun) // 2 :]
+        alone = len(flight.groups) == 1
         failed = []
         for group in back:
             members = list(group.open)
             flight.release(group)
-            if alone and len(members) == 1:
-                failed.append(Result(members[0].request.id, "", "out of memory, even alone"))
+            if alone:
+                failed += self._alone(flight, members)
                 continue
             for row in members:
                 row.restart()
-            flight.waiting += [Group([row], len(row.ids)) for row in members] if alone else self._grouped(members)
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+            flight.waiting += self._grouped(members)
+        for row in (row for group in flight.groups for row in group.open):
+            row.generator = row.generator.restarted(len(row.answer))  # the error may have come between two rows' draws
         return failed
+
+    def _alone(self, flight: Flight, members: Sequence[Row]) -> list[Result]:
+        """After an out-of-memory error with one group alone: each of it on its own; one row on its own has failed."""
+        if len(members) == 1:
+            return [Result(members[0].request.id, "", ALONE)]
+        for row in members:
+            row.restart()
+        flight.waiting += [Group([row], len(row.ids)) for row in members]
+        return []
 
     def _tokens_that_fit(self) -> int:
         """How many tokens' keys and values the free memory holds, room for the computation left aside."""

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from qwen_vl.configuration import QwenVLConfig
 from qwen_vl.folder import code_files, read_json_file
 from qwen_vl.modeling import QwenVLForCausalLM
 from qwen_vl.tokenization import VOCAB_FILE, QwenVLTokenizer
@@ -32,18 +34,23 @@ def load(
 
     Raises:
         FileNotFoundError: The folder, its weights or its vocabulary are not there.
-        ValueError: A file of it is damaged, or the dtype has no such name.
+        ValueError: A file of it is damaged or does not fit the others, a tensor is missing, or there is no such dtype
+            or device.
     """
     folder = check_folder(path)
+    place = resolve_device(device)
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapter(folder, dtype=dtype, device=device, attn_implementation=attn_implementation)
     if code_files(folder):
         logger.warning("%s has code files (%s): they are not run.", folder, code_files(folder)[0].name)
+    if (settings := folder / GENERATION_CONFIG_NAME).is_file():
+        read_json_file(settings)  # transformers takes a broken one for none, and would decode greedily
     tokenizer = QwenVLTokenizer.from_pretrained(folder)
+    check_fit(tokenizer, QwenVLConfig.from_pretrained(str(folder)), folder)
     model = QwenVLForCausalLM.from_pretrained(
         str(folder), dtype=_dtype(dtype), attn_implementation=attn_implementation, weights_only=True
     )
-    return model.to(_device(device)).eval(), tokenizer
+    return model.to(place).eval(), tokenizer
 
 
 def check_folder(path: str | Path) -> Path:
@@ -69,6 +76,40 @@ def check_folder(path: str | Path) -> Path:
     return folder
 
 
+def check_fit(tokenizer: QwenVLTokenizer, config: QwenVLConfig, folder: Path) -> None:
+    """Sees to it that vocabulary and model number the special tokens alike.
+
+    Raises:
+        ValueError: They don't: the vocabulary is cut short, or another model's. Every prompt would be garbage.
+    """
+    if tokenizer.img_start_id != config.image_start_id:
+        raise ValueError(
+            f"{VOCAB_FILE} and config.json of {folder} do not belong together: <img> is {tokenizer.img_start_id} by "
+            f"the vocabulary's {tokenizer.eod_id} lines, and visual.image_start_id is {config.image_start_id}. "
+            "Download both again."
+        )
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """A device that is here; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: No device has that name, or this machine or this torch has none of its kind.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"no such device: {device!r}. Use auto, cpu, cuda or cuda:N.") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"the device {device!r} is not here: this torch ({torch.__version__}) sees {torch.cuda.device_count()} "
+            "GPUs. Use auto or cpu, or install a torch build with CUDA."
+        )
+    return place
+
+
 def _load_adapter(
     folder: Path, *, dtype: torch.dtype | str, device: torch.device | str, attn_implementation: str
 ) -> tuple[QwenVLForCausalLM, QwenVLTokenizer]:
@@ -84,6 +125,7 @@ def _load_adapter(
     model, tokenizer = load(base_folder, dtype=dtype, device=device, attn_implementation=attn_implementation)
     if (folder / VOCAB_FILE).is_file():
         tokenizer = QwenVLTokenizer.from_pretrained(folder)
+        check_fit(tokenizer, model.config, folder)
     # The adapter's layers are put into `model` itself, which keeps its own methods: chat, generate and the rest.
     adapted: PreTrainedModel = PeftModel.from_pretrained(model, str(folder))
     return adapted.get_base_model().eval(), tokenizer
@@ -96,9 +138,3 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ValueError(f"no such dtype: {dtype!r}. Use auto, bfloat16, float16 or float32.")
     return named
-
-
-def _device(device: torch.device | str) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -207,6 +207,21 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, which must find every weight: it would draw a missing one at random.
+
+        Raises:
+            ValueError: Weights are missing; names them.
+        """
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"the checkpoint {path} lacks {len(missing)} of {len(model.state_dict())} weights: "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download it again, or save it again."
+            )
+        return (model, info) if output_loading_info else model
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 

@@ -54,9 +54,11 @@ class RequestGenerator:
         """Passes over a draw whose outcome is certain."""
         self._skipped += 1
 
-    def restarted(self) -> "RequestGenerator":
-        """The same random numbers from the beginning."""
-        return RequestGenerator(self._seed, self.device)
+    def restarted(self, draws: int = 0) -> "RequestGenerator":
+        """The same random numbers from the beginning, or after so many draws."""
+        again = RequestGenerator(self._seed, self.device)
+        again._skipped = draws
+        return again
 
     def variates(self, size: int) -> torch.Tensor:
         """The exponential variates (size,) of the next draw, float32."""
@@ -71,7 +73,7 @@ class RequestGenerator:
 
 def choose(
     logits: torch.Tensor, settings: Sequence[SamplingSettings], generators: Sequence[RequestGenerator], used: int
-) -> list[int]:
+) -> list[int | None]:
     """The next token of each request.
 
     Args:
@@ -81,11 +83,14 @@ def choose(
         used: U; ids from here on are never chosen.
 
     Returns:
-        n ids below U: for each request what `generate()` would choose for it alone.
+        n ids below U: for each request what `generate()` would choose for it alone; None where the logits are no
+        numbers (NaN, or infinite).
     """
     size = logits.shape[-1]
-    tokens = logits[:, :used].argmax(dim=-1).tolist()
-    rows = [i for i, setting in enumerate(settings) if setting.do_sample]
+    best = logits[:, :used].argmax(dim=-1, keepdim=True)  # a NaN counts as the largest
+    sound = logits.gather(-1, best).isfinite()[:, 0].tolist()
+    tokens = [token if good else None for token, good in zip(best[:, 0].tolist(), sound, strict=True)]
+    rows = [i for i, setting in enumerate(settings) if setting.do_sample and sound[i]]
     if not rows:
         return tokens
     scaled = logits[rows, :used].float()
@@ -103,7 +108,7 @@ def choose(
             tokens[row] = int(ids[0])
             continue
         # As torch.multinomial does it: the largest ratio of probability to exponential variate.
-        variates = generators[row].variates(size).to(ids.device)[ids]
+        variates = generators[row].variates(size)[ids.to(logits.device)].to(ids.device)
         tokens[row] = int(ids[(scores.softmax(-1) / variates).argmax()])
     return tokens
 
@@ -116,6 +121,7 @@ def _quick_candidates(
     top, ids = scores.topk(width, dim=-1)  # (rows, width)
     mass = (top - scores.logsumexp(dim=-1, keepdim=True)).exp()
     before = (mass.double().cumsum(-1) - mass).tolist()  # probability of all that is more likely
+    top, ids = top.cpu(), ids.cpu()  # at once: a GPU would be waited for several times a row
     found: list[tuple[torch.Tensor, torch.Tensor] | None] = []
     for row, setting in enumerate(settings):
         distances = [abs(b - setting.top_p) for b in before[row]]

@@ -28,6 +28,14 @@ def test_typed_im_end_stays_text_in_a_string_too(tokenizer: QwenVLTokenizer) -> 
     assert ids.count(tokenizer.im_end_id) == 2
 
 
+@pytest.mark.parametrize(
+    "query", ["<ref><img>a.png</img></ref> what?", "a </img> b <img>a.png</img>", "<img>a.png</img> and </img>"]
+)
+def test_tags_within_tags_are_told_as_such(tokenizer: QwenVLTokenizer, query: str) -> None:
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        make_context(tokenizer, query)
+
+
 def test_an_answer_never_shows_a_picture(tokenizer: QwenVLTokenizer) -> None:
     history = [("look", "<img>/etc/passwd</img> at <ref>it</ref><box>(1,2),(3,4)</box>")]
     context = build_context(tokenizer, "and?", history)

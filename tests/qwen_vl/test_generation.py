@@ -204,6 +204,75 @@ def test_out_of_memory_even_alone_is_one_failure(sampler, tokenizer, requests, m
     assert [r.id for r in results.values() if r.error] == ["long"]
 
 
+def test_out_of_memory_with_nothing_in_flight_ends(sampler, tokenizer, requests, expected, monkeypatch) -> None:
+    """A vision tower that never fits fails the requests that show something, and those alone."""
+    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
+
+    def failing(pixels):
+        raise torch.OutOfMemoryError("pretended")
+
+    monkeypatch.setattr(engine._forward, "encode_images", failing)
+    results = {r.id: r for r in engine.run(requests)}
+    assert {name for name, r in results.items() if r.error == "out of memory, even alone"} == {
+        r.id for r in requests if not isinstance(r.query, str)
+    }
+    assert {name: r.text for name, r in results.items() if not r.error}.items() <= expected.items()
+
+
+def test_failures_are_not_lost_to_an_out_of_memory_error(sampler, tokenizer, requests, expected, monkeypatch) -> None:
+    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
+    prefixes, left = engine._forward.prefixes, [1]
+
+    def failing(groups, features):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("pretended")
+        return prefixes(groups, features)
+
+    monkeypatch.setattr(engine._forward, "prefixes", failing)
+    gone = Request(id="gone", query=[{"image": "gone.png"}, {"text": _text(300, 1)}])
+    results = {r.id: r for r in engine.run([gone, *requests])}
+    assert "gone.png" in results.pop("gone").error
+    assert _answers(list(results.values())) == expected
+
+
+def test_out_of_memory_between_two_draws_changes_nothing(sampler, tokenizer, requests, expected, monkeypatch) -> None:
+    """Some rows have drawn when the error comes: they draw the same again."""
+    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
+    calls = [0]
+
+    def failing(logits, settings, generators, used):
+        tokens = choose(logits, settings, generators, used)
+        calls[0] += 1
+        if calls[0] in (2, 4):
+            raise torch.OutOfMemoryError("pretended")
+        return tokens
+
+    monkeypatch.setattr(generation, "choose", failing)
+    assert _answers(list(engine.run(requests))) == expected
+    assert engine.statistics.out_of_memory == 2
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_logits_that_are_no_numbers_fail_their_request(sampler, tokenizer, monkeypatch, do_sample: bool) -> None:
+    requests = [Request(id=i, query=f"Hello {i}", do_sample=do_sample, max_new_tokens=6, seed=i) for i in range(3)]
+    expected = {r.id: r.text for r in BatchGenerator(sampler, tokenizer).run(requests)}
+    engine = BatchGenerator(sampler, tokenizer)
+    step = engine._forward.step
+
+    def damaged(blocks):
+        logits = step(blocks).clone()
+        rows = [row.request.id for block in blocks for _, row in block.held_rows]
+        if 1 in rows:
+            logits[rows.index(1), 7] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine._forward, "step", damaged)
+    results = {r.id: r for r in engine.run(requests)}
+    assert "NaN" in results.pop(1).error
+    assert {r.id: (r.text, r.error) for r in results.values()} == {i: (expected[i], None) for i in (0, 2)}
+
+
 def test_other_runtime_errors_are_not_swallowed(sampler, tokenizer, requests, monkeypatch) -> None:
     engine = BatchGenerator(sampler, tokenizer)
     monkeypatch.setattr(engine._forward, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))

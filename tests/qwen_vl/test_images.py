@@ -50,6 +50,19 @@ def test_unreadable_files(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyP
         QwenVLImageProcessor().load(file)
 
 
+def test_a_decoder_that_fails_in_its_own_way_is_a_broken_image(tmp_path: Path, monkeypatch) -> None:
+    """Pillow's AVIF decoder raises RuntimeError; one image must never end a run."""
+    file = tmp_path / "broken.png"
+    Image.new("RGB", (4, 4)).save(file)
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(Image.Image, "convert", failing)
+    with pytest.raises(ValueError, match=r"broken\.png \(Failed to decode image\)"):
+        QwenVLImageProcessor().load(file)
+
+
 def test_url_is_just_a_missing_file() -> None:
     with pytest.raises(FileNotFoundError):
         QwenVLImageProcessor().load("http://localhost/a.png")

@@ -1,5 +1,6 @@
 """Checkpoint folders: what is saved loads again, in the released layout; damaged ones say what is wrong."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import qwen_vl
 from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
+from tests.conftest import RANKS
 from tests.qwen_vl.conftest import small_config, small_model
 
 AUTO_MAP = {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}
@@ -104,10 +106,37 @@ def test_missing_folder_and_missing_shard(base: Path, tmp_path: Path) -> None:
         qwen_vl.load(base)
 
 
-def test_broken_config(base: Path) -> None:
-    (base / "tokenizer_config.json").write_text('{"model_max_length": ')
-    with pytest.raises(ValueError, match=r"not a JSON file: .*tokenizer_config\.json"):
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_broken_config(base: Path, name: str) -> None:
+    (base / name).write_text('{"model_max_length": ')
+    with pytest.raises(ValueError, match=f"not a JSON file: .*{name}"):
         qwen_vl.load(base)
+
+
+def test_missing_weights_are_never_drawn_at_random(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    del weights["transformer.h.1.mlp.w2.weight"], weights["transformer.visual.proj"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 of \d+ weights: transformer.h.1.mlp.w2.weight, transformer.vis"):
+        qwen_vl.load(base)
+
+
+def test_vocabulary_of_another_length(base: Path) -> None:
+    """As one cut at the end of a line: its ranks have no gap, and every special token has another number."""
+    with (base / "qwen.tiktoken").open("a") as vocabulary:
+        vocabulary.write(f"{base64.b64encode(b'ab').decode()} {RANKS}\n")
+    with pytest.raises(ValueError, match="do not belong together: <img> is"):
+        qwen_vl.load(base)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda:99", "is not here: this torch"), ("graphics", "no such device: 'graphics'")]
+)
+def test_device_that_is_not_here(base: Path, device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before the weights are read."""
+    monkeypatch.setattr(QwenVLForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=message):
+        qwen_vl.load(base, device=device)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +145,7 @@ def test_broken_config(base: Path) -> None:
         ({"kv_channels": 16}, "must be hidden_size 128"),
         ({"vocab_size": 300}, "outside vocab_size 300"),
         ({"hidden_size": 256, "kv_channels": 64}, "visual.output_dim 128"),
+        ({"visual": {"heads": 2, "colour": 1}}, r"see to \['colour', 'image_size'"),
     ],
 )
 def test_sizes_that_cannot_be(change: dict, message: str) -> None:
