@@ -1,7 +1,7 @@
 """Keys and values of requests in flight: each shared prefix once, each request's own tokens beside it.
 
-Shapes: L layers, G groups of a block, R rows of a group, P prefix tokens, S own tokens, H heads, D width per head,
-n rows in flight.
+Shapes: L layers, G groups and N rows that a block has room for, P prefix tokens, S own tokens, H heads, D width per
+head; g groups and n rows in flight, R the most of them that are of one group.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class HeldGroup(Protocol):
 
 
 class Block:
-    """Room for G groups of up to R rows: dense buffers, filled in place, never copied for a step.
+    """Room for G groups and their N rows: dense buffers, filled in place, never copied for a step.
 
     Prefixes and rows in flight always are the first ones: who leaves is replaced by the last, so that a step reads
     nothing of those that are finished.
@@ -55,7 +55,7 @@ class Block:
     Args:
         shape: The model's.
         groups: G.
-        rows: R.
+        rows: N, of all groups together.
         prefix: P, the longest prefix it can take.
         own: S to begin with: a request's tokens after its prefix, of prompt and answer together; grows when needed.
     """
@@ -63,7 +63,7 @@ class Block:
     def __init__(self, shape: CacheShape, *, groups: int, rows: int, prefix: int, own: int) -> None:
         self.shape, self.groups, self.rows, self.prefix, self.own = shape, groups, rows, prefix, own
         self.prefix_keys, self.prefix_values = self._zeros(groups, prefix), self._zeros(groups, prefix)
-        self.own_keys, self.own_values = self._zeros(groups * rows, own), self._zeros(groups * rows, own)
+        self.own_keys, self.own_values = self._zeros(rows, own), self._zeros(rows, own)
         self.held_groups: list[HeldGroup] = []
         self.held_rows: list[tuple[HeldGroup, HeldRow]] = []
 
@@ -75,16 +75,17 @@ class Block:
     @staticmethod
     def tokens_for(groups: int, rows: int, prefix: int, own: int) -> int:
         """Tokens that a block of this size has room for."""
-        return groups * (prefix + rows * own)
+        return groups * prefix + rows * own
 
     @property
     def tokens(self) -> int:
         """Tokens it has room for now."""
         return self.tokens_for(self.groups, self.rows, self.prefix, self.own)
 
-    def fits(self, prefix: int, rows: int) -> bool:
-        """Whether a group of this size can be taken in."""
-        return len(self.held_groups) < self.groups and prefix <= self.prefix and rows <= self.rows
+    def fits(self, group: HeldGroup) -> bool:
+        """Whether there are places for a group and its rows."""
+        places = len(self.held_groups) < self.groups and len(self.held_rows) + len(group.members) <= self.rows
+        return places and group.shared <= self.prefix
 
     def take(self, group: HeldGroup) -> None:
         """Gives a group and its rows their places, the rows one after the other."""
@@ -114,17 +115,38 @@ class Block:
             self.held_groups[group.place] = last
         group.place = -1
 
+    @property
+    def wanted(self) -> int:
+        """Own size that the next step needs."""
+        return max((row.own for _, row in self.held_rows), default=0) + 1
+
     def grown(self, own: int) -> int:
-        """The own size it would take so that `own` tokens fit, at least half as much again as now."""
-        return self.own if own <= self.own else max(own, self.own + OWN_STEP, self.own * 3 // 2)
+        """The own size it would take so that `own` tokens fit, at least a quarter as much again as now."""
+        return self.own if own <= self.own else max(own, self.own + OWN_STEP, self.own * 5 // 4)
+
+    def growth(self, own: int) -> int:
+        """Tokens by which it would grow so that each row has room for `own`."""
+        return (self.grown(own) - self.own) * self.rows
 
     def grow(self, own: int) -> None:
         """Makes room for `own` tokens of each row: a copy, but a rarer one each time."""
         more = self.grown(own) - self.own
         if more > 0:
-            self.own_keys = F.pad(self.own_keys, (0, 0, 0, more))
-            self.own_values = F.pad(self.own_values, (0, 0, 0, more))
+            self.own_keys, self.own_values = (F.pad(t, (0, 0, 0, more)) for t in (self.own_keys, self.own_values))
             self.own += more
+
+    def shrink(self) -> int:
+        """Gives back the room of groups and rows that it does not hold; how many tokens that is."""
+        before, self.groups, self.rows = self.tokens, len(self.held_groups), len(self.held_rows)
+        shrunk = before - self.tokens_for(self.groups, self.rows, self.prefix, self.own)
+        if shrunk:
+            self.prefix_keys = self.prefix_keys[:, : self.groups].clone()
+            self.prefix_values = self.prefix_values[:, : self.groups].clone()
+            self.own_keys, self.own_values = (
+                self.own_keys[:, : self.rows].clone(),
+                self.own_values[:, : self.rows].clone(),
+            )
+        return shrunk
 
     def put_prefix(self, layer: int, group: HeldGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores a prefix's keys and values (H, P, D)."""
@@ -145,7 +167,7 @@ class Block:
 
     def step(self) -> "BlockStep":
         """Prepares one decoding step of all its rows."""
-        self.grow(max(row.own for _, row in self.held_rows) + 1)
+        self.grow(self.wanted)
         return BlockStep(self)
 
 

@@ -1,15 +1,20 @@
 """Requests on their way through the engine: single, in groups that share a prefix, waiting and in flight."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from qwen_vl.blocks import Block
+from qwen_vl.blocks import Block, CacheShape
+from qwen_vl.features import image_key
 from qwen_vl.sampling import RequestGenerator, SamplingSettings
 from qwen_vl.vision import QUERIES
+
+BLOCK_ROWS = 64  # of a block that is made anew
+RESERVE = 0.1  # of the budget, for answers that become longer than expected
+ALIKE = 0.75  # of a block's longest prefix: a shorter one would leave too much of its place empty
 
 
 @dataclass(eq=False)
@@ -30,7 +35,7 @@ class Row:
     place: int = -1  # among the rows of its group's block
     own: int = 0  # tokens after the shared prefix that have keys and values
 
-    def comparable(self, numbers: dict[Any, int]) -> np.ndarray:
+    def comparable(self, numbers: dict[Hashable, int]) -> np.ndarray:
         """The prompt with each image's places numbered by the image: equal numbers where the computation is equal.
 
         Args:
@@ -57,6 +62,7 @@ class Group:
     block: Block | None = None
     place: int = -1  # among the prefixes of its block
     open: list[Row] = field(default_factory=list)  # members that are not finished
+    features: dict[Hashable, torch.Tensor] = field(default_factory=dict)  # of its images, until it is prefilled
 
     def __post_init__(self) -> None:
         self.open = list(self.members)
@@ -79,7 +85,7 @@ class Flight:
     waiting: list[Group] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    images: dict[Any, torch.Tensor] = field(default_factory=dict)
+    crowded: bool = False  # rows were sent back for want of room: nobody comes in before a group has left
 
     @property
     def rows(self) -> int:
@@ -89,11 +95,70 @@ class Flight:
     def tokens(self) -> int:
         return sum(block.tokens for block in self.blocks)
 
-    def place(self, group: Group, block: Block) -> None:
-        """Puts a group into a block."""
+    def place(self, group: Group, shape: CacheShape, budget: int, answer: int) -> bool:
+        """Puts a group that waits into a block that is there, or into a new one.
+
+        Args:
+            group: The first that waits.
+            shape: Of new blocks.
+            budget: Tokens that all blocks may have room for.
+            answer: Tokens that an answer is expected to have.
+
+        Returns:
+            Whether there was room; alone in flight, a group is always placed.
+        """
+        fitting = [block for block in self.blocks if block.fits(group)]
+        for block in sorted(fitting, key=lambda block: block.prefix):
+            growth = block.growth(group.suffix + 1)
+            if not growth or self.tokens + growth <= budget:
+                break
+        else:
+            block = self._new_block(shape, budget, answer)
+            if block is None:
+                return False
+            self.blocks.append(block)
         block.take(group)
         group.block = block
         self.groups.append(group)
+        return True
+
+    def _new_block(self, shape: CacheShape, budget: int, answer: int) -> Block | None:
+        """A block for as many of the groups that come next, and are about as long, as fit into the budget."""
+        first, left = self.waiting[0], budget * (1 - RESERVE) - self.tokens
+        groups = rows = own = tokens = 0
+        for group in self.waiting:
+            members, longest = rows + len(group.members), max(own, group.suffix + answer)
+            size = Block.tokens_for(groups + 1, members, first.shared, longest)
+            unlike = not first.shared >= group.shared >= first.shared * ALIKE
+            if groups and (members > BLOCK_ROWS or unlike or size > left):
+                break
+            groups, rows, own, tokens = groups + 1, members, longest, size
+        if tokens > left and self.groups:
+            return None
+        return Block(shape, groups=groups, rows=rows, prefix=first.shared, own=own)
+
+    def make_growth(self, budget: int) -> list[Row]:
+        """Sees to it that every row has room for one more token within the budget.
+
+        Where it is short, room that nobody uses is given back, and then the youngest groups are taken out, but for
+        the last one: that grows whatever the budget says.
+
+        Returns:
+            Rows that were taken out.
+        """
+        back: list[Row] = []
+        for block in list(self.blocks):
+            while self.tokens + block.growth(block.wanted) > budget and block.growth(block.wanted):
+                if sum(other.shrink() for other in self.blocks):
+                    continue
+                if len(self.groups) == 1 or block not in self.blocks:
+                    break
+                back += self.groups[-1].open
+                self.release(self.groups[-1])
+                self.crowded = True
+            if block in self.blocks:
+                block.grow(block.wanted)
+        return back
 
     def finish(self, group: Group, row: Row) -> None:
         """Takes a row out that has its answer, and its group when it was the last."""
@@ -101,6 +166,7 @@ class Flight:
         group.block.leave(row)
         if not group.open:
             self.release(group)
+            self.crowded = False
 
     def release(self, group: Group) -> None:
         """Takes a group out, with the rows that are not finished; a block that nobody uses is given back."""
@@ -111,11 +177,6 @@ class Flight:
         if not group.block.held_groups:
             self.blocks.remove(group.block)
         group.block = None
-
-
-def image_key(image: Any) -> Any:
-    """What tells images apart: the path of a file, else the object itself."""
-    return str(image) if isinstance(image, str | Path) else id(image)
 
 
 def image_places(ids: np.ndarray, start_id: int) -> np.ndarray:

@@ -4,14 +4,14 @@ Shapes: T tokens of this pass, of all requests one after the other; C width, H h
 head, n rows of a step.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
 
 from qwen_vl.blocks import Block
-from qwen_vl.flight import Group, Row, image_key
+from qwen_vl.features import image_key
+from qwen_vl.flight import Group, Row
 from qwen_vl.language import Attend, logn_factors, rotary_frequencies, rotary_tables, segment_attention
 from qwen_vl.loss import LanguageHead
 from qwen_vl.modeling import QwenVLForCausalLM
@@ -37,7 +37,7 @@ class BatchForward:
         """Where the model is."""
         return self.model.device
 
-    def prefixes(self, groups: Sequence[Group], features: dict[Any, torch.Tensor]) -> torch.Tensor | None:
+    def prefixes(self, groups: Sequence[Group]) -> torch.Tensor | None:
         """Fills the groups' prefixes.
 
         Returns:
@@ -45,6 +45,7 @@ class BatchForward:
         """
         first = [group.members[0] for group in groups]
         spans = [(member, 0, group.shared) for member, group in zip(first, groups, strict=True)]
+        features = _features(groups)
         lengths = [group.shared for group in groups]
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -57,7 +58,7 @@ class BatchForward:
         ends = np.cumsum(lengths) - 1
         return self._logits(hidden, [end for end, group in zip(ends, groups, strict=True) if group.alone])
 
-    def suffixes(self, groups: Sequence[Group], features: dict[Any, torch.Tensor]) -> torch.Tensor:
+    def suffixes(self, groups: Sequence[Group]) -> torch.Tensor:
         """Fills what follows the prefixes.
 
         Returns:
@@ -82,9 +83,7 @@ class BatchForward:
             )
             return join(out, lse, own_out, own_lse).transpose(1, 2)  # (1, T, H, D)
 
-        hidden = self._tokens(spans, features, attend)
-        for member, group in members:
-            member.own = len(member.ids) - group.shared
+        hidden = self._tokens(spans, _features(groups), attend)
         return self._logits(hidden, (np.cumsum(lengths) - 1).tolist())
 
     def step(self, blocks: Sequence[Block]) -> torch.Tensor:
@@ -105,8 +104,6 @@ class BatchForward:
         positions = torch.tensor([len(m.ids) + len(m.answer) - 1 for m in members], device=self.device)
         embeds = self.model.transformer.wte(tokens)[None]  # (1, n, C)
         hidden = self._layers(embeds, positions, [m.alpha for m in members], [1] * len(members), attend)
-        for member in members:
-            member.own += 1
         return self._head(hidden[0])
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -123,7 +120,7 @@ class BatchForward:
         return self.model.transformer.visual(pixels.to(self.device)).to(self.model.dtype)
 
     def _tokens(
-        self, spans: Sequence[tuple[Row, int, int]], features: dict[Any, torch.Tensor], attend: Attend
+        self, spans: Sequence[tuple[Row, int, int]], features: dict[Hashable, torch.Tensor], attend: Attend
     ) -> torch.Tensor:
         """Hidden states (T, C) of stretches of prompts, one after the other."""
         ids = np.concatenate([member.ids[start:end] for member, start, end in spans])
@@ -172,3 +169,8 @@ class BatchForward:
         if not len(places):
             return None
         return self.model.lm_head(hidden[torch.tensor(places, device=self.device)])
+
+
+def _features(groups: Sequence[Group]) -> dict[Hashable, torch.Tensor]:
+    """The features of all of their images."""
+    return {key: feature for group in groups for key, feature in group.features.items()}

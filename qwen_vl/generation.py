@@ -5,23 +5,24 @@ bfloat16 the rounding of a matrix product depends on its shape), whatever shares
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
+from qwen_vl import features
 from qwen_vl.blocks import OWN_STEP, Block, CacheShape
 from qwen_vl.chat import MAX_WINDOW_SIZE, build_context, cut_answer
-from qwen_vl.flight import Flight, Group, Row, image_key, image_places
+from qwen_vl.features import image_key
+from qwen_vl.flight import Flight, Group, Row, image_places
 from qwen_vl.forward import BatchForward
 from qwen_vl.images import QwenVLImageProcessor
 from qwen_vl.language import ntk_alpha
+from qwen_vl.memory import ALONE, free_bytes, is_out_of_memory
 from qwen_vl.modeling import QwenVLForCausalLM
-from qwen_vl.prefixes import group_by_prefix
+from qwen_vl.prefixes import MOST_ROWS, group_by_prefix
 from qwen_vl.requests import Request, Result, Statistics
 from qwen_vl.sampling import RequestGenerator, SamplingSettings, choose
 from qwen_vl.tokenization import QwenVLTokenizer
@@ -30,10 +31,14 @@ __all__ = ["BatchGenerator", "Request", "Result", "Statistics"]
 
 logger = logging.getLogger(__name__)
 
-IMAGES_AT_ONCE = 8  # through the vision tower
-IMAGES_KEPT = 64  # features of the latest images, in case another group shows them again
-BLOCK_ROWS = 64  # of a block that is made anew
-ALONE = "out of memory, even alone"
+TOP_K = 50  # what generate() takes where neither request nor checkpoint says
+# What else a checkpoint's settings may ask of generate(): it would change the texts, and is not known here.
+UNKNOWN_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "num_beams", "min_p")
+UNKNOWN_SETTINGS += ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "bad_words_ids", "sequence_bias")
+UNKNOWN_SETTINGS += ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
+UNKNOWN_SETTINGS += ("min_length", "min_new_tokens", "guidance_scale", "exponential_decay_length_penalty")
+NEUTRAL = (None, 0, 1, 1.0)  # these change nothing
+SEEDS = range(-(2**63), 2**64)
 NO_NUMBERS = "the model computed NaN or infinity: its weights are damaged, or the dtype is too narrow (not bfloat16)"
 
 
@@ -49,6 +54,9 @@ class BatchGenerator:
         prefill_tokens: Prompt tokens computed in one pass; by default 8,192 on a GPU, 4,096 on a CPU.
         window: Requests looked at at once to find common prefixes; no more than that are held in memory.
         share_prefixes: False computes every prompt on its own.
+
+    Raises:
+        ValueError: The checkpoint's generation settings ask for something that is not known here.
     """
 
     def __init__(
@@ -63,6 +71,9 @@ class BatchGenerator:
         share_prefixes: bool = True,
     ) -> None:
         gpu = model.device.type == "cuda"
+        unknown = {name: getattr(model.generation_config, name, None) for name in UNKNOWN_SETTINGS}
+        if unknown := {name: value for name, value in unknown.items() if value not in NEUTRAL}:
+            raise ValueError(f"generation_config.json asks for {unknown}, which the batched engine does not know")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows = max_rows or (512 if gpu else 256)
         self.prefill_tokens = prefill_tokens or (8192 if gpu else 4096)
@@ -74,7 +85,8 @@ class BatchGenerator:
         self.max_batch_tokens = max_batch_tokens or self._tokens_that_fit()
         self.statistics = Statistics()
         self._forward = BatchForward(model)
-        self._processor = QwenVLImageProcessor(config.visual["image_size"])
+        processor = QwenVLImageProcessor(config.visual["image_size"])
+        self._images = features.ImageFeatures(self._forward.encode_images, processor)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Yields one result per request, as they finish; a request that cannot be done fails alone.
@@ -102,8 +114,8 @@ class BatchGenerator:
             if failed or admitted:
                 return failed + self._prefill(flight, admitted)
             return self._step(flight)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
         failed += self._make_room(flight)
         if self.model.device.type == "cuda":
@@ -126,8 +138,10 @@ class BatchGenerator:
                 "positions for prompt and answer"
             )
         limit = _first(request.max_new_tokens, settings.max_new_tokens, 512)
-        if limit < 1:
-            raise ValueError(f"max_new_tokens is {limit}; it must be 1 or more")
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"max_new_tokens is {limit}; it must be a whole number, 1 or more")
+        if not isinstance(request.seed, int) or request.seed not in SEEDS:
+            raise ValueError(f"seed is {request.seed}; it must be a whole number of 64 bits")
         stops = request.stop_ids
         if stops is None:
             stops = (tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id)
@@ -142,7 +156,7 @@ class BatchGenerator:
             sampling=SamplingSettings(
                 do_sample=bool(_first(request.do_sample, settings.do_sample, False)),
                 temperature=_first(request.temperature, settings.temperature, 1.0),
-                top_k=_first(request.top_k, settings.top_k, 0),
+                top_k=_first(request.top_k, settings.top_k, TOP_K),
                 top_p=_first(request.top_p, settings.top_p, 1.0),
             ),
             generator=RequestGenerator(request.seed, self.model.device),
@@ -153,8 +167,9 @@ class BatchGenerator:
     def _grouped(self, rows: list[Row]) -> list[Group]:
         """Groups in the order of their work: those of one size together, so that blocks fit them."""
         if self.share_prefixes:
-            numbers: dict[Any, int] = {}
-            found = group_by_prefix([row.comparable(numbers) for row in rows], [row.alpha for row in rows])
+            numbers: dict[Hashable, int] = {}
+            prompts, alphas = [row.comparable(numbers) for row in rows], [row.alpha for row in rows]
+            found = group_by_prefix(prompts, alphas, most=min(self.max_rows, MOST_ROWS))
             groups = [Group([rows[i] for i in group.members], group.shared) for group in found]
         else:
             groups = [Group([row], len(row.ids)) for row in rows]
@@ -165,25 +180,25 @@ class BatchGenerator:
         admitted: list[Group] = []
         tokens = rows = 0
         in_flight = flight.rows
-        while flight.waiting:
+        while flight.waiting and not (flight.crowded and flight.groups):
             group = flight.waiting[0]
             work = group.shared + sum(len(row.ids) - group.shared for row in group.members)
             full = in_flight + rows + len(group.members) > self.max_rows and (in_flight or rows)
             if full or (admitted and tokens + work > self.prefill_tokens):
                 break
             try:
-                problems = self._encode(flight, group)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or len(flight.groups) > 1:
+                group.features, broken = self._features(flight, group)
+                placed = not broken and flight.place(group, self.shape, self.max_batch_tokens, self._answer_length())
+            except RuntimeError as error:
+                if not flight.groups or not is_out_of_memory(error):
                     raise
-                if flight.groups:
-                    break  # nothing is wrong with the one in flight; once it is done there is more room
-                problems = {id(row): ALONE for row in group.members if row.images}
-            if problems:
-                flight.waiting[:1] = self._grouped([row for row in group.members if id(row) not in problems])
-                failed += [Result(r.request.id, "", problems[id(r)]) for r in group.members if id(r) in problems]
+                self.statistics.out_of_memory += 1
+                self.max_batch_tokens = flight.tokens  # what is in flight fits; nothing is wrong with it
+                break
+            if broken:
+                self._fail_broken(flight, group, broken, failed)
                 continue
-            if not self._place(flight, group):
+            if not placed:
                 break
             flight.waiting.pop(0)
             admitted.append(group)
@@ -191,87 +206,56 @@ class BatchGenerator:
             rows += len(group.members)
         return admitted
 
-    def _place(self, flight: Flight, group: Group) -> bool:
-        """Finds room for a group, in a block that is there or in a new one."""
-        fitting = [block for block in flight.blocks if block.fits(group.shared, len(group.members))]
-        for block in sorted(fitting, key=lambda block: block.prefix):
-            growth = (block.grown(group.suffix + 1) - block.own) * block.groups * block.rows
-            if flight.tokens + growth <= self.max_batch_tokens:
-                flight.place(group, block)
-                return True
-        new = self._new_block(flight)
-        if new is None:
-            return False
-        flight.blocks.append(new)
-        flight.place(group, new)
-        return True
+    def _fail_broken(self, flight: Flight, group: Group, broken: dict[Hashable, str], failed: list[Result]) -> None:
+        """Takes the rows with such an image out of the first group that waits."""
+        reasons = [next((broken[k] for k in map(image_key, row.images) if k in broken), None) for row in group.members]
+        flight.waiting[:1] = self._grouped([r for r, why in zip(group.members, reasons, strict=True) if why is None])
+        failed += [Result(r.request.id, "", why) for r, why in zip(group.members, reasons, strict=True) if why]
 
-    def _new_block(self, flight: Flight) -> Block | None:
-        """A block for as many of the groups that come next as fit into the memory that is left."""
-        first = flight.waiting[0]
-        rows = len(first.members)
-        alike = [g for g in flight.waiting[: max(BLOCK_ROWS // rows, 1)] if g.shared <= first.shared]
-        own = max(group.suffix for group in alike) + OWN_STEP
-        left = self.max_batch_tokens - flight.tokens
-        groups = min(len(alike), left // Block.tokens_for(1, rows, first.shared, own))
-        if groups < 1 and flight.groups:
-            return None
-        return Block(self.shape, groups=max(groups, 1), rows=rows, prefix=first.shared, own=own)
+    def _answer_length(self) -> int:
+        """How long an answer becomes, as far as is known, in steps of a block's growth."""
+        stats = self.statistics
+        mean = stats.new_tokens / stats.requests if stats.requests else 0
+        return max(-(-int(mean * 1.25) // OWN_STEP), 1) * OWN_STEP
 
-    def _encode(self, flight: Flight, group: Group) -> dict[int, str]:
-        """Sees to it that the features of a group's images are there; why not, for the rows whose image is broken."""
-        wanted = {image_key(image): image for row in group.members for image in row.images}
-        missing = {key: image for key, image in wanted.items() if key not in flight.images}
-        if missing and flight.waiting:
-            upcoming = (image for g in flight.waiting[:IMAGES_AT_ONCE] for row in g.members for image in row.images)
-            for image in upcoming:
-                if image_key(image) not in flight.images and len(missing) < IMAGES_AT_ONCE:
-                    missing.setdefault(image_key(image), image)
-        with ThreadPoolExecutor(IMAGES_AT_ONCE) as pool:
-            opened = dict(zip(missing, pool.map(self._open, missing.values()), strict=True))
-        broken = {key: error for key, error in opened.items() if isinstance(error, str)}
-        whole = {key: pixels for key, pixels in opened.items() if not isinstance(pixels, str)}
-        for start in range(0, len(whole), IMAGES_AT_ONCE):
-            keys = list(whole)[start : start + IMAGES_AT_ONCE]
-            flight.images.update(
-                zip(keys, self._forward.encode_images(torch.stack([whole[k] for k in keys])), strict=True)
-            )
-        self.statistics.images += len(whole)
-        for key in list(flight.images)[: max(len(flight.images) - IMAGES_KEPT, 0)]:
-            if key not in wanted:
-                del flight.images[key]
-        return {
-            id(row): broken[key] for row in group.members for image in row.images if (key := image_key(image)) in broken
-        }
-
-    def _open(self, image: Any) -> torch.Tensor | str:
+    def _features(self, flight: Flight, group: Group) -> tuple[dict[Hashable, torch.Tensor], dict[Hashable, str]]:
+        """Features of a group's images; and why there are none, for those that cannot be read."""
+        images = [image for row in group.members for image in row.images]
+        upcoming = (image for g in flight.waiting[: features.AT_ONCE] for row in g.members for image in row.images)
         try:
-            return self._processor.load(image)
-        except (OSError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
+            return self._images.of(images, upcoming)
+        except RuntimeError as error:
+            if flight.groups or not is_out_of_memory(error):
+                raise
+        return self._images.of(images, one_by_one=True)
 
     def _prefill(self, flight: Flight, groups: list[Group]) -> list[Result]:
         if not groups:
             return []
-        features = {key: flight.images[key] for g in groups for r in g.members for key in map(image_key, r.images)}
-        logits = [self._forward.prefixes(groups, features)]
+        logits = [self._forward.prefixes(groups)]
         branched = [group for group in groups if not group.alone]
         if branched:
-            logits.append(self._forward.suffixes(branched, features))
+            logits.append(self._forward.suffixes(branched))
+        for group in groups:
+            group.features = {}
         alone = [group for group in groups if group.alone]
         rows = [(group, row) for group in alone + branched for row in group.members]
         stats = self.statistics
         stats.prompt_tokens += sum(len(row.ids) for _, row in rows)
         stats.prefilled_tokens += sum(g.shared for g in groups)
         stats.prefilled_tokens += sum(len(row.ids) - g.shared for g in branched for row in g.members)
+        stats.images = self._images.encoded
         stats.peak_rows = max(stats.peak_rows, flight.rows)
         stats.peak_cache_tokens = max(stats.peak_cache_tokens, flight.tokens)
         return self._take_tokens(flight, rows, torch.cat([part for part in logits if part is not None]))
 
     def _step(self, flight: Flight) -> list[Result]:
+        if back := flight.make_growth(self.max_batch_tokens):
+            self._send_back(flight, back)
         rows = [held for block in flight.blocks for held in block.held_rows]
         logits = self._forward.step(flight.blocks)
         self.statistics.steps += 1
+        self.statistics.peak_cache_tokens = max(self.statistics.peak_cache_tokens, flight.tokens)
         return self._take_tokens(flight, rows, logits)
 
     def _take_tokens(self, flight: Flight, rows: Sequence[tuple[Group, Row]], logits: torch.Tensor) -> list[Result]:
@@ -280,14 +264,16 @@ class BatchGenerator:
         used = self.model.config.used_vocab_size
         tokens = choose(logits, [m.sampling for m in members], [m.generator for m in members], used)
         self.statistics.new_tokens += len(tokens)
+        for (group, row), token in zip(rows, tokens, strict=True):  # all of them, before a row that ends moves another
+            if token is not None:
+                row.answer.append(token)
+            row.own = len(row.ids) - group.shared + max(len(row.answer) - 1, 0)
         results = []
         for (group, row), token in zip(rows, tokens, strict=True):
             if token is None:
                 flight.finish(group, row)
                 results.append(Result(row.request.id, "", NO_NUMBERS, prompt_tokens=len(row.ids)))
-                continue
-            row.answer.append(token)
-            if token in row.stops or len(row.answer) == row.limit:
+            elif token in row.stops or len(row.answer) == row.limit:
                 flight.finish(group, row)
                 text = cut_answer(self.tokenizer, row.answer)
                 results.append(Result(row.request.id, text, None, tuple(row.answer), prompt_tokens=len(row.ids)))
@@ -319,12 +305,16 @@ class BatchGenerator:
             if alone:
                 failed += self._alone(flight, members)
                 continue
-            for row in members:
-                row.restart()
-            flight.waiting += self._grouped(members)
+            self._send_back(flight, members)
         for row in (row for group in flight.groups for row in group.open):
             row.generator = row.generator.restarted(len(row.answer))  # the error may have come between two rows' draws
         return failed
+
+    def _send_back(self, flight: Flight, rows: list[Row]) -> None:
+        """Rows that had to leave wait again, and begin anew."""
+        for row in rows:
+            row.restart()
+        flight.waiting += self._grouped(rows)
 
     def _alone(self, flight: Flight, members: Sequence[Row]) -> list[Result]:
         """After an out-of-memory error with one group alone: each of it on its own; one row on its own has failed."""
@@ -340,16 +330,11 @@ class BatchGenerator:
         config, item = self.model.config, self.shape.dtype.itemsize
         activations = self.prefill_tokens * (8 * config.hidden_size + 2 * config.intermediate_size) * max(item, 4)
         logits = 4 * self.max_rows * config.vocab_size * 4
-        if self.model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.model.device)[0] * 0.9
-        else:
-            free = psutil.virtual_memory().available * 0.5
-        return max(int((free - activations - logits) / self.shape.token_bytes), 1)
+        left = free_bytes(self.model.device) - activations - logits
+        if left < self.shape.token_bytes * config.seq_length:
+            logger.warning("little memory is left beside the model: requests are answered one at a time")
+        return max(int(left / self.shape.token_bytes), 1)
 
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

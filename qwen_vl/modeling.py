@@ -140,10 +140,11 @@ class QwenVLModel(QwenVLPreTrainedModel):
                 f"{self.visual.image_size}) with one image for each whole span of {QUERIES + 2} ids, row by row."
             )
         if images == 0:
-            if not self.training:
+            if not self.training and not hasattr(self.wte.weight, "ds_id"):  # DeepSpeed's mark of a sharded weight
                 return embeds
-            # Every parameter takes part in every training step, or sharded training waits for ever for the rank whose
-            # batch has no image. The scatter below then copies nothing: its share is zero, whatever the features are.
+            # Every parameter takes part in every training step, and in every forward over sharded weights, or the other
+            # ranks wait for ever for the one whose batch has no image. The scatter below then copies nothing: its share
+            # is zero, whatever the features are.
             pixel_values = embeds.new_zeros(1, 3, self.visual.image_size, self.visual.image_size)
         features = self.visual(pixel_values).to(embeds.dtype)  # (N, 256, C)
         return embeds.masked_scatter(inside[..., None], features)  # out of place: embeds may be a leaf

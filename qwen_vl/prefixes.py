@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 MOST_ROWS = 16  # prompts that share one prefix
+LEAST_SHARE = 1 / 8  # of the longer prompt: to save less, rows of all lengths would lie beside each other
 LEAST_SHARED = 32  # tokens: a shorter common beginning is not worth a group of its own
 
 
@@ -25,7 +26,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else size
 
 
-def group_by_prefix(prompts: Sequence[np.ndarray], kinds: Sequence[float]) -> list[PrefixGroup]:
+def group_by_prefix(prompts: Sequence[np.ndarray], kinds: Sequence[float], most: int = MOST_ROWS) -> list[PrefixGroup]:
     """Divides prompts into groups that share a prefix, so that few tokens are computed.
 
     Sorted prompts have their longest common prefixes with their neighbours. A group grows as long as that saves more
@@ -34,6 +35,7 @@ def group_by_prefix(prompts: Sequence[np.ndarray], kinds: Sequence[float]) -> li
     Args:
         prompts: Integer arrays; images are numbers of their own in them.
         kinds: Prompts of different kinds (rotary alphas) share nothing.
+        most: Prompts of a group.
 
     Returns:
         Every prompt in exactly one group; members keep the order of the prompts.
@@ -43,7 +45,7 @@ def group_by_prefix(prompts: Sequence[np.ndarray], kinds: Sequence[float]) -> li
     groups: list[PrefixGroup] = []
     start = 0
     while start < len(order):
-        end, shared = _grow(with_next, start)
+        end, shared = _grow(with_next, start, most)
         members = tuple(sorted(order[start:end]))
         groups.append(PrefixGroup(members, shared if len(members) > 1 else len(prompts[members[0]])))
         start = end
@@ -53,13 +55,14 @@ def group_by_prefix(prompts: Sequence[np.ndarray], kinds: Sequence[float]) -> li
 def _shareable(prompts: Sequence[np.ndarray], kinds: Sequence[float], a: int, b: int) -> int:
     if kinds[a] != kinds[b]:
         return 0
-    return min(common_prefix(prompts[a], prompts[b]), len(prompts[a]) - 1, len(prompts[b]) - 1)
+    common = min(common_prefix(prompts[a], prompts[b]), len(prompts[a]) - 1, len(prompts[b]) - 1)
+    return common if common >= max(len(prompts[a]), len(prompts[b])) * LEAST_SHARE else 0
 
 
-def _grow(with_next: Sequence[int], start: int) -> tuple[int, int]:
+def _grow(with_next: Sequence[int], start: int, most: int) -> tuple[int, int]:
     """End of the group that begins at `start`, and what it shares."""
     shared, size = 0, 1
-    while start + size < len(with_next) + 1 and size < MOST_ROWS:
+    while start + size < len(with_next) + 1 and size < most:
         nearest = with_next[start + size - 1]
         joined = nearest if size == 1 else min(shared, nearest)
         alone = (size - 1) * shared + with_next[start + size] if start + size < len(with_next) else (size - 1) * shared

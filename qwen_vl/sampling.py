@@ -3,6 +3,7 @@
 Shapes: n requests, V rows of the head (ids without a token among them), U ids that have one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,11 +30,11 @@ class SamplingSettings:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0 (for greedy use do_sample=False)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_k < 0:
+        if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (keep all) or more")
 
 
@@ -93,8 +94,11 @@ def choose(
     rows = [i for i, setting in enumerate(settings) if setting.do_sample and sound[i]]
     if not rows:
         return tokens
-    scaled = logits[rows, :used].float()
-    scaled /= torch.tensor([settings[i].temperature for i in rows], device=logits.device)[:, None]
+    scaled = logits[:, :used] if len(rows) == len(settings) else logits[rows, :used]
+    scaled = scaled.float()
+    temperatures = [settings[i].temperature for i in rows]
+    if any(temperature != 1 for temperature in temperatures):
+        scaled = scaled / torch.tensor(temperatures, device=logits.device)[:, None]
     quick = _quick_candidates(scaled, [settings[i] for i in rows])
     for place, row in enumerate(rows):
         kept = quick[place]

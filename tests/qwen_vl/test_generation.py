@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer, generation
+from qwen_vl.flight import Flight
 from qwen_vl.generation import BatchGenerator, Request, Result
 from qwen_vl.prefixes import common_prefix, group_by_prefix
 from qwen_vl.sampling import RequestGenerator, SamplingSettings, choose
@@ -159,12 +160,17 @@ def test_bad_requests_fail_alone(sampler, tokenizer, requests, expected, picture
         "unclosed": Request(id="unclosed", query="<img>a.png"),
         "settings": Request(id="settings", query="Hello", temperature=0.0),
         "limit": Request(id="limit", query="Hello", max_new_tokens=0),
+        "no number": Request(id="no number", query="Hello", temperature=float("nan")),
+        "half": Request(id="half", query="Hello", top_k=2.5),
+        "seed": Request(id="seed", query="Hello", seed=2**70),
+        "no picture": Request(id="no picture", query=[{"image": None}, {"text": "Who?"}]),
     }
     # one of a group that shares a prefix but for its picture
     results = {r.id: r for r in BatchGenerator(sampler, tokenizer).run([*bad.values(), *requests])}
     assert {name: results[name].text for name in expected} == expected
     messages = {"gone": r"gone.png", "broken": "broken.png", "too long": "8192 positions", "unclosed": "Unclosed"}
-    messages |= {"settings": "temperature is 0.0", "limit": "max_new_tokens is 0"}
+    messages |= {"settings": "temperature is 0.0", "limit": "max_new_tokens is 0", "no number": "temperature is nan"}
+    messages |= {"half": "top_k is 2.5", "seed": "seed is 1180591620717411303424", "no picture": "TypeError"}
     for name, message in messages.items():
         assert results[name].text == ""
         assert message in results[name].error
@@ -193,10 +199,10 @@ def test_out_of_memory_even_alone_is_one_failure(sampler, tokenizer, requests, m
     engine = BatchGenerator(sampler, tokenizer)
     prefixes = engine._forward.prefixes
 
-    def failing(groups, features):
+    def failing(groups):
         if any(row.request.id == "long" for group in groups for row in group.members):
             raise torch.OutOfMemoryError("pretended")
-        return prefixes(groups, features)
+        return prefixes(groups)
 
     monkeypatch.setattr(engine._forward, "prefixes", failing)
     results = {r.id: r for r in engine.run(requests)}
@@ -211,7 +217,7 @@ def test_out_of_memory_with_nothing_in_flight_ends(sampler, tokenizer, requests,
     def failing(pixels):
         raise torch.OutOfMemoryError("pretended")
 
-    monkeypatch.setattr(engine._forward, "encode_images", failing)
+    monkeypatch.setattr(engine._images, "encode", failing)
     results = {r.id: r for r in engine.run(requests)}
     assert {name for name, r in results.items() if r.error == "out of memory, even alone"} == {
         r.id for r in requests if not isinstance(r.query, str)
@@ -223,17 +229,51 @@ def test_failures_are_not_lost_to_an_out_of_memory_error(sampler, tokenizer, req
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
     prefixes, left = engine._forward.prefixes, [1]
 
-    def failing(groups, features):
+    def failing(groups):
         if left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("pretended")
-        return prefixes(groups, features)
+        return prefixes(groups)
 
     monkeypatch.setattr(engine._forward, "prefixes", failing)
     gone = Request(id="gone", query=[{"image": "gone.png"}, {"text": _text(300, 1)}])
     results = {r.id: r for r in engine.run([gone, *requests])}
     assert "gone.png" in results.pop("gone").error
     assert _answers(list(results.values())) == expected
+
+
+@pytest.mark.parametrize("fails_at", [2, 3, 7])
+def test_out_of_memory_after_the_layers_doubles_no_token(sampler, tokenizer, requests, expected, monkeypatch, fails_at):
+    """The keys and values of a step are there when its head fails; the step is made again."""
+    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
+    head, calls = engine._forward._head, [0]
+
+    def failing(hidden):
+        calls[0] += 1
+        if calls[0] == fails_at:
+            raise torch.OutOfMemoryError("pretended")
+        return head(hidden)
+
+    monkeypatch.setattr(engine._forward, "_head", failing)
+    assert _answers(list(engine.run(requests))) == expected
+    assert engine.statistics.out_of_memory == 1
+
+
+def test_out_of_memory_for_a_newcomer_is_not_the_fault_of_who_is_in_flight(
+    sampler, tokenizer, requests, expected, monkeypatch
+) -> None:
+    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
+    place, calls = Flight.place, [0]
+
+    def failing(flight, *arguments):
+        calls[0] += 1
+        if flight.groups and calls[0] < 30:
+            raise torch.OutOfMemoryError("pretended")
+        return place(flight, *arguments)
+
+    monkeypatch.setattr(Flight, "place", failing)
+    assert _answers(list(engine.run(requests))) == expected
+    assert engine.statistics.out_of_memory > 1
 
 
 def test_out_of_memory_between_two_draws_changes_nothing(sampler, tokenizer, requests, expected, monkeypatch) -> None:
@@ -290,6 +330,71 @@ def test_stops_and_forced_lengths(tokenizer: QwenVLTokenizer, sampler) -> None:
     assert stopped.token_ids == forced.token_ids[: first + 1]
 
 
+def test_answers_that_grow_stay_within_the_budget(sampler, tokenizer) -> None:
+    """Longer than expected, all of them: some are sent back, and give what they would have given."""
+    requests = [
+        Request(id=i, query=_text(8 + i % 9, i), max_new_tokens=200, stop_ids=(), seed=i, top_p=0.9) for i in range(24)
+    ]
+    expected = {r.id: r.token_ids for r in BatchGenerator(sampler, tokenizer).run(requests)}
+    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=2500)
+    back = []
+    send_back = engine._send_back
+    engine._send_back = lambda flight, rows: (back.extend(rows), send_back(flight, rows))
+    assert {r.id: r.token_ids for r in engine.run(requests)} == expected
+    assert back
+    assert engine.statistics.peak_cache_tokens <= 2500
+    assert engine.statistics.mean_rows > 3
+
+
+def test_images_of_many_groups_at_once(sampler, tokenizer, tmp_path: Path) -> None:
+    """More pictures in one prefill than are kept: each group has its own until it needs them no more."""
+    requests = []
+    for i in range(12):
+        Image.new("RGB", (4, 4), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        query = [{"image": tmp_path / f"{i}.png"}, {"text": "Who?"}]
+        requests += [Request(id=(i, k), query=query, seed=k, max_new_tokens=2) for k in range(2)]
+    expected = {
+        r.id: r.text for r in BatchGenerator(sampler, tokenizer, share_prefixes=False, max_rows=1).run(requests)
+    }
+    engine = BatchGenerator(sampler, tokenizer)
+    engine._images.kept = 3
+    assert _answers(list(engine.run(requests))) == expected
+
+
+def test_pictures_that_are_objects_are_not_taken_for_another(sampler, tokenizer) -> None:
+    """Python gives the id of an object that is gone to the next one."""
+
+    def requests():
+        for i in range(20):
+            picture = Image.new("RGB", (4, 4), (12 * i, 0, 255 - 12 * i))
+            yield Request(id=i, query=[{"image": picture}, {"text": "Who?"}], do_sample=False, max_new_tokens=4)
+
+    expected = {r.id: r.text for r in BatchGenerator(sampler, tokenizer).run(list(requests()))}
+    assert {r.id: r.text for r in BatchGenerator(sampler, tokenizer, window=1).run(requests())} == expected
+
+
+def test_no_more_rows_than_asked_for(sampler, tokenizer, requests, expected) -> None:
+    engine = BatchGenerator(sampler, tokenizer, max_rows=2)
+    assert _answers(list(engine.run(requests))) == expected
+    assert engine.statistics.peak_rows <= 2
+
+
+def test_settings_that_the_engine_does_not_know_are_refused(tokenizer) -> None:
+    model = small_model()
+    model.generation_config.update(repetition_penalty=1.2)
+    with pytest.raises(ValueError, match=r"asks for \{'repetition_penalty': 1.2\}"):
+        BatchGenerator(model, tokenizer)
+
+
+def test_top_k_that_nobody_gives_is_that_of_generate(tokenizer) -> None:
+    model = small_model()
+    model.generation_config.update(do_sample=True, top_p=1.0, top_k=None, max_new_tokens=12)
+    requests = [Request(id=i, query=f"Hello {i}", seed=i, temperature=3.0) for i in range(6)]
+    for result in BatchGenerator(model, tokenizer).run(requests):
+        assert result.text == model.chat(tokenizer, f"Hello {result.id}", system=requests[0].system, seed=result.id,
+                                         temperature=3.0)[0]  # fmt: skip
+
+
 def test_memory_does_not_grow_with_the_requests(sampler, tokenizer) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_rows=4, window=8, max_batch_tokens=2000)
     many = (Request(id=i, query=_text(10 + i % 7, i), max_new_tokens=3) for i in range(120))
@@ -328,13 +433,18 @@ class TestPrefixes:
         assert group.shared == 99
 
     def test_little_in_common_is_not_shared(self) -> None:
-        prompts = [np.array([1] * 20 + [i] * 500) for i in range(2, 5)]
+        prompts = [np.array([1] * 20 + [i] * 50) for i in range(2, 5)]
+        assert [g.members for g in group_by_prefix(prompts, [1.0] * 3)] == [(0,), (1,), (2,)]
+
+    def test_a_small_part_of_long_prompts_is_not_shared(self) -> None:
+        """As a system message: to save a little, rows of all lengths would lie beside each other."""
+        prompts = [np.array([1] * 40 + [i] * 500) for i in range(2, 5)]
         assert [g.members for g in group_by_prefix(prompts, [1.0] * 3)] == [(0,), (1,), (2,)]
 
     def test_a_long_prefix_is_not_given_up_for_a_short_one(self) -> None:
-        near = [np.array([1] * 40 + [2] * 500 + [i]) for i in range(3, 7)]
-        far = [np.array([1] * 40 + [9] * 500 + [i]) for i in range(3, 7)]
-        assert sorted(g.shared for g in group_by_prefix(near + far, [1.0] * 8)) == [540, 540]
+        near = [np.array([1] * 90 + [2] * 500 + [i]) for i in range(3, 7)]
+        far = [np.array([1] * 90 + [9] * 500 + [i]) for i in range(3, 7)]
+        assert sorted(g.shared for g in group_by_prefix(near + far, [1.0] * 8)) == [590, 590]
 
 
 class TestSampling:
@@ -355,6 +465,16 @@ class TestSampling:
             chosen = choose(logits, [setting] * rows, sources, used)
             expected = [_reference(logits[row], setting, used, seed=row, draw=draw) for row in range(rows)]
             assert chosen == expected
+
+    def test_rows_of_different_temperatures(self) -> None:
+        logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(1)) * 4
+        settings = [SamplingSettings(temperature=t, top_p=0.8) for t in (0.5, 1.0, 1.0, 2.0, 1.5, 1.0)]
+        settings[1] = SamplingSettings(do_sample=False)
+        sources = [RequestGenerator(seed, torch.device("cpu")) for seed in range(6)]
+        chosen = choose(logits, settings, sources, 2950)
+        for row in (0, 2, 3, 4, 5):
+            assert chosen[row] == _reference(logits[row], settings[row], 2950, seed=row, draw=0)
+        assert chosen[1] == logits[1, :2950].argmax()
 
     def test_greedy_and_sampled_rows_together(self) -> None:
         logits = torch.zeros(2, 50)

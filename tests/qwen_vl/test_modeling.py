@@ -183,6 +183,20 @@ def test_text_only_batches_reach_every_parameter(checkpointing: bool) -> None:
     assert max(visual) == 0
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_evaluation_over_sharded_weights_runs_the_tower_too(sharded: bool) -> None:
+    """Or ranks with images would wait for the one without; what comes out is the same."""
+    model, calls = small_model(), []
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        if sharded:
+            model.transformer.wte.weight.ds_id = 0
+        model.transformer.visual.register_forward_hook(lambda *_: calls.append(1))
+        assert torch.equal(model(ids).logits, expected)
+    assert len(calls) == sharded
+
+
 def test_images_are_put_in_out_of_place(tokenizer: QwenVLTokenizer) -> None:
     """LoRA's `enable_input_require_grads` makes the embeddings a leaf: writing into them would fail."""
     model = small_model().train()
