@@ -9,24 +9,25 @@ MS-COCO's train2017 folder.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import sys
-import time
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_utils.download_coco import COCO_FOLDER, IMAGE_BYTES, Retries, fetch_coco, missing_coco, referenced_coco
+from data_utils.download_coco import COCO_FOLDER, IMAGE_BYTES, fetch_coco, missing_coco, referenced_coco
 from data_utils.errors import MMRoleError, run_main
 from data_utils.image_files import image_name_problem
+from data_utils.transfer import Retries, Source, StoppedError, failures, fetch_file, first_line, in_parallel
 
 DATASET = "YanqiDai/MMRole_dataset"
 WEIGHTS = {
@@ -48,10 +49,11 @@ NOT_WANTED = (
     "runs/*",
     "training_args.bin",
 )
-STAGING = ".download"
 REFERENCED_COCO = 10_839  # by the whole data set; reckoned with before it is there to be counted
 MARGIN = 200 * 2**20  # bytes left free
-_MANY = 50  # files from which one bar for all is clearer than a bar for each
+GIVE_UP_AFTER = 8  # files that failed one after the other, each after all its tries: then it is the hub or the line
+_STAGING = (".download", "data/.download")  # where versions before this one kept what could not be gone on with
+_PART = re.compile(r".+\.[0-9a-f]{12}\.part")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class HubFile:
     size: int
     blob_id: str
     sha256: str | None = None
+
+    def part(self, folder: Path) -> Path:
+        """Where it grows below `folder`; named by its content too, so that another version is not gone on with."""
+        path = folder / self.path
+        return path.with_name(f"{path.name}.{(self.sha256 or self.blob_id)[:12]}.part")
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def list_repo(
         tree = list(api.list_repo_tree(name, repo_type=kind, revision=commit, recursive=True))
     except Exception as error:  # the hub's clients raise what their versions' HTTP libraries raise
         raise MMRoleError(
-            f"the hub does not list the repository ({type(error).__name__})", _first_line(error),
+            f"the hub does not list the repository ({type(error).__name__})", first_line(error),
             f"{name} at {revision}",
             "check the network; a mirror can be named with HF_ENDPOINT=https://..., an access token with HF_TOKEN=...",
         ) from error  # fmt: skip
@@ -110,26 +117,31 @@ def list_repo(
     return HubRepo(name, kind, commit, tuple(file for file in files if wanted(file.path)), endpoint)
 
 
-def content_problem(path: Path, file: HubFile) -> str | None:
-    """Why a file on the disk is not the hub's, or None. Large files have a sha256, small ones git's id."""
+def content_problem(path: Path, file: HubFile, stop: threading.Event | None = None) -> str | None:
+    """Why a file on the disk is not the hub's, or None. Large files have a sha256, small ones git's id.
+
+    Raises:
+        StoppedError: `stop` was set meanwhile.
+    """
     if not path.is_file():
         return "not there"
     size = path.stat().st_size
     if size != file.size:
         return f"{size:,} bytes instead of {file.size:,}"
     if file.sha256:
-        return None if _digest(path, hashlib.sha256()) == file.sha256 else "its sha256 is another"
+        return None if _digest(path, hashlib.sha256(), stop) == file.sha256 else "its sha256 is another"
     git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    return None if _digest(path, git) == file.blob_id else "its git id is another"
+    return None if _digest(path, git, stop) == file.blob_id else "its git id is another"
 
 
-def fetch_repo(repo: HubRepo, folder: Path, staging: Path, workers: int, retries: Retries) -> tuple[int, list[str]]:
+def fetch_repo(repo: HubRepo, folder: Path, workers: int, retries: Retries) -> tuple[int, list[str]]:
     """Fetches what is missing or broken.
+
+    A file that is stopped half-way stays as a `.part` file beside its place and is gone on with.
 
     Args:
         repo: What there is.
         folder: Where it belongs.
-        staging: Where files lie until they are whole and verified; removed when nothing failed.
         workers: How many are fetched at once.
         retries: How often, after which waits.
 
@@ -137,25 +149,37 @@ def fetch_repo(repo: HubRepo, folder: Path, staging: Path, workers: int, retries
         How many files were fetched, and a line for each that could not be.
 
     Raises:
-        MMRoleError: The disk has no room for it, or cannot be written.
+        MMRoleError: The disk has no room for it, or does not take it, or so many files fail in a row that it cannot be
+            the files.
     """
+    remove_leftovers(repo, folder)
     missing = _missing(repo, folder, workers)
-    check_space(folder, sum(file.size for file in missing))
-    failed = []
-    with _quiet_bars(len(missing) >= _MANY), ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_fetch, repo, file, folder, staging, retries): file for file in missing}
-        bar = tqdm(as_completed(futures), repo.name, len(futures), unit="file", disable=None, mininterval=0.5)
-        try:
-            for future in bar:
-                problem = future.result()
-                if problem:
-                    failed.append(f"{futures[future].path}: {problem}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    if not failed:
-        shutil.rmtree(staging, ignore_errors=True)
-    return len(missing) - len(failed), sorted(failed)
+    come, size = sum(_come(file, folder) for file in missing), sum(file.size for file in missing)
+    check_space(folder, size - come)
+    with tqdm(
+        desc=repo.name, total=size, initial=come, unit="B", unit_scale=True, disable=None, mininterval=0.5
+    ) as bar:
+        fetch = _fetcher(repo, folder, retries, bar.update)
+        with closing(in_parallel(fetch, missing, workers)) as ended:
+            failed = failures(ended, GIVE_UP_AFTER, lambda problem: _unreachable(repo, problem))
+    return len(missing) - len(failed), sorted(f"{file.path}: {problem}" for file, problem in failed.items())
+
+
+def remove_leftovers(repo: HubRepo, folder: Path) -> None:
+    """Removes what stopped runs left and this one cannot go on with: parts of other versions, old staging folders."""
+    for name in _STAGING:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    wanted = {file.part(folder) for file in repo.files}
+    for place in {path.parent for path in wanted}:
+        for path in place.glob("*.part"):
+            if _PART.fullmatch(path.name) and path not in wanted:
+                path.unlink(missing_ok=True)
+
+
+def bytes_to_come(repo: HubRepo, folder: Path) -> int:
+    """How many bytes are still to be fetched, without a look into what is there."""
+    files = [file for file in repo.files if not (folder / file.path).is_file()]
+    return sum(file.size - _come(file, folder) for file in files)
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -174,86 +198,60 @@ def check_space(folder: Path, size: int) -> None:
 
 
 def _missing(repo: HubRepo, folder: Path, workers: int) -> list[HubFile]:
-    with ThreadPoolExecutor(workers) as pool:
-        problems = pool.map(lambda file: content_problem(folder / file.path, file), repo.files)
-        bar = tqdm(problems, "checking", len(repo.files), unit="file", disable=None, leave=False)
-        return [file for file, problem in zip(repo.files, bar, strict=True) if problem]
+    def check(file: HubFile, stop: threading.Event) -> str | None:
+        return content_problem(folder / file.path, file, stop)
+
+    with closing(in_parallel(check, repo.files, workers)) as ended:
+        problems = dict(tqdm(ended, "checking", len(repo.files), unit="file", disable=None, leave=False))
+    return [file for file in repo.files if problems[file]]
 
 
-def _fetch(repo: HubRepo, file: HubFile, folder: Path, staging: Path, retries: Retries) -> str | None:
-    """Fetches one file; gives why it could not, if so."""
-    from huggingface_hub import hf_hub_download
-
-    problem, anew = "", False
-    for attempt in range(retries.attempts):
-        time.sleep(retries.wait(attempt))
-        try:
-            path = hf_hub_download(
-                repo.name, file.path, repo_type=repo.kind, revision=repo.commit, local_dir=staging,
-                endpoint=repo.endpoint, force_download=anew,
-            )  # fmt: skip
-        except Exception as error:  # noqa: BLE001 - one file's failure; the clients raise their HTTP libraries' errors
-            problem = f"{type(error).__name__}: {_first_line(error)}"
-            if _status(error) in (401, 403, 404):
-                return problem
-            # What was resumed to a wrong length is of no use; after a mere drop of the line it is.
-            anew = _status(error) == 416 or "onsistency check" in str(error)
-            continue
-        wrong = content_problem(Path(path), file)
-        if wrong is None:
-            _move(Path(path), folder / file.path)
-            return None
-        Path(path).unlink()
-        problem, anew = f"what came is not what the hub lists: {wrong}", True
-    return problem
+def _come(file: HubFile, folder: Path) -> int:
+    """How many bytes of a file are in its part."""
+    part = file.part(folder)
+    return min(part.stat().st_size, file.size) if part.is_file() else 0
 
 
-def _move(path: Path, target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        whole = target.with_name(f"{target.name}.part")  # on the target's own disk, should that be another
-        shutil.move(path, whole)
-        whole.replace(target)
-    except OSError as error:
-        raise MMRoleError(
-            f"cannot write: {error.strerror}", target, fix="check the folder and its permissions, then run it again"
-        ) from error
+def _fetcher(
+    repo: HubRepo, folder: Path, retries: Retries, moved: Callable[[int], object]
+) -> Callable[[HubFile, threading.Event], str | None]:
+    """What fetches one file of a repository."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers()  # the token among them, if there is one
+
+    def fetch(file: HubFile, stop: threading.Event) -> str | None:
+        def problem_of(part: Path) -> str | None:
+            problem = content_problem(part, file, stop)
+            return problem and f"what came is not what the hub lists: {problem}"
+
+        url = hf_hub_url(repo.name, file.path, repo_type=repo.kind, revision=repo.commit, endpoint=repo.endpoint)
+        source, target = Source(url, headers, file.size), folder / file.path
+        return fetch_file(source, target, file.part(folder), problem_of, retries=retries, stop=stop, moved=moved)
+
+    return fetch
+
+
+def _unreachable(repo: HubRepo, problem: str) -> MMRoleError:
+    return MMRoleError(
+        f"{GIVE_UP_AFTER} files failed one after the other", problem, f"{repo.name} at {repo.commit}",
+        "check the network; a mirror can be named with HF_ENDPOINT=https://..., an access token with HF_TOKEN=...; "
+        "then run the same command again, what came so far is kept",
+    )  # fmt: skip
 
 
 def _hub_file(entry: Any) -> HubFile:
     return HubFile(entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
 
 
-def _digest(path: Path, digest: Any) -> str:
+def _digest(path: Path, digest: Any, stop: threading.Event | None) -> str:
     with path.open("rb") as file:
         while block := file.read(2**20):
+            if stop and stop.is_set():
+                raise StoppedError
             digest.update(block)
     return digest.hexdigest()
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, however deep the hub's client wrapped it."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status:
-            return status
-        error = error.__cause__
-    return None
-
-
-def _quiet_bars(quiet: bool) -> contextlib.ExitStack:
-    """Hides the hub's bars while the stack is open."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    stack = contextlib.ExitStack()
-    if quiet and not are_progress_bars_disabled():
-        disable_progress_bars()
-        stack.callback(enable_progress_bars)
-    return stack
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).split("\n")[0]
 
 
 def _gigabytes(size: int) -> str:
@@ -297,14 +295,15 @@ def download_data(options: argparse.Namespace) -> int:
                 "the repository holds none of the data folders", ", ".join(DATA_FOLDERS), f"{DATASET} at {repo.commit}",
                 "choose another --revision",
             )  # fmt: skip
-        missing = sum(file.size for file in repo.files if not (root / file.path).is_file())
+        remove_leftovers(repo, root)
+        missing = bytes_to_come(repo, root)
         coco_there = sum(1 for _ in (root / COCO_FOLDER).glob("*.jpg"))
         images = 0 if options.no_coco else max(0, REFERENCED_COCO - coco_there)
         print(
             f"{DATASET} at {repo.commit}: {len(repo.files):,} files, {_gigabytes(missing)} to fetch to {root.resolve()}"
         )
         check_space(root, missing + images * IMAGE_BYTES)
-        fetched, failed = fetch_repo(repo, root, root / "data" / STAGING, options.workers, retries)
+        fetched, failed = fetch_repo(repo, root, options.workers, retries)
         status = _report(DATASET, len(repo.files), fetched, failed)
     if not options.no_coco:
         names = referenced_coco(root)
@@ -321,17 +320,16 @@ def download_weights(options: argparse.Namespace) -> int:
     for name in dict.fromkeys(options.names or WEIGHTS):
         hub_name, folder = WEIGHTS[name]
         repos[folder] = _without_twins(list_repo(hub_name, "model", options.revision, _is_weight))
-    missing = sum(
-        f.size for folder, r in repos.items() for f in r.files if not (options.out_dir / folder / f.path).is_file()
-    )
+    for folder, repo in repos.items():
+        remove_leftovers(repo, options.out_dir / folder)
+    missing = sum(bytes_to_come(repo, options.out_dir / folder) for folder, repo in repos.items())
     print(
         f"{', '.join(r.name for r in repos.values())}: {_gigabytes(missing)} to fetch, to {options.out_dir.resolve()}"
     )
     check_space(options.out_dir, missing)
     status = 0
     for folder, repo in repos.items():
-        target = options.out_dir / folder
-        fetched, failed = fetch_repo(repo, target, target / STAGING, options.workers, Retries(options.attempts))
+        fetched, failed = fetch_repo(repo, options.out_dir / folder, options.workers, Retries(options.attempts))
         status |= _report(f"{repo.name} at {repo.commit}", len(repo.files), fetched, failed)
     return status
 
@@ -355,7 +353,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (data, weights):
         command.add_argument("--revision", default="main", help="a branch, tag or commit of the hub repositories")
         command.add_argument("--workers", type=int, help="files fetched at once (%(default)s)")
-        command.add_argument("--attempts", type=int, default=5, help="tries for each file (%(default)s)")
+        command.add_argument(
+            "--attempts", type=int, default=5, help="tries for each file without progress (%(default)s)"
+        )
     options = parser.parse_args(arguments)
     unknown = [name for name in getattr(options, "names", ()) if name not in WEIGHTS]
     if unknown:

@@ -5,56 +5,24 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 
-import requests
 from PIL import Image
 from tqdm import tqdm
 
 from data_utils.errors import MMRoleError
-from data_utils.files import write_error
+from data_utils.transfer import Retries, Source, failures, fetch_file, in_parallel
 
 COCO_FOLDER = "images/COCO/train2017"
 COCO_URL = "http://images.cocodataset.org/train2017"  # the certificate of its https is another host's
 IMAGE_BYTES = 170_000  # an image's mean, rounded up: 19.3 GB for 118,287
 LARGEST_IMAGE = 20 * 2**20
 GIVE_UP_AFTER = 20  # images that failed one after the other: then it is the server or the line, not the images
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_LONGEST_WAIT = 60.0
-_TIMEOUT = (10, 30)  # seconds to connect, and between two pieces
 _NAME = re.compile(rb'"image"\s*:\s*"COCO/train2017/(\d{12}\.jpg)"')
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _TAIL = 4096
-_PIECE = 2**13  # bytes; of a piece that the line dropped in, nothing is kept
-_OF_THREAD = threading.local()
-
-
-@dataclass(frozen=True)
-class Retries:
-    """How often something is tried, and how long is waited before: nothing, then twice as long each time."""
-
-    attempts: int = 5
-    first_wait: float = 1.0
-
-    def wait(self, attempt: int) -> float:
-        """Seconds before attempt number `attempt` (from 0)."""
-        return min(self.first_wait * 2 ** (attempt - 1), _LONGEST_WAIT) if attempt else 0.0
-
-
-class _AgainError(Exception):
-    """A try failed in a way that the next may not."""
-
-    def __init__(self, problem: str, wait: float = 0.0) -> None:
-        super().__init__(problem)
-        self.wait = wait
-
-
-class _LostError(Exception):
-    """A try failed in a way that the next will too."""
 
 
 def referenced_coco(data_root: Path) -> list[str]:
@@ -97,29 +65,19 @@ def fetch_coco(
         A line for each image that could not be fetched.
 
     Raises:
-        MMRoleError: A folder cannot be written, or so many fail in a row that it cannot be the images.
+        MMRoleError: The disk does not take them, or so many fail in a row that it cannot be the images.
     """
     url = (url or os.environ.get("COCO_URL") or COCO_URL).rstrip("/")
     folder = data_root / COCO_FOLDER
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error, "nothing was fetched") from error
-    failed: dict[str, str] = {}
-    in_a_row = 0
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_fetch, f"{url}/{name}", folder / name, retries): name for name in names}
-        try:
-            for future in tqdm(as_completed(futures), "MS-COCO", len(futures), unit="image", disable=None):
-                problem = future.result()
-                in_a_row = in_a_row + 1 if problem else 0
-                if problem:
-                    failed[futures[future]] = problem
-                if in_a_row == GIVE_UP_AFTER:
-                    raise _unreachable(url, problem or "")
-        except BaseException:
-            _drop(futures)
-            raise
+
+    def fetch(name: str, stop: threading.Event) -> str | None:
+        source = Source(f"{url}/{name}", largest=LARGEST_IMAGE)
+        part = folder / f"{name}.part"
+        return fetch_file(source, folder / name, part, _broken, retries=retries, stop=stop)
+
+    with closing(in_parallel(fetch, names, workers)) as ended:
+        bar = tqdm(ended, "MS-COCO", len(names), unit="image", disable=None)
+        failed = failures(bar, GIVE_UP_AFTER, lambda problem: _unreachable(url, problem))
     return [f"{name}: {problem}" for name, problem in sorted(failed.items())]
 
 
@@ -158,76 +116,9 @@ def _looks_whole(path: Path) -> bool:
     return path.is_file() and jpeg_problem(path) is None  # a few images of MS-COCO have something after their end
 
 
-def _fetch(url: str, target: Path, retries: Retries) -> str | None:
-    """Fetches one image; gives why it could not, if so."""
-    part = target.with_name(f"{target.name}.part")
-    problem, asked_wait = "", 0.0
-    for attempt in range(retries.attempts):
-        time.sleep(max(retries.wait(attempt), asked_wait))
-        try:
-            _receive(url, part)
-            broken = jpeg_problem(part)
-            if broken is None:
-                part.replace(target)
-                return None
-            part.unlink()
-            problem, asked_wait = f"what came is broken: {broken}", 0.0
-        except _AgainError as error:
-            problem, asked_wait = str(error), error.wait
-        except _LostError as error:
-            part.unlink(missing_ok=True)
-            return str(error)
-        except requests.RequestException as error:  # what came so far stays in the .part file
-            problem, asked_wait = f"{type(error).__name__}: {error}", 0.0
-        except OSError as error:
-            raise write_error(target, error, "every image fetched so far is kept") from error
-    return problem
-
-
-def _receive(url: str, part: Path) -> None:
-    """Fetches what is missing of `part`; returns when as much has come as the server announced."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    with _session().get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-        if response.status_code == 416:
-            if response.headers.get("Content-Range") == f"bytes */{have}":
-                return  # it was all there already
-            part.unlink(missing_ok=True)
-            raise _AgainError("the server has not the rest of it")
-        if response.status_code in _AGAIN:
-            raise _AgainError(f"status {response.status_code}", _seconds(response.headers.get("Retry-After")))
-        if response.status_code not in (200, 206):
-            raise _LostError(f"status {response.status_code}")
-        goes_on = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if response.status_code == 206 and not goes_on:
-            part.unlink(missing_ok=True)
-            raise _AgainError("the server sent another part than asked for")
-        with part.open("ab" if goes_on else "wb") as file:
-            for piece in response.iter_content(_PIECE):
-                file.write(piece)
-                if file.tell() > LARGEST_IMAGE:
-                    raise _LostError(f"over {LARGEST_IMAGE:,} bytes")
-        announced = response.headers.get("Content-Length", "")
-        came = part.stat().st_size - (have if goes_on else 0)
-        if announced.isdigit() and came < int(announced):
-            raise _AgainError(f"{came:,} of {int(announced):,} bytes came")
-
-
-def _seconds(text: str | None) -> float:
-    """What a Retry-After header asks for, within reason; a date counts as nothing."""
-    return min(float(text), _LONGEST_WAIT) if text and text.strip().isdigit() else 0.0
-
-
-def _session() -> requests.Session:
-    """A session for each thread, which keeps its connection open from image to image."""
-    if not hasattr(_OF_THREAD, "session"):
-        _OF_THREAD.session = requests.Session()
-    return _OF_THREAD.session
-
-
-def _drop(futures: dict[Future[str | None], str]) -> None:
-    for future in futures:
-        future.cancel()
+def _broken(part: Path) -> str | None:
+    problem = jpeg_problem(part)
+    return problem and f"what came is broken: {problem}"
 
 
 def _unreachable(url: str, problem: str) -> MMRoleError:

@@ -7,26 +7,21 @@ import io
 import json
 import shutil
 import subprocess
-import threading
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from PIL import Image
 
-from data_utils import download, download_coco
+from data_utils import download, download_coco, transfer
 from data_utils.download import HubFile, content_problem, fetch_repo, list_repo
 from data_utils.download_coco import COCO_FOLDER, Retries, fetch_coco, jpeg_problem, missing_coco, referenced_coco
 from data_utils.errors import MMRoleError
+from tests.data_utils.loopback import COMMIT, Site, git_id, held, put_repo, serving, stay_at_home
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMIT = "c0ffee" + "0" * 34
 QUICK = Retries(attempts=5, first_wait=0.01)
-LARGE = 2000  # bytes from which the fake hub gives a sha256
 
 
 def jpeg(seed: int, size: int = 240) -> bytes:
@@ -36,139 +31,22 @@ def jpeg(seed: int, size: int = 240) -> bytes:
     return content.getvalue()
 
 
-@dataclass
-class Site:
-    """What the server holds, how it misbehaves, and what it was asked.
-
-    Attributes:
-        files: Content by path.
-        faults: By path, what to do wrong at the first, second, ... GET of it.
-        asked: (method, path, Range header) of each request.
-    """
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    faults: dict[str, list[str]] = field(default_factory=dict)
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
-    url: str = ""
-
-    def gets(self, path: str) -> list[str | None]:
-        return [byte_range for method, asked, byte_range in self.asked if method == "GET" and asked == path]
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    site: Site
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        asked = self.headers.get("Range")
-        self.site.asked.append((self.command, path, asked))
-        content = self.site.files.get(path)
-        faults = self.site.faults.get(path, []) if self.command == "GET" else []
-        fault = faults.pop(0) if faults else ""
-        if content is None or fault == "missing":
-            return self.send(404, b"")
-        if fault == "busy":
-            return self.send(503, b"", {"Retry-After": "0"})
-        if fault == "garbage":
-            content = b"<html>" + content[6:]  # as many bytes as it should be
-        if fault == "short":  # the announced length fits what comes, and it is not all
-            return self.send(200, content[:-40], self.about(path, content))
-        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked and fault != "no range" else 0
-        if start >= len(content) > 0 and start:
-            return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-        headers = self.about(path, content)
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body = content[start:]
-        if fault == "drop":
-            return self.send(206 if start else 200, body[: len(body) // 2], headers, announced=len(body))
-        if fault == "long":
-            return self.send(206 if start else 200, body, headers, announced=len(body) + 100)
-        return self.send(206 if start else 200, body, headers)
-
-    def about(self, path: str, content: bytes) -> dict[str, str]:
-        if "/resolve/" not in path:
-            return {}
-        return {"ETag": f'"{hub_id(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-
-    def send(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, announced: int | None = None
-    ) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if announced is None else announced))
-        if announced is not None:
-            self.close_connection = True
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-
-def git_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def hub_id(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest() if len(content) >= LARGE else git_id(content)
-
-
 @pytest.fixture
 def site() -> Iterator[Site]:
-    found = Site()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": found}))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    found.url = f"http://127.0.0.1:{server.server_port}"
-    yield found
-    server.shutdown()
-    server.server_close()
+    with serving() as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)
-def hub_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("HF_HUB_CACHE", "HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "COCO_URL"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
-
-
-def put_repo(site: Site, name: str, kind: str, files: dict[str, bytes]) -> dict[str, str]:
-    """Lets the site hold a hub repository; gives the path on the server of each file."""
-    base = f"/datasets/{name}" if kind == "dataset" else f"/{name}"
-    tree = []
-    for path, content in files.items():
-        entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
-        if len(content) >= LARGE:
-            entry["lfs"] = {"oid": hub_id(content), "size": len(content), "pointerSize": 130}
-        tree.append(entry)
-        site.files[f"{base}/resolve/{COMMIT}/{path}"] = content
-    about = json.dumps({"id": name, "sha": COMMIT, "siblings": [], "private": False, "tags": []}).encode()
-    for revision in ("main", COMMIT):
-        site.files[f"/api/{kind}s/{name}/revision/{revision}"] = about
-        site.files[f"/api/{kind}s/{name}/tree/{revision}"] = json.dumps(tree).encode()
-    return {path: f"{base}/resolve/{COMMIT}/{path}" for path in files}
+def hub_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    stay_at_home(monkeypatch)
 
 
 def everything(_: str) -> bool:
     return True
 
 
-SMALL = {"config.json": b'{"a": 1}', "deep/er/成龙 01.json": "成龙".encode(), "weights.bin": bytes(range(256)) * 4000}
+SMALL = {"config.json": b'{"a": 1}', "deep/er/成龙 01.json": "成龙".encode(), "weights.bin": bytes(range(256)) * 4001}
 
 
 @pytest.fixture
@@ -180,13 +58,9 @@ def repo(site: Site, tmp_path: Path) -> tuple[dict[str, str], Callable[[], tuple
     def fetch() -> tuple[int, list[str]]:
         found = list_repo("someone/thing", "model", "main", everything, site.url)
         assert found.commit == COMMIT
-        return fetch_repo(found, target, target / ".download", workers=2, retries=QUICK)
+        return fetch_repo(found, target, workers=2, retries=QUICK)
 
     return paths, fetch, target
-
-
-def held(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_hub_repository_arrives_whole(site, repo) -> None:
@@ -223,9 +97,7 @@ def test_hub_file_survives_a_bad_server(site, repo, faults) -> None:
 
 
 def test_dropped_hub_file_is_gone_on_with(site, repo, monkeypatch) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # kept in such pieces; 10 MB otherwise
+    monkeypatch.setattr(transfer, "PIECE", 128)  # of which the half is a multiple
     paths, fetch, target = repo
     site.faults[paths["weights.bin"]] = ["drop"]
     fetch()

@@ -1,0 +1,169 @@
+"""A server on loopback that is a hub and an image server, and misbehaves as told."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+COMMIT = "c0ffee" + "0" * 34
+LARGE = 2000  # bytes from which the fake hub gives a sha256
+
+
+@dataclass
+class Site:
+    """What the server holds, how it misbehaves, and what it was asked.
+
+    Attributes:
+        files: Content by path.
+        faults: By path, what to do wrong at the first, second, ... GET of it.
+        asked: (method, path, Range header) of each request.
+        tokens: Authorization header of the latest request by path.
+        moved: Path or address that a path is redirected to.
+        over: Ends what stalls or trickles.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    tokens: dict[str, str | None] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
+    over: threading.Event = field(default_factory=threading.Event)
+    url: str = ""
+
+    def gets(self, path: str) -> list[str | None]:
+        return [byte_range for method, asked, byte_range in self.asked if method == "GET" and asked == path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    site: Site
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        asked = self.headers.get("Range")
+        self.site.asked.append((self.command, path, asked))
+        self.site.tokens[path] = self.headers.get("Authorization")
+        if path in self.site.moved:
+            return self.send(302, b"", {"Location": self.site.moved[path]})
+        content = self.site.files.get(path)
+        faults = self.site.faults.get(path, []) if self.command == "GET" else []
+        fault = faults.pop(0) if faults else ""
+        if content is None or fault == "missing":
+            return self.send(404, b"")
+        if fault == "busy":
+            return self.send(503, b"", {"Retry-After": "0"})
+        if fault == "garbage":
+            content = b"<html>" + content[6:]  # as many bytes as it should be
+        if fault == "short":  # the announced length fits what comes, and it is not all
+            return self.send(200, content[:-40], self.about(path, content))
+        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked and fault != "no range" else 0
+        if start >= len(content) > 0 and start:
+            return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+        headers = self.about(path, content)
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        if fault == "drop":
+            return self.send(206 if start else 200, body[: len(body) // 2], headers, announced=len(body))
+        if fault in ("stall", "trickle"):
+            self.send(206 if start else 200, body[: len(body) // 2], headers, announced=len(body))
+            return self.linger(body[len(body) // 2 :] if fault == "trickle" else b"")
+        if fault == "long":
+            return self.send(206 if start else 200, body, headers, announced=len(body) + 100)
+        return self.send(206 if start else 200, body, headers)
+
+    def linger(self, rest: bytes) -> None:
+        """Sends the rest so slowly that it takes minutes, or nothing, and keeps the line open."""
+        with contextlib.suppress(OSError):
+            for start in range(0, len(rest), 100):
+                self.wfile.write(rest[start : start + 100])
+                self.site.over.wait(0.05)
+        self.site.over.wait(120)
+
+    def about(self, path: str, content: bytes) -> dict[str, str]:
+        if "/resolve/" not in path:
+            return {}
+        return {"ETag": f'"{hub_id(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+
+    def send(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, announced: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body) if announced is None else announced))
+        if announced is not None:
+            self.close_connection = True
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def git_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def hub_id(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if len(content) >= LARGE else git_id(content)
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Site]:
+    """A site that is being served."""
+    found = Site()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": found}))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    found.url = f"http://127.0.0.1:{server.server_port}"
+    yield found
+    found.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def stay_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes away mirrors, tokens and proxies that this machine may have."""
+    for name in ("HF_HUB_CACHE", "HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "COCO_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def put_repo(site: Site, name: str, kind: str, files: dict[str, bytes]) -> dict[str, str]:
+    """Lets the site hold a hub repository; gives the path on the server of each file."""
+    base = f"/datasets/{name}" if kind == "dataset" else f"/{name}"
+    tree = []
+    for path, content in files.items():
+        entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
+        if len(content) >= LARGE:
+            entry["lfs"] = {"oid": hub_id(content), "size": len(content), "pointerSize": 130}
+        tree.append(entry)
+        site.files[f"{base}/resolve/{COMMIT}/{path}"] = content
+    about = json.dumps({"id": name, "sha": COMMIT, "siblings": [], "private": False, "tags": []}).encode()
+    for revision in ("main", COMMIT):
+        site.files[f"/api/{kind}s/{name}/revision/{revision}"] = about
+        site.files[f"/api/{kind}s/{name}/tree/{revision}"] = json.dumps(tree).encode()
+    return {path: f"{base}/resolve/{COMMIT}/{path}" for path in files}
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
