@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parity_checks import check, model_folder
+from parity_environment import ensure_environment
+from parity_network import Guard, find_guard
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from data_utils.errors import MMRoleError, raise_problems, run_main
-from data_utils.files import read_json
-from qwen_vl.loading import ADAPTER_CONFIG, check_folder
+from data_utils.errors import MMRoleError, run_main
+from data_utils.files import read_json, write_text
 
 HERE = Path(__file__).resolve().parent
 TRUST = "--i_trust_the_code_in_this_folder"
@@ -46,8 +48,8 @@ Nothing was compared: above is what this implementation computes. To compare it 
 to run: the .py files in the checkpoint's folder, which came with the weights. They can do on this machine whatever you
 can do. If you trust whoever wrote them, run the same command with
   {TRUST}
-They then get an environment of their own (.venv-reference), an empty folder to work in, no network, and none of your
-environment's variables but {", ".join(PASSED_ON)}."""
+They then get an environment of their own (.venv-reference), an empty folder to work in, and none of your environment's
+variables but {", ".join(PASSED_ON)}. What they read and write is not restricted. Network:"""
 
 Case = dict[str, Any]
 
@@ -147,49 +149,20 @@ def draw_pictures(pictures: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def check_code(folder: Path) -> None:
-    """Says so where the folder, or an adapter's base, has no released code to run.
-
-    Raises:
-        MMRoleError: A file that names the code, or the code, is missing.
-    """
-    if (folder / ADAPTER_CONFIG).is_file():
-        base = Path(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
-        folder = base if base.is_absolute() or base.is_dir() else folder / base
-    problems = []
-    for file, names in {
-        "config.json": ("AutoConfig", "AutoModelForCausalLM"),
-        "tokenizer_config.json": ("AutoTokenizer",),
-    }.items():
-        auto_map = read_json(folder / file).get("auto_map", {}) if (folder / file).is_file() else {}
-        for name in names:
-            reference = auto_map.get(name)
-            reference = reference[0] if isinstance(reference, list) else reference
-            module = f"{str(reference).partition('.')[0]}.py"
-            if not reference or not (folder / module).is_file():
-                problems.append(
-                    MMRoleError(
-                        "there is no released code to compare with in this folder",
-                        f"{name}: {reference or 'not named'}",
-                        str(folder / (module if reference else file)),
-                        "put the .py and .json files that came with the weights (of Qwen/Qwen-VL-Chat) beside them",
-                    )
-                )
-    raise_problems(problems)
-
-
 def run_side(name: str, command: Sequence[str], work: Path, environ: Mapping[str, str]) -> Side:
     """Runs one side to its end, and reads what it wrote.
 
     Raises:
         MMRoleError: It did not come to its end; its own lines stand above.
     """
-    status = subprocess.run(command, cwd=work, env=environ, stdout=sys.stderr, check=False).returncode  # noqa: S603 - a list, no shell
+    status = subprocess.run(  # noqa: S603 - a list, no shell
+        command, cwd=work, env=environ, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False
+    ).returncode
     if status:
         raise MMRoleError(
             f"the {name} side did not come to its end (its own lines above say why)",
             f"exit status {status}" + (" (killed: out of memory?)" if status in (-9, 137) else ""),
-            command[1],
+            " ".join(command),
             "with too little memory: --dtype bfloat16, or fewer --lengths",
         )
     content = json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
@@ -289,8 +262,10 @@ def own_rows(cases: Sequence[Case], ours: Side) -> list[Row]:
 def show(rows: Sequence[Row], sides: Mapping[str, Side], console: Console) -> None:
     """Prints who computed, and the rows."""
     for name, side in sides.items():
-        facts = [f"{key} {value}" for key, value in side.facts.items() if key != "network"]
+        facts = [f"{key} {value}" for key, value in side.facts.items() if key not in ("guard", "network")]
         console.print(f"{name + ':':<10}{', '.join(facts)}", markup=False, highlight=False)
+        if "guard" in side.facts:
+            console.print(f"network:  {side.facts['guard']}", markup=False, highlight=False)
         for line in side.facts.get("network", []):
             console.print(f"          {line}", markup=False, highlight=False)
     fourth = "largest difference (ours / released)" if len(sides) > 1 else "ours"
@@ -313,50 +288,46 @@ def run(options: argparse.Namespace, work: Path, console: Console) -> tuple[list
     (work / "home").mkdir()
     (work / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     arguments = [str(work), str(options.checkpoint.absolute()), options.device, options.dtype]
-    python = ""
-    if options.i_trust_the_code_in_this_folder:
-        made = subprocess.run(  # noqa: S603 - a list, no shell
-            [sys.executable, str(HERE / "parity_environment.py")], stdout=subprocess.PIPE, text=True, check=False
-        )
-        if made.returncode:
-            sys.exit(made.returncode)  # it has said why
-        python = made.stdout.strip()
+    python = str(ensure_environment()) if options.i_trust_the_code_in_this_folder else None
     command = [sys.executable, str(HERE / "parity_ours.py"), *arguments]
     sides = {"ours": run_side("ours", command, work, os.environ)}
-    if not python:
+    if python is None:
         rows = own_rows(cases, sides["ours"])
     else:
-        command = [python, str(HERE / "reference" / "run.py"), *arguments]
+        guard = guard_for(python, options.checkpoint)
+        print(f"[parity] network: {guard.told}", file=sys.stderr, flush=True)
+        command = [*guard.launcher, python, str(HERE / "reference" / "run.py"), *arguments]
         sides["released"] = run_side("reference", command, work, released_environment(work))
+        sides["released"].facts["guard"] = guard.told  # said here: the code could say anything
         allowed = options.tolerance or ALLOWED[sides["released"].facts["dtype"]]
         rows = compare(cases, sides["ours"], sides["released"], allowed)
     show(rows, sides, console)
     return rows, sides
 
 
+def guard_for(python: str, checkpoint: Path) -> Guard:
+    """What keeps a program off the network that reads this checkpoint."""
+    folders = {checkpoint, model_folder(checkpoint)}
+    return find_guard(python, [file for folder in folders for file in folder.absolute().iterdir() if file.is_file()])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; 0 where all agrees (or nothing was compared), 1 where something differs or failed."""
     options = _parse(arguments)
-    try:
-        check_folder(options.checkpoint)
-    except (OSError, ValueError) as error:
-        raise MMRoleError(
-            "not a checkpoint folder", str(error), "CHECKPOINT", "give a whole checkpoint folder"
-        ) from error
-    if options.i_trust_the_code_in_this_folder:
-        check_code(options.checkpoint)
+    check(options.checkpoint, code=options.i_trust_the_code_in_this_folder, report=options.report)
     console = Console(width=max(Console().width, 140), soft_wrap=False)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         rows, sides = run(options, Path(folder).resolve(), console)
-    if options.report:
-        report = {"facts": {name: side.facts for name, side in sides.items()}, "rows": [asdict(row) for row in rows]}
-        options.report.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in (*AGREES, "DIFFERS", "FAILED")}
     if not options.i_trust_the_code_in_this_folder:
-        console.print(NOT_TRUSTED, markup=False, highlight=False, soft_wrap=True)
+        guard = guard_for(sys.executable, options.checkpoint)
+        console.print(f"{NOT_TRUSTED} {guard.told}", markup=False, highlight=False, soft_wrap=True)
     else:
         text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         console.print(f"{len(rows)} cases: {text}", highlight=False)
+    if options.report:
+        report = {"facts": {name: side.facts for name, side in sides.items()}, "rows": [asdict(row) for row in rows]}
+        write_text(options.report, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     return int(counts["DIFFERS"] + counts["FAILED"] > 0)
 
 

@@ -121,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs all cases and writes what came out."""
     work, folder, device, dtype = arguments or sys.argv[1:]
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    print("[parity] ours: loading the model, without the folder's code", file=sys.stderr, flush=True)
     side = Ours(Path(folder), device, dtype)
     cases = json.loads((Path(work) / "cases.json").read_text(encoding="utf-8"))
     values, arrays = run_cases(side, cases)

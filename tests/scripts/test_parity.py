@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +19,14 @@ from PIL import Image
 
 from data_utils.errors import MMRoleError
 from qwen_vl import QwenVLTokenizer
-from scripts import parity, parity_environment
 from scripts.reference import run as reference
 from scripts.reference.torchvision import transforms
-from tests.scripts import stand_in, stub_wheels
+from tests.scripts import stand_in, stand_in_network, stub_wheels
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))  # where a script finds the ones beside it
+import parity
+import parity_environment
+import parity_network
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY = ROOT / "scripts" / "parity.sh"
@@ -53,6 +61,7 @@ def test_agrees_with_code_that_does_the_same(tmp_path: Path, reference_python: s
     folder, report = stand_in.write(tmp_path / "same"), tmp_path / "report.json"
     result = run_parity(folder, parity.TRUST, "--report", str(report))
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "\nnetwork:  " in result.stdout
     found = verdicts(report)
     assert set(found.values()) == {"same", "within"}
     assert {part for part, _ in found} >= {
@@ -109,6 +118,7 @@ def test_code_is_not_run_without_the_flag(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "Nothing was compared" in result.stdout
     assert parity.TRUST in result.stdout
+    assert "Network: " in result.stdout
     assert "training labels" in result.stdout
     assert not marker.exists()
 
@@ -117,16 +127,6 @@ def test_flag_must_be_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         parity.main([str(stand_in.write(tmp_path / "same")), "--i_trust"])
     assert "--i_trust" in capsys.readouterr().err
-
-
-def test_folder_without_code_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    folder = stand_in.write(tmp_path / "bare", code=False)
-    with pytest.raises(MMRoleError, match="problem") as caught:
-        parity.main([str(folder), parity.TRUST])
-    assert "modeling_qwen.py" in str(caught.value)
-    assert "Qwen/Qwen-VL-Chat" in str(caught.value)
-    with pytest.raises(MMRoleError, match="checkpoint"):
-        parity.main([str(tmp_path / "nowhere")])
 
 
 NETWORK = """
@@ -162,6 +162,98 @@ def test_released_code_gets_no_network(reference_python: str) -> None:
     assert refused == [True] * 5
     assert tried[0] == "answered by an empty file: get https://example.com/font.ttf"
     assert sum("refused" in line for line in tried) >= 5
+
+
+@contextmanager
+def listener() -> Iterator[tuple[int, list[str]]]:
+    """A port of this machine, and who came there: each is sent away at once, for torch would wait for an answer."""
+    came: list[str] = []
+
+    def accept(server: socket.socket) -> None:
+        with suppress(OSError):  # until it is shut down
+            while True:
+                connection, _ = server.accept()
+                came.append("connection")
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=accept, args=(server,), daemon=True)
+        thread.start()
+        yield server.getsockname()[1], came
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernel_keeps_code_that_goes_around_python_off_the_network(tmp_path: Path, reference_python: str) -> None:
+    guard = parity_network.find_guard(reference_python, [])
+    if not guard.launcher:
+        pytest.skip(guard.told)
+    folder, told = stand_in.write(tmp_path / "reaching"), tmp_path / "told.json"
+    with listener() as (port, came):
+        code = f"{Path(stand_in_network.__file__).read_text()}\n\nreach({port}, {str(told)!r})\n"
+        # With nothing but the hook, every way leads there.
+        hooked = f"import run\nrun.close_the_network()\n{code}"
+        command = [reference_python, "-c", hooked]
+        subprocess.run(command, cwd=ROOT / "scripts" / "reference", check=True, capture_output=True, timeout=120)
+        assert len(came) >= 3
+        came.clear()
+        told.unlink()
+
+        with (folder / "configuration_qwen.py").open("a") as file:
+            file.write(code)
+        result = run_parity(folder, parity.TRUST, "--lengths", "--new_tokens", "2")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert came == []
+    ways = json.loads(told.read_text())
+    assert ways == dict.fromkeys(ways, False)
+    assert " ".join(guard.told.split()) in " ".join(result.stdout.split())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_is_there_without_a_network() -> None:
+    guard = parity_network.find_guard(sys.executable, [])
+    if not guard.launcher:
+        pytest.skip(guard.told)
+    code = "import torch; assert torch.ones(2, device='cuda').sum() == 2"
+    subprocess.run([*guard.launcher, sys.executable, "-c", code], check=True)
+
+
+def test_without_a_namespace_the_hook_is_said_to_be_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights"
+    file.touch()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    guard = parity_network.find_guard(sys.executable, [file])
+    assert guard.launcher == ()
+    assert "ONLY A HOOK" in guard.told
+    unshare = programs / "unshare"
+    for script, reason in (
+        ("echo 'unshare failed: Operation not permitted' >&2; exit 1", "Operation not permitted"),
+        ("exit 1", "exit status 1"),
+        ('shift 3; exec "$@"', "network of this machine"),  # does nothing
+    ):
+        unshare.write_text(f"#!/bin/sh\n{script}\n")
+        unshare.chmod(0o755)
+        guard = parity_network.find_guard(sys.executable, [file])
+        assert guard.launcher == ()
+        assert reason in guard.told
+
+
+def test_what_cannot_be_read_in_the_namespace_is_run_outside(tmp_path: Path) -> None:
+    if not parity_network.find_guard(sys.executable, []).launcher:
+        pytest.skip(parity_network.find_guard(sys.executable, []).told)
+    guard = parity_network.find_guard(sys.executable, [tmp_path / "gone"])
+    assert guard.launcher == ()
+    assert "gone" in guard.told
+
+
+def test_who_keeps_the_network_away_stands_in_the_head(capsys: pytest.CaptureFixture[str]) -> None:
+    sides = {"ours": parity.Side({}, {}, {}), "released": parity.Side({"guard": "who", "network": ["tried"]}, {}, {})}
+    parity.show([], sides, parity.Console(width=140))
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()[2:4]] == ["network:  who", "tried"]
 
 
 def test_released_side_gets_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

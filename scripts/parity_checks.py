@@ -1,0 +1,82 @@
+"""What scripts/parity.py checks before a model is loaded: the checkpoint, the code in it, and the report's place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_utils.errors import MMRoleError, raise_problems
+from data_utils.fingerprint import adapter_base
+from qwen_vl.folder import read_json_file
+from qwen_vl.loading import ADAPTER_CONFIG, check_folder
+
+CODE = {"config.json": ("AutoConfig", "AutoModelForCausalLM"), "tokenizer_config.json": ("AutoTokenizer",)}
+AGAIN = "put the .py and .json files that came with the weights (of Qwen/Qwen-VL-Chat) beside them"
+
+
+def check(folder: Path, *, code: bool, report: Path | None) -> None:
+    """Tells everything that would stop a run, at once.
+
+    Args:
+        folder: The checkpoint.
+        code: Whether the released code in it is to run.
+        report: The file for a report, if there is to be one.
+
+    Raises:
+        ProblemsError: There is at least one problem.
+    """
+    problems = [] if report is None else _report_problems(report)
+    try:
+        base = model_folder(check_folder(folder))
+        check_folder(base)
+        if code:
+            problems += code_problems(base)
+    except (OSError, ValueError) as error:
+        fix = "give a whole checkpoint folder"
+        problems.append(MMRoleError("not a checkpoint folder", str(error), "CHECKPOINT", fix))
+    except MMRoleError as error:
+        problems.append(error)
+    raise_problems(problems)
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder with the model and its code: the given one, or an adapter's base.
+
+    Raises:
+        MMRoleError: The adapter does not name its base.
+    """
+    return adapter_base(folder) if (folder / ADAPTER_CONFIG).is_file() else folder
+
+
+def code_problems(folder: Path) -> list[MMRoleError]:
+    """What is missing of the released code in `folder`: a file that names it, or the code itself."""
+    return [problem for file, names in CODE.items() for problem in _missing_code(folder, file, names)]
+
+
+def _missing_code(folder: Path, file: str, names: Sequence[str]) -> Iterator[MMRoleError]:
+    try:
+        auto_map = read_json_file(folder / file).get("auto_map") if (folder / file).is_file() else None
+    except (OSError, ValueError) as error:
+        yield MMRoleError("the released code cannot be found: the file names none", str(error), folder / file, AGAIN)
+        return
+    for name in names:
+        reference = auto_map.get(name) if isinstance(auto_map, dict) else None
+        reference = reference[0] if isinstance(reference, list) and reference else reference
+        module = f"{reference.partition('.')[0]}.py" if isinstance(reference, str) else None
+        if module is None or not (folder / module).is_file():
+            what = "there is no released code to compare with in this folder"
+            yield MMRoleError(what, f"{name}: {reference or 'not named'}", folder / (module or file), AGAIN)
+
+
+def _report_problems(report: Path) -> list[MMRoleError]:
+    place = Path(os.path.realpath(report))
+    if place.exists() and not place.is_file():
+        what = "the report is to be a file, and that is none"
+    elif not place.parent.is_dir():
+        what = "the report's folder is not there"
+    elif not os.access(place.parent, os.W_OK | os.X_OK):
+        what = "the report's folder cannot be written to"
+    else:
+        return []
+    return [MMRoleError(what, report, "--report", "name a file in a folder that is there and that you may write to")]
