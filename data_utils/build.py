@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_utils.errors import MMRoleError, run_main
-from data_utils.files import read_json
+from data_utils.errors import MMRoleError, raise_problems, run_main
 from data_utils.prompts import (
     CURIOUS_HUMAN,
     HUMAN,
@@ -22,6 +21,7 @@ from data_utils.prompts import (
     picture_line,
     role_play_prompt,
 )
+from data_utils.schema import Dialogue, Named, Profiles, Roles, read_rows, read_value
 
 SPLITS = ("in-distribution", "out-of-distribution")
 KINDS = ("comment", "human-role", "inter-role")
@@ -60,15 +60,19 @@ def load_characters(data_root: str | Path, splits: Sequence[str] = SPLITS) -> Ch
     """Reads ``profiles/<split>/{profiles,roles}.json`` of a data root, all splits into one.
 
     Raises:
-        MMRoleError: a file is missing or is not JSON.
+        ProblemsError: files are missing or wrong, with everything that is.
     """
     profiles: dict[str, str] = {}
     scripts: dict[str, str] = {}
+    problems: list[MMRoleError] = []
     for split in splits:
         folder = Path(data_root) / "profiles" / split
-        profiles.update(read_json(folder / "profiles.json"))
-        roles = read_json(folder / "roles.json")
+        own, wrong = read_value(folder / "profiles.json", Profiles)
+        roles, wrong_roles = read_value(folder / "roles.json", Roles)
+        problems += [*wrong, *wrong_roles]
+        profiles.update(own)
         scripts.update({name: script for script, names in roles.items() for name in names})
+    raise_problems(problems)
     return Characters(profiles, scripts)
 
 
@@ -146,23 +150,30 @@ def iterate_samples(
                 yield build_sample(dialogue, turn, characters, sane_partner=sane_partner, training=training)
 
 
+def dialogue_files(data_root: str | Path, split: str, kind: str) -> list[Path]:
+    """Gives the files of ``dialogues/<split>/<kind>``, those of a folder or one file, in order of file name."""
+    place = Path(data_root) / "dialogues" / split / kind
+    single = place.with_name(f"{kind}.json")
+    return sorted(place.glob("*.json")) if place.is_dir() else [single] if single.is_file() else []
+
+
 def iterate_dialogues(data_root: str | Path, split: str, kind: str) -> Iterator[dict[str, Any]]:
-    """Yields the dialogues of ``dialogues/<split>/<kind>``, a folder of files or one file, in order of file name.
+    """Yields the dialogues of ``dialogues/<split>/<kind>``, in order of file name.
 
     Raises:
-        MMRoleError: there is neither, or a file is not JSON.
+        MMRoleError: there is neither a folder nor a file.
+        ProblemsError: a file is broken or its rows are wrong, with everything that is wrong in it.
     """
     place = Path(data_root) / "dialogues" / split / kind
-    if place.is_dir():
-        files = sorted(place.glob("*.json"))
-    elif place.with_name(f"{kind}.json").is_file():
-        files = [place.with_name(f"{kind}.json")]
-    else:
+    files = dialogue_files(data_root, split, kind)
+    if not files and not place.is_dir():
         raise MMRoleError(
             "no dialogues", value=f"{kind} ({split})", where=str(place), fix="check the data root, or download the data"
         )
     for file in files:
-        yield from read_json(file)
+        rows, problems = read_rows(file, Dialogue)
+        raise_problems(problems)
+        yield from rows
 
 
 def training_samples(
@@ -184,14 +195,24 @@ def training_samples(
 
 
 def tested_dialogues(data_root: str | Path) -> frozenset[str]:
-    """Gives the ids of the dialogues from which the data root's test samples were drawn."""
-    samples = [
-        sample
-        for split in SPLITS
-        for kind in KINDS
-        for sample in read_json(Path(data_root) / "data" / "test" / split / f"{kind}_test.json")
-    ]
-    return frozenset(dialogue_id(sample["id"]) for sample in samples)
+    """Gives the ids of the dialogues from which the data root's test samples were drawn.
+
+    Raises:
+        ProblemsError: a test file is missing or wrong, with everything that is.
+    """
+    ids: list[str] = []
+    problems: list[MMRoleError] = []
+    for path in paths_of_tests(data_root):
+        rows, wrong = read_rows(path, Named)
+        ids += [row["id"] for row in rows]
+        problems += wrong if path.is_file() else [_no_test_file(path)]
+    raise_problems(problems)
+    return frozenset(map(dialogue_id, ids))
+
+
+def paths_of_tests(data_root: str | Path) -> list[Path]:
+    """Gives the paths of the six test files of a data root, whether they are there or not."""
+    return [Path(data_root) / "data" / "test" / split / f"{kind}_test.json" for split in SPLITS for kind in KINDS]
 
 
 def dialogue_id(sample_id: str) -> str:
@@ -254,6 +275,12 @@ def _image_information(dialogue: Mapping[str, Any]) -> ImageInformation:
     return ImageInformation(
         dialogue.get("role_info") or "", dialogue.get("place_info") or "", dialogue.get("scene_info") or ""
     )
+
+
+def _no_test_file(path: Path) -> MMRoleError:
+    # Without it nobody knows which dialogues must not train.
+    fix = "fetch or build the test files anew; one that has no samples holds []"
+    return MMRoleError("cannot read the file: a test set has six, and this one is missing", path, fix=fix)
 
 
 def _problem(dialogue: Mapping[str, Any], what: str, value: Any, fix: str) -> MMRoleError:

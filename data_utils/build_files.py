@@ -16,20 +16,10 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from data_utils.build import (
-    KINDS,
-    SPLITS,
-    Characters,
-    build_sample,
-    dialogue_id,
-    iterate_samples,
-    speaker,
-    tested_dialogues,
-)
+from data_utils.build import KINDS, SPLITS, build_sample, dialogue_id, iterate_samples, speaker
 from data_utils.build_reviews import (
     PUBLISHED_REVIEWS,
     PUBLISHED_VALIDATION,
@@ -40,66 +30,15 @@ from data_utils.build_reviews import (
     write_reviews,
 )
 from data_utils.errors import MMRoleError, raise_problems, shown
-from data_utils.files import read_json, write_error
+from data_utils.files import write_error
+from data_utils.image_files import images_below
 from data_utils.prompts import HUMAN
 from data_utils.row_files import first_problems, write_rows
-from data_utils.schema import Dialogue, Profiles, Roles, Row, read_rows, validate_rows, validate_value
+from data_utils.schema import Named, Row
+from data_utils.sources import Sources
 
 TRAIN_FILE = "data/train/train_85k.json"
 PUBLISHED_SAMPLES = 85_456
-
-
-class Sources:
-    """The dialogues and characters of a data root and of further ones.
-
-    Args:
-        roots: The data root, and further ones that add to it.
-
-    Raises:
-        ProblemsError: Files of characters are missing or wrong, with everything that is.
-    """
-
-    def __init__(self, roots: Sequence[Path]) -> None:
-        self.roots = list(roots)
-        self.problems: list[MMRoleError] = []
-        profiles: dict[str, str] = {}
-        scripts: dict[str, str] = {}
-        for folder in (root / "profiles" / split for root in self.roots for split in SPLITS):
-            if not folder.is_dir():
-                continue
-            profiles.update(self._value(folder / "profiles.json", Profiles))
-            roles = self._value(folder / "roles.json", Roles)
-            scripts.update({name: script for script, names in roles.items() for name in names})
-        if not scripts and not self.problems:
-            fix = "choose the folder that holds profiles/ and dialogues/"
-            self.problems.append(MMRoleError("no profiles/<split>/roles.json", None, self.roots[0], fix))
-        raise_problems(self.problems)
-        self.characters = Characters(profiles, scripts)
-
-    def dialogues(self, split: str, kind: str) -> Iterator[Row]:
-        """The dialogues of all roots; a file that is wrong goes to `problems`."""
-        for root in self.roots:
-            place = root / "dialogues" / split / kind
-            single = place.with_name(f"{kind}.json")
-            for path in sorted(place.glob("*.json")) if place.is_dir() else [single] if single.is_file() else []:
-                rows, problems = read_rows(path, Dialogue)
-                self.problems += problems
-                yield from rows
-
-    def tested(self) -> frozenset[str]:
-        """The dialogues that test samples of any root were drawn from."""
-        there = [root for root in self.roots if (root / "data" / "test").is_dir()]
-        return frozenset().union(*map(_tested, there))
-
-    def _value(self, path: Path, form: Any) -> Any:
-        try:
-            value = read_json(path)
-        except MMRoleError as error:
-            self.problems.append(error)
-            return {}
-        problems = validate_value(value, form, path)
-        self.problems += problems
-        return {} if problems else value
 
 
 def training_rows(sources: Sources, *, sane_partner: bool = False, counts: Counter[str] | None = None) -> Iterator[Row]:
@@ -134,7 +73,7 @@ def test_rows(sources: Sources, split: str, kind: str, *, sane_partner: bool, se
         one drawn turn of each out-of-distribution dialogue, and no ids.
     """
     paths = [root / "data" / "test" / split / f"{kind}_test.json" for root in sources.roots]
-    wanted = [row["id"] for path in paths if path.is_file() for row in read_json(path)]
+    wanted = [row["id"] for path in paths if path.is_file() for row in sources.rows(path, Named)]
     named = any((root / "data" / "test").is_dir() for root in sources.roots)
     ids = {dialogue_id(name) for name in wanted}
     dialogues = {d["id"]: d for d in sources.dialogues(split, kind) if not named or d["id"] in ids}
@@ -155,24 +94,13 @@ def test_rows(sources: Sources, split: str, kind: str, *, sane_partner: bool, se
 
 def missing_images(data_root: Path, extra_roots: Sequence[Path]) -> list[tuple[Path, Path]]:
     """The images of further roots that `data_root` does not hold: where they are, and where they are looked for."""
-    pairs = []
+    pairs: dict[Path, Path] = {}
     for root in extra_roots:
-        images = root / "images"
-        for path in sorted(images.rglob("*")):
-            there = data_root / "images" / path.relative_to(images)
-            if path.is_file() and path.suffix != ".json" and not there.exists():
-                pairs.append((path.resolve(), there))
-    return pairs
-
-
-def _tested(root: Path) -> frozenset[str]:
-    problems = []
-    for path in sorted((root / "data" / "test").glob("*/*_test.json")):
-        rows = read_json(path)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-            problems += validate_rows(rows, Dialogue, path)[:3]
-    raise_problems(problems)
-    return tested_dialogues(root)
+        for name, path in images_below(root):
+            there = data_root / "images" / name
+            if not there.exists():
+                pairs.setdefault(there, path.resolve())
+    return [(path, there) for there, path in pairs.items()]
 
 
 def _drawn(dialogue: Row, seed: int) -> str | None:
@@ -183,6 +111,7 @@ def _drawn(dialogue: Row, seed: int) -> str | None:
 
 def _build_training(options: argparse.Namespace) -> None:
     sources = Sources([options.data_root, *options.extra_root])
+    sources.compare_images()
     out = options.out or options.data_root / TRAIN_FILE
     counts: Counter[str] = Counter()
     rows = training_rows(sources, sane_partner=options.sane_partner, counts=counts)
@@ -223,6 +152,7 @@ def _tell_images(options: argparse.Namespace) -> None:
     for source, link in pairs:
         try:
             link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)  # it led to a file that has gone
             link.symlink_to(source)
         except OSError as error:
             raise write_error(link, error, "the samples are written, not all of their images linked") from error
@@ -230,27 +160,34 @@ def _tell_images(options: argparse.Namespace) -> None:
 
 
 def _build_tests(options: argparse.Namespace) -> None:
-    sources = Sources([options.data_root, *options.extra_root])
     if options.out is None:
         raise MMRoleError(
             "--test needs a folder to write to", None, "--out", "give one; data/test is never overwritten"
         )
+    sources = Sources([options.data_root, *options.extra_root])
+    sources.compare_images()
     built = {
         (split, kind): test_rows(sources, split, kind, sane_partner=options.sane_partner, seed=options.seed)
         for split in SPLITS
         for kind in KINDS
     }
-    raise_problems(first_problems(sources.problems))
-    for (split, kind), (rows, _) in built.items():
-        if rows:
-            write_rows(options.out / split / f"{kind}_test.json", rows)
     absent = [name for _, names in built.values() for name in names]
+    over = [root for root in sources.roots if options.out.resolve() == (root / "data" / "test").resolve()]
+    if absent and over and not sources.problems:
+        fix = "choose another folder, or bring in the dialogues"
+        problem = f"{len(absent):,} test samples would be lost, whose dialogues are not here"
+        sources.problems.append(MMRoleError(problem, absent[:5], "--out", fix))
+    raise_problems(first_problems(sources.problems))
+    for (split, kind), (rows, _) in built.items():  # all six: a test set has none missing, and [] where it has no rows
+        write_rows(options.out / split / f"{kind}_test.json", rows)
     print(f"{sum(len(rows) for rows, _ in built.values()):,} test samples written to {options.out.resolve()}")
     if absent:
         print(f"{len(absent):,} of data/test left out, their dialogues are not here: {shown(', '.join(absent[:3]))} …")
 
 
 def _build_reviews(options: argparse.Namespace) -> None:
+    if options.validation < 0:
+        raise MMRoleError("a number must be at least 0", options.validation, "--validation", "give a larger number")
     prompts = named_function(options.review_prompts)
     reviews = read_reviews(options.reviews)
     root = options.out or options.data_root

@@ -25,9 +25,9 @@ from PIL import Image
 from data_utils.build import SPLITS, Characters, build_sample
 from data_utils.errors import MMRoleError, raise_problems, run_main
 from data_utils.files import read_json, write_bytes, write_error, write_json
-from data_utils.image_files import image_name_problem
+from data_utils.image_files import PLAIN_IMAGE, file_name_problem
 from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, prompt_language
-from data_utils.schema import Annotation, Profiles, Roles, Row, validate_rows, validate_value
+from data_utils.schema import Annotation, Profiles, Roles, Row, read_rows, read_value
 from qwen_vl import QwenVLImageProcessor
 from qwen_vl.tokenization import SPECIAL_TOKENS
 
@@ -36,7 +36,6 @@ QUESTIONS = {
     "Chinese": ("请谈谈你对这张图片的看法。", "这张图片让你想起了什么？"),
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-PLAIN_IMAGE = "play/plain.png"
 _PLAIN_GREY = (160, 160, 160)
 
 
@@ -81,21 +80,20 @@ class _Root:
         profiles = self.folder / "profiles" / self.split
         self.profiles_file, self.roles_file = profiles / "profiles.json", profiles / "roles.json"
         self.annotations_file = self.folder / "images" / "annotations.json"
-        self.profiles: dict[str, str] = self._read(self.profiles_file, {}, Profiles)
-        self.roles: dict[str, list[str]] = self._read(self.roles_file, {}, Roles)
-        self.annotations: list[Row] = self._read(self.annotations_file, [], None)
-
-    def _read(self, path: Path, nothing: Any, form: Any) -> Any:
-        if not path.is_file():
-            return nothing
-        try:
-            found = read_json(path)
-        except MMRoleError as error:
-            self.problems.append(error)
-            return nothing
-        problems = validate_rows(found, Annotation, path) if form is None else validate_value(found, form, path)
+        self.profiles: dict[str, str] = self._read(self.profiles_file, Profiles)
+        self.roles: dict[str, list[str]] = self._read(self.roles_file, Roles)
+        rows, problems = read_rows(self.annotations_file, Annotation) if self.annotations_file.is_file() else ([], [])
+        self.annotations: list[Row] = rows
         self.problems += problems
-        return nothing if problems else found
+
+    def lists(self, split: str, name: str) -> bool:
+        """Whether a character has a profile in a split."""
+        return name in self._read(self.folder / "profiles" / split / "profiles.json", Profiles)
+
+    def _read(self, path: Path, form: Any) -> dict[str, Any]:
+        found, problems = read_value(path, form) if path.is_file() else ({}, [])
+        self.problems += problems
+        return found
 
 
 def read_folder(folder: Path) -> tuple[str, list[Picture]]:
@@ -130,11 +128,12 @@ def add_character(root: Path, character: NewCharacter, questions: Sequence[str] 
         MMRoleError: A file cannot be written.
     """
     place = _Root(root, character.split)
-    problems = [*place.problems, *_character_problems(place, character, questions)]
-    raise_problems(problems)
+    problems = _character_problems(place, character, questions)
+    raise_problems([*place.problems, *problems])
     added = _image_names(place, character)
     for image, picture in added.items():
-        _write(root / "images" / image, picture.path.read_bytes())
+        if not (root / "images" / image).is_file():
+            _write(root / "images" / image, picture.path.read_bytes())
         row = {"image": image, "role_info": picture.who, "place_info": picture.place, "scene_info": picture.about}
         place.annotations.append(row)
     place.profiles[character.name] = character.profile
@@ -176,15 +175,15 @@ def _write_play(root: Path, character: NewCharacter, annotations: Sequence[Row],
 def _character_problems(place: _Root, character: NewCharacter, questions: Sequence[str]) -> list[MMRoleError]:
     problems = []
     for option, name in (("--name", character.name), ("--script", character.script)):
-        if image_name_problem(name) or name != name.strip() or "/" in name or "\\" in name or name.startswith("."):
-            fix = "choose one without / and \\ and without blanks at its edges"
-            problems.append(MMRoleError("a name that cannot name a file", name, option, fix))
+        problem = file_name_problem(name)
+        if problem:
+            problems.append(MMRoleError(f"a name that cannot name a file: {problem}", name, option, "choose another"))
     if character.name == HUMAN:
         problems.append(MMRoleError("human is who talks with characters", None, "--name", "choose another name"))
     other = [script for script, names in place.roles.items() if character.name in names and script != character.script]
     if other:
         problems.append(MMRoleError("the character is of another script", other[0], place.roles_file, "give that one"))
-    elsewhere = [split for split in SPLITS if split != character.split and _lists(place.folder, split, character.name)]
+    elsewhere = [split for split in SPLITS if split != character.split and place.lists(split, character.name)]
     if elsewhere:
         where = place.folder / "profiles" / elsewhere[0]
         problems.append(MMRoleError("the character is of the other split", elsewhere[0], where, "give that --split"))
@@ -203,24 +202,27 @@ def _character_problems(place: _Root, character: NewCharacter, questions: Sequen
     return problems
 
 
-def _lists(root: Path, split: str, name: str) -> bool:
-    path = root / "profiles" / split / "profiles.json"
-    return path.is_file() and name in read_json(path)
-
-
 def _image_names(place: _Root, character: NewCharacter) -> dict[str, Picture]:
-    """The names new pictures get, numbered on; a picture that is there already, to the byte, is left out."""
+    """The names of new pictures, numbered on.
+
+    A picture that is there already, to the byte, keeps its name; it is left out if it is annotated, and new if a run
+    was killed before it wrote that.
+    """
     folder = place.folder / "images" / _file_name(character.script)
     there = [path for path in sorted(folder.glob("*")) if path.is_file()]
-    known = {path.read_bytes() for path in there}
+    annotated = {row["image"] for row in place.annotations}
+    # Of two files with the same content the annotated one counts.
+    there.sort(key=lambda path: f"{folder.name}/{path.name}" in annotated)
+    known = {path.read_bytes(): f"{folder.name}/{path.name}" for path in there}
     number = max([int(path.stem) for path in there if path.stem.isdigit()], default=0)
     names: dict[str, Picture] = {}
     for picture in character.pictures:
         content = picture.path.read_bytes()
         if content not in known:
             number += 1
-            names[f"{folder.name}/{number:02d}{picture.path.suffix.lower()}"] = picture
-            known.add(content)
+            known[content] = f"{folder.name}/{number:02d}{picture.path.suffix.lower()}"
+        if known[content] not in annotated:
+            names.setdefault(known[content], picture)
     return names
 
 

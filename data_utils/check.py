@@ -25,6 +25,7 @@ from data_utils.errors import MMRoleError, run_main
 from data_utils.examination import COCO, Examination, image_files
 from data_utils.files import write_text
 from data_utils.findings import Report
+from data_utils.image_files import clashing_images
 from qwen_vl import QwenVLImageProcessor, QwenVLTokenizer
 
 PARTS = ("dialogues", "profiles", "data", "RM_data")
@@ -67,8 +68,10 @@ def check_roots(
     ]
     for examination in all_of_them:
         _join(examination, profiles, scripts)
-    for examination in all_of_them:
+    for number, examination in enumerate(all_of_them):
         check_tests(examination)
+        for image, other in clashing_images(examination.root, roots[:number]):
+            examination.report.add("clashing_image", f"images/{image}", detail=f"another one in {other}")
     tested = {name for examination in all_of_them for name in examination.tested}
     ids: dict[tuple[str, str], str] = {}
     for examination in all_of_them:
@@ -109,6 +112,7 @@ def _check_images(examination: Examination, decode: bool) -> None:
         if path is None:
             report.add("missing_coco" if image.startswith(COCO) else "missing_image", file, name, image)
             continue
+        examination.check_link(file, name, image, path)
         if decode:
             report.checked["images decoded"] += 1
             try:

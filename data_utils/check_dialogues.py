@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_utils.build import KINDS, SPLITS, speaker
+from data_utils.build import KINDS, SPLITS, dialogue_files, speaker
 from data_utils.check_samples import check_rebuilt
 from data_utils.examination import COCO, Examination, image_files
 from data_utils.prompts import HUMAN
@@ -80,7 +80,7 @@ def check_dialogues(examination: Examination) -> None:
     shared: dict[str, list[tuple[str, str]]] = {}
     odd_elsewhere = 0
     for split, kind in itertools.product(SPLITS, KINDS):
-        for path in dialogue_files(examination, split, kind):
+        for path in _files(examination, split, kind):
             for row in examination.rows(path, Dialogue, "dialogue"):
                 examination.report.checked["dialogues"] += 1
                 odd_elsewhere += _check_dialogue(examination, path, row, split, kind)
@@ -95,11 +95,9 @@ def check_dialogues(examination: Examination) -> None:
         examination.report.remark("odd_inter_role", f"and {odd_elsewhere:,} {SPLITS[1]}, which train nothing")
 
 
-def dialogue_files(examination: Examination, split: str, kind: str) -> list[Path]:
+def _files(examination: Examination, split: str, kind: str) -> list[Path]:
     """The files of a split's dialogues of a kind; none is a word in the report."""
-    place = examination.root / "dialogues" / split / kind
-    single = place.with_name(f"{kind}.json")
-    files = sorted(place.glob("*.json")) if place.is_dir() else [single] if single.is_file() else []
+    files = dialogue_files(examination.root, split, kind)
     if not files:
         examination.report.absent.append(f"dialogues/{split}/{kind}")
     return files

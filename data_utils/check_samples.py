@@ -11,7 +11,7 @@ from data_utils.build import KINDS, SPLITS, build_sample, dialogue_id
 from data_utils.errors import MMRoleError
 from data_utils.examination import Examination
 from data_utils.prompts import picture_line
-from data_utils.schema import RewardSample, Row, TestSample, TrainSample
+from data_utils.schema import Named, RewardSample, Row, TestSample, TrainSample, validate_row
 from qwen_vl.tokenization import IMAGE_SPAN, QwenVLTokenizer
 
 _PICTURE_LINE = re.compile(r"Picture 1: <img>images/([^<>\n]*)</img>\n")
@@ -102,7 +102,8 @@ def check_training(examination: Examination, meter: LengthMeter | None) -> None:
     report = examination.report
     for path in _files(examination, "data/train"):
         file = examination.name(path)
-        for row in examination.rows(path, TrainSample, "training sample"):
+        # Two files may be built from the same dialogues, one with those of further roots.
+        for row in examination.rows(path, TrainSample, f"training sample of {path}"):
             report.checked["training samples"] += 1
             if dialogue_id(row["id"]) in examination.tested:
                 report.add("test_in_train", file, row["id"])
@@ -116,7 +117,7 @@ def check_reward_model(examination: Examination, meter: LengthMeter | None) -> N
     for part, what in (("train", "reward-model samples"), ("test", "reward-model validation samples")):
         for path in _files(examination, f"RM_data/{part}"):
             file = examination.name(path)
-            for row in examination.rows(path, RewardSample, f"{part} review"):
+            for row in examination.rows(path, RewardSample, f"review of {path}"):
                 report.checked[what] += 1
                 if part == "train":
                     trained.add(row["id"])
@@ -134,6 +135,8 @@ def _files(examination: Examination, folder: str) -> list[Path]:
 
 def _check_test(examination: Examination, file: str, row: Row) -> None:
     examination.report.checked["test samples"] += 1
+    for problem in validate_row(row, Named, 0, file):
+        examination.report.add("wrong_field", file, row["id"], problem.what)
     examination.tested.add(dialogue_id(row["id"]))
     examination.wanted.setdefault(dialogue_id(row["id"]), []).append((file, row))
     examination.images.setdefault(row["image"], (file, row["id"]))

@@ -12,7 +12,7 @@ from data_utils.build import Characters
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
 from data_utils.findings import Report
-from data_utils.image_files import find_image
+from data_utils.image_files import find_image, leads_outside
 from data_utils.schema import Record, Row, validate_row
 from qwen_vl.tokenization import SPECIAL_TOKENS
 
@@ -101,8 +101,17 @@ class Examination:
         Raises:
             MMRoleError: The name is not allowed.
         """
-        found = (find_image(root / "images", image, follow_links=True) for root in self.image_roots)
+        found = (find_image(folder, image, follow_links=True) for folder in self._image_folders())
         return next(filter(None, found), None)
+
+    def check_link(self, file: str, name: str, image: str, path: Path) -> None:
+        """Reports an image, as `find_image` found it, that a link leads out of its image folder for."""
+        folder = next(folder for folder in self._image_folders() if path == folder / image)
+        if leads_outside(folder, path):
+            self.report.add("image_outside", file, name, f"{image} -> {path.resolve()}")
+
+    def _image_folders(self) -> list[Path]:
+        return [root / "images" for root in self.image_roots]
 
     def check_text(self, file: str, name: str, text: str) -> None:
         """Reports what should not stand in a text of the sources: a special token, a template's leftover."""

@@ -8,17 +8,19 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_utils.errors import MMRoleError
 
+Facts = Mapping[str, Any]  # JSON values
 JOURNAL_FORMAT = 1
 _SYNC_SECONDS = 1.0
-_HEADER, _ENTRY = {"journal", "settings", "info"}, {"key", "value"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def read_json(path: str | Path) -> Any:
@@ -40,8 +42,9 @@ def read_json(path: str | Path) -> Any:
             "save it as UTF-8",
         ) from None  # fmt: skip
     except json.JSONDecodeError as error:
-        line = error.doc.splitlines()[error.lineno - 1] if error.doc.splitlines() else ""
+        line = error.doc.split("\n")[error.lineno - 1]
         near = line[max(0, error.colno - 30) : error.colno + 10]
+        near = near if error.doc[error.pos :].strip() else "the file ends here"
         raise MMRoleError(
             f"the file is not valid JSON: {error.msg}", near, f"{path}, line {error.lineno}, column {error.colno}",
             "correct it there, or fetch or build the file anew",
@@ -92,8 +95,14 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise write_error(path, error, "what was there before is unchanged") from error
+
+
+def discard(temporary: Path) -> None:
+    """Removes a half-written file if it is there; where even that cannot be done, why it was written counts more."""
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def write_error(path: Path, error: OSError, kept: str) -> MMRoleError:
@@ -103,11 +112,17 @@ def write_error(path: Path, error: OSError, kept: str) -> MMRoleError:
 
 
 def sha256_of(path: Path) -> str | None:
-    """The sha256 of a file's content, or None where there is no file."""
+    """The sha256 of a file's content, or None where there is no file.
+
+    Raises:
+        MMRoleError: If it cannot be read.
+    """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
+    except _NO_FILE:
         return None
+    except OSError as error:
+        raise MMRoleError(f"cannot read the file: {error.strerror}", path, fix="check its permissions") from error
 
 
 @dataclass
@@ -127,10 +142,14 @@ class JournalContent:
     end: int = 0
 
 
-def read_journal(path: Path) -> JournalContent | None:
+def read_journal(path: Path, is_value: Callable[[str, Any], bool] | None = None) -> JournalContent | None:
     """Reads a journal without locking it; None where there is none, or not even a whole first line.
 
     A half-written last line, which a killed run leaves behind, does not count.
+
+    Args:
+        path: The file.
+        is_value: Whether a unit's key and value are what they should be; anything is without it.
 
     Raises:
         MMRoleError: If it cannot be read or any other line is broken.
@@ -142,16 +161,17 @@ def read_journal(path: Path) -> JournalContent | None:
             for number, line in enumerate(file, 1):
                 if broken is not None:
                     raise _broken_line(path, broken)
-                record = _parse_line(line, _HEADER if number == 1 else _ENTRY)
+                record = _parse_line(line)
                 if record is None:
                     broken = number
-                elif number == 1:
+                elif content is None:
                     content = _from_header(path, record, len(line))
+                elif not _is_entry(record) or (is_value and not is_value(record["key"], record["value"])):
+                    raise _broken_line(path, number)
                 else:
-                    assert content is not None
                     content.entries[record["key"]] = record["value"]
                     content.end += len(line)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise MMRoleError(f"cannot read the journal: {error.strerror}", path, fix="check its permissions") from error
@@ -174,7 +194,7 @@ def check_settings(path: Path, content: JournalContent, settings: Mapping[str, A
     keys = [key for key in {**content.settings, **now} if content.settings.get(key) != now.get(key)]
     if not keys:
         return
-    there_names, now_names = content.info.get("names", {}), info.get("names", {})
+    there_names, now_names = content.info.get("names"), info.get("names")
     lines = [
         f"{key}: {_named(content.settings, there_names, key)} there, {_named(now, now_names, key)} now" for key in keys
     ]
@@ -203,9 +223,9 @@ class Journal:
 
     @classmethod
     def open(
-        cls, path: Path, settings: Mapping[str, Any], info: Mapping[str, Any], *, overwrite: bool = False
+        cls, path: Path, settings: Facts, info: Facts, *, overwrite: bool = False, at_once: bool = True
     ) -> Journal:
-        """Opens a journal for writing and locks it; a new one is begun where there is none.
+        """Opens a journal for writing and locks it; a new one is begun where there is none, or one without a unit.
 
         A half-written last line is cut off.
 
@@ -214,6 +234,7 @@ class Journal:
             settings: What must be equal for a run to go on with it; JSON values.
             info: Other facts about the run, kept when the journal is new.
             overwrite: Throws away what is there.
+            at_once: False throws it away, and begins the new one, no earlier than the first unit comes.
 
         Raises:
             MMRoleError: If another process writes it, other settings began it, a line is broken, or it cannot be
@@ -226,8 +247,8 @@ class Journal:
         try:
             _lock(path, descriptor)
             content = None if overwrite else read_journal(path)
-            if content is None:
-                return cls._begin(path, descriptor, settings, info)
+            if content is None or not content.entries:
+                return cls._begin(path, descriptor, settings, info, at_once=at_once)
             check_settings(path, content, settings, info)
             os.ftruncate(descriptor, content.end)
             return cls(path, descriptor, content)
@@ -238,11 +259,10 @@ class Journal:
             raise
 
     @classmethod
-    def _begin(cls, path: Path, descriptor: int, settings: Mapping[str, Any], info: Mapping[str, Any]) -> Journal:
-        os.ftruncate(descriptor, 0)
-        header = {"journal": JOURNAL_FORMAT, "settings": dict(settings), "info": dict(info)}
-        journal = cls(path, descriptor, JournalContent(header["settings"], header["info"]))
-        journal._append(header)
+    def _begin(cls, path: Path, descriptor: int, settings: Facts, info: Facts, *, at_once: bool) -> Journal:
+        journal = cls(path, descriptor, JournalContent(dict(settings), dict(info)))
+        if at_once:
+            journal._append_header()
         _sync_folder(path.parent)
         return journal
 
@@ -251,24 +271,27 @@ class Journal:
         """The value of each finished unit by its key."""
         return self._content.entries
 
-    @property
-    def info(self) -> Mapping[str, Any]:
-        """What the run that began the journal said about itself."""
-        return self._content.info
-
     def add(self, key: str, value: Any) -> None:
         """Appends one unit; it outlives this process when this returns.
 
         Raises:
             MMRoleError: If it cannot be written; the journal then ends with the unit before and can be gone on with.
         """
+        if not self._content.end:
+            self._append_header()
         self._append({"key": key, "value": value})
         self._content.entries[key] = value
+
+    def _append_header(self) -> None:
+        header = {"settings": self._content.settings, "info": self._content.info}
+        self._append({"journal": JOURNAL_FORMAT, **header})
 
     def _append(self, record: dict[str, Any]) -> None:
         assert not self._broken, "a journal that could not be written must be opened anew"
         line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
         try:
+            if not self._content.end:  # what is there goes as late as this
+                os.ftruncate(self._descriptor, 0)
             _write_all(self._descriptor, line)
             if time.monotonic() - self._synced >= _SYNC_SECONDS:
                 os.fsync(self._descriptor)
@@ -334,33 +357,32 @@ def _lock(path: Path, descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise MMRoleError(
-            "another process is writing this journal",
-            path,
-            fix="wait until it has ended, or choose another output folder",
-        ) from None
+        fix = "wait until it has ended, or choose another output folder"
+        raise MMRoleError("another process is writing this journal", path, fix=fix) from None
 
 
-def _parse_line(line: bytes, must_have: set[str]) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> Any:
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line.decode("utf-8"))
-    except ValueError:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and must_have <= record.keys() else None
+
+
+def _is_entry(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("key"), str) and "value" in record
 
 
 def _broken_line(path: Path, number: int) -> MMRoleError:
-    return MMRoleError(
-        "the journal is damaged",
-        path,
-        f"line {number}",
-        "delete that line if the rest is sound (its unit is done again), or give --overwrite to start anew",
-    )
+    fix = "delete that line if the rest is sound (its unit is done again), or give --overwrite to start anew"
+    return MMRoleError("the journal is damaged", path, f"line {number}", fix)
 
 
-def _from_header(path: Path, record: dict[str, Any], length: int) -> JournalContent:
+def _from_header(path: Path, record: Any, length: int) -> JournalContent:
+    parts = [record.get(name) for name in ("settings", "info")] if isinstance(record, dict) else []
+    if not parts or "journal" not in record or not all(isinstance(part, dict) for part in parts):
+        raise _broken_line(path, 1)
     if record["journal"] != JOURNAL_FORMAT:
         raise MMRoleError(
             "the journal was written by another version", record["journal"], path, "give --overwrite to start anew"
@@ -368,6 +390,6 @@ def _from_header(path: Path, record: dict[str, Any], length: int) -> JournalCont
     return JournalContent(record["settings"], record["info"], end=length)
 
 
-def _named(settings: Mapping[str, Any], names: Mapping[str, str], key: str) -> str:
+def _named(settings: Mapping[str, Any], names: object, key: str) -> str:
     value = json.dumps(settings[key], ensure_ascii=False) if key in settings else "nothing"
-    return f"{value} ({names[key]})" if key in names else value
+    return f"{value} ({names[key]})" if isinstance(names, Mapping) and key in names else value

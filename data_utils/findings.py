@@ -34,7 +34,11 @@ KINDS: dict[str, Kind] = {
     "broken_alternation": Kind(ERROR, "dialogues in which somebody speaks twice in a row", "join or part the turns"),
     "missing_image": Kind(ERROR, "images that are missing", "put them below images/, or correct the name"),
     "broken_image": Kind(ERROR, "images that cannot be decoded", "fetch or make the file anew"),
-    "image_outside": Kind(ERROR, "images that a link leads out of the image folder for", "put the file itself there"),
+    "clashing_image": Kind(
+        ERROR,
+        "images that are another picture in another data root, by the same name",
+        "rename one, also in annotations, dialogues and samples, or give its script another name",
+    ),
     "wrong_turns": Kind(ERROR, "samples whose turns are not user and assistant in turn", _TRAIN_FIX),
     "broken_image_tag": Kind(ERROR, "samples with a broken image tag", _TRAIN_FIX),
     "test_in_train": Kind(ERROR, "training samples of a dialogue that a test sample was drawn from", _TRAIN_FIX),
@@ -43,6 +47,11 @@ KINDS: dict[str, Kind] = {
     # What is not there because it comes from elsewhere.
     "missing_coco": Kind(MISSING, "MS-COCO images that are missing", "fetch them: bash scripts/download_data.sh"),
     # What is known of the published data and does no harm, or little.
+    "image_outside": Kind(
+        WARNING,
+        "images that a link leads out of the image folder for",
+        "give --follow_links when answering and reviewing if that link is yours; training follows it",
+    ),
     "lost_answer": Kind(WARNING, "samples so long that all of their answer is cut off", "raise --max_length"),
     "cut_answer": Kind(WARNING, "samples so long that a part of their answer is cut off", "raise --max_length"),
     "cut_end": Kind(NOTE, "samples so long that the mark after their answer is cut off", "raise --max_length"),

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,19 +31,17 @@ from data_utils.errors import MMRoleError, run_main
 from data_utils.files import Journal, write_error
 from data_utils.grow_checks import UnusableError
 from data_utils.grow_client import Budget, BudgetSpentError, Endpoint, NoAnswerError, Settings
+from data_utils.grow_files import JOURNAL, forget, write_dialogues, write_profile
 from data_utils.grow_plan import (
-    JOURNAL,
     DialoguePlan,
     ProfilePlan,
-    forget,
     plan_dialogues,
     plan_person,
     plan_profile,
-    write_dialogues,
-    write_profile,
 )
 
 PROMPTS = Path(__file__).parent / "grow_prompts"
+INTERRUPTED = 130
 _SEPARATOR = "\n---\n"
 
 Plan = DialoguePlan | ProfilePlan
@@ -110,7 +109,7 @@ class Outcome:
 def grow(
     plans: Sequence[Plan],
     journal: Journal,
-    ask: Callable[[str, str, str | None], str],
+    endpoint: Endpoint,
     templates: Templates,
     *,
     tries: int,
@@ -121,33 +120,91 @@ def grow(
     Args:
         plans: What is wanted.
         journal: Keeps what is written, by the plan's key, as soon as it has passed the checks.
-        ask: (system, text, image) to the model's answer.
+        endpoint: The model.
         templates: The prompts.
         tries: Answers asked for, until one passes the checks.
         workers: How many are asked for at once.
 
     Raises:
         MMRoleError: The endpoint will not answer at all, or a file cannot be read or written.
+        KeyboardInterrupt: Ctrl-C; what was finished or under way is kept before, unless it comes again.
     """
-    outcome, fatal = Outcome(), None
-    answers = {text for entry in journal.entries.values() for text in _answers(entry.get("grown", {}))}
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_write, plan, ask, templates, tries): plan for plan in plans}
+    keeper = _Keeper(journal, endpoint)
+    pool = ThreadPoolExecutor(workers)
+    futures = {pool.submit(_write, plan, endpoint, templates, tries): plan for plan in plans}
+    given_up = False
+    try:
+        keeper.collect(tqdm(as_completed(futures), "growing", len(futures), disable=None), futures)
+    except KeyboardInterrupt:
+        given_up = True  # by a second one
+        keeper.end(futures)
+        given_up = False
+        raise
+    finally:
+        _drop(futures)
+        endpoint.end()
+        pool.shutdown(wait=not given_up)
+    if keeper.fatal is not None:
+        raise keeper.fatal
+    return keeper.outcome
+
+
+Futures = Mapping[Future[dict[str, Any]], Plan]
+
+
+class _Keeper:
+    """Journals what was written, or why it cannot be kept."""
+
+    def __init__(self, journal: Journal, endpoint: Endpoint) -> None:
+        self.outcome = Outcome()
+        self.fatal: BaseException | None = None
+        self._journal, self._endpoint = journal, endpoint
+        self._answers = {text for entry in journal.entries.values() for text in _answers(entry.get("grown", {}))}
+        self._seen: set[Future[dict[str, Any]]] = set()
+
+    def collect(self, finished: Iterable[Future[dict[str, Any]]], futures: Futures) -> None:
+        """Keeps all as they are finished; an error of the user's drops those that have not begun."""
+        for future in finished:
+            if future.cancelled() or future in self._seen:
+                continue
+            if isinstance(future.exception(), MMRoleError):  # what is under way is paid for, and still kept
+                self.fatal = self.fatal or future.exception()
+                _drop(futures)
+            else:
+                self._keep(future, futures[future].key)
+            self._seen.add(future)
+
+    def end(self, futures: Futures) -> None:
+        """After Ctrl-C: asks for nothing more, and keeps what is finished or under way, which is paid for."""
+        _drop(futures)
+        self._endpoint.end()
+        running = sum(not future.done() for future in futures)
+        if running:
+            told = f"waiting for {running} answer(s) under way, which are kept; Ctrl-C again gives them up"
+            print(told, file=sys.stderr, flush=True)
+        self.collect(as_completed(futures), futures)
+
+    def _keep(self, future: Future[dict[str, Any]], key: str) -> None:
         try:
-            for future in tqdm(as_completed(futures), "growing", len(futures), disable=None):
-                if future.cancelled():
-                    continue
-                if isinstance(future.exception(), MMRoleError):  # what is under way is paid for, and still kept
-                    fatal = fatal or future.exception()
-                    _drop(futures)
-                else:
-                    _keep(future, futures[future], journal, outcome, answers)
-        except BaseException:
-            _drop(futures)
-            raise
-    if fatal is not None:
-        raise fatal
-    return outcome
+            record = future.result()
+            if self._journal.entries.get(key) == {"grown": record}:
+                return  # Ctrl-C came right after it
+            self._refuse(record)
+        except BudgetSpentError:
+            self.outcome.left += 1
+        except UnusableError as error:
+            self._journal.add(key, {"failed": self._endpoint.scrub(str(error))})
+            self.outcome.failed += 1
+        else:
+            self._journal.add(key, {"grown": record})
+            self._answers.update(_answers(record))
+            self.outcome.done += 1
+
+    def _refuse(self, record: Mapping[str, Any]) -> None:
+        if self._answers.intersection(_answers(record)):
+            raise UnusableError("another dialogue has the same answer, word for word")
+        if self._endpoint.holds_key(repr(record)):  # written in a way that only reading it as JSON brought to light
+            raise UnusableError("the answer holds the key for the endpoint")
 
 
 def _drop(futures: Iterable[Future[dict[str, Any]]]) -> None:
@@ -155,33 +212,18 @@ def _drop(futures: Iterable[Future[dict[str, Any]]]) -> None:
         future.cancel()
 
 
-def _write(plan: Plan, ask: Callable[[str, str, str | None], str], templates: Templates, tries: int) -> dict[str, Any]:
+def _write(plan: Plan, endpoint: Endpoint, templates: Templates, tries: int) -> dict[str, Any]:
     problem = ""
-    for _ in range(tries):
+    for number in range(tries):
+        if number and endpoint.ending:
+            break
         try:
-            return plan.write(ask, templates.fill)
+            return plan.write(endpoint.ask, templates.fill)
         except NoAnswerError as error:  # it was asked often enough
             raise UnusableError(str(error)) from None
         except UnusableError as error:
             problem = str(error)
     raise UnusableError(problem)
-
-
-def _keep(future: Future[dict[str, Any]], plan: Plan, journal: Journal, outcome: Outcome, answers: set[str]) -> None:
-    """Journals what was written, or why it cannot be kept."""
-    try:
-        record = future.result()
-        if answers.intersection(_answers(record)):
-            raise UnusableError("another dialogue has the same answer, word for word")
-    except BudgetSpentError:
-        outcome.left += 1
-    except UnusableError as error:
-        journal.add(plan.key, {"failed": str(error)})
-        outcome.failed += 1
-    else:
-        journal.add(plan.key, {"grown": record})
-        answers.update(_answers(record))
-        outcome.done += 1
 
 
 def _answers(record: Mapping[str, Any]) -> list[str]:
@@ -200,13 +242,13 @@ def run(options: argparse.Namespace) -> int:
         options.write(options.root, _as_planned(wanted, journal))  # what a run that was killed could not
         plans = [plan for plan in options.plan(options, templates) if _wanted(plan, journal, options)]
         try:
-            outcome = grow(plans, journal, endpoint.ask, templates, tries=options.tries, workers=options.workers)
+            outcome = grow(plans, journal, endpoint, templates, tries=options.tries, workers=options.workers)
         finally:
             options.write(options.root, _as_planned(wanted, journal))
         failed = {plan.key: journal.entries.get(plan.key, {}).get("failed") for plan in plans}
     print(outcome.told(budget))
     for key, reason in [(key, reason) for key, reason in failed.items() if reason][:10]:
-        print(f"  failed: {key}: {reason}")
+        print(f"  failed: {key}: {endpoint.scrub(reason)}")
     if outcome.failed or outcome.left:
         print("  the same command asks for the missing ones again")
     return 1 if outcome.failed or outcome.left else 0
@@ -306,4 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError):
-        sys.exit(run_main(main))
+        status = run_main(main)
+        if status == INTERRUPTED:
+            sys.stdout.flush()
+            os._exit(status)  # an exit would wait for the requests that were given up
+        sys.exit(status)

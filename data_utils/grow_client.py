@@ -6,18 +6,19 @@ import os
 import random
 import re
 import threading
-import time
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from data_utils.errors import MMRoleError
+from data_utils.grow_checks import UnusableError
 
 KEY = "OPENAI_API_KEY"
 IMAGE_TOKENS = 1500  # reckoned for an image before it is sent; what counts afterwards is what the endpoint reports
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _FATAL = {401, 402, 403, 404, 405}
 _LONGEST_WAIT = 60.0
+_SHORTEST_SECRET, _LONGEST_WORD = 8, 16  # characters; shorter keys, and words, are for servers that ask for none
 _CHARACTERS_PER_TOKEN = 2  # few, so that the reckoning errs on the safe side; Chinese has about one
 
 
@@ -114,6 +115,7 @@ class Endpoint:
         self._settings, self._budget = settings, budget
         self._limit_name = "max_tokens"
         self._refusal: MMRoleError | None = None  # of all further requests
+        self._ending = threading.Event()
         self._client = self._connect(_checked_url(settings.base_url or os.environ.get("OPENAI_BASE_URL")))
 
     def _connect(self, url: str | None) -> Any:
@@ -136,6 +138,7 @@ class Endpoint:
 
         Raises:
             NoAnswerError: It has none to this request.
+            UnusableError: The answer holds the key.
             BudgetSpentError: The budget does not allow for the request.
             MMRoleError: The endpoint will not answer any request: a wrong key, no such model.
         """
@@ -146,14 +149,33 @@ class Endpoint:
         reckoned = (len(system) + len(user)) // _CHARACTERS_PER_TOKEN + (IMAGE_TOKENS if image else 0)
         problem, asked_wait = "", 0.0
         for attempt in range(self._settings.attempts):
-            time.sleep(max(asked_wait, self._wait(attempt)))
+            if attempt and self._ending.wait(max(asked_wait, self._wait(attempt))):
+                break
             if self._refusal is not None:
                 raise self._refusal
             try:
-                return self._request(messages, reckoned)
+                text = self._request(messages, reckoned)
             except _BusyError as error:
                 problem, asked_wait = self.scrub(str(error)), error.wait
+                continue
+            if self.holds_key(text):
+                raise UnusableError("the answer holds the key for the endpoint")
+            return text
         raise NoAnswerError(problem)
+
+    def end(self) -> None:
+        """From now on nothing is asked for again; what is under way still gets its answer."""
+        self._ending.set()
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing is to be asked for again."""
+        return self._ending.is_set()
+
+    def holds_key(self, text: str) -> bool:
+        """Whether a text holds the key, if it is a secret and not a word for a server that asks for none."""
+        is_word = len(self._key) < _SHORTEST_SECRET or (self._key.isalpha() and len(self._key) < _LONGEST_WORD)
+        return not is_word and self._key in text
 
     def scrub(self, text: str) -> str:
         """The text without the key, or what looks like a piece of one; endpoints like to quote it."""

@@ -1,4 +1,4 @@
-"""What is to be grown, how each piece is written, and where it goes in the published layout."""
+"""What is to be grown, and how the model is asked for each piece."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import base64
 import io
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from data_utils.build import SPLITS, Characters, iterate_dialogues, load_characters, speaker
-from data_utils.errors import MMRoleError
-from data_utils.files import read_journal, read_json, write_error, write_json, write_text
+from data_utils.build import SPLITS, Characters, load_characters
+from data_utils.errors import MMRoleError, raise_problems
+from data_utils.files import read_journal, read_json
 from data_utils.grow_checks import (
     UnusableError,
     dialogue_problem,
@@ -24,11 +24,11 @@ from data_utils.grow_checks import (
     read_summary,
     read_turns,
 )
-from data_utils.image_files import find_image, image_name_problem
+from data_utils.grow_files import IN_ID, JOURNAL, dialogues_there, file_name, profiles_of, sort_of
+from data_utils.image_files import file_name_problem, find_image
 from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, Role, prompt_language
+from data_utils.schema import Annotation, read_rows
 
-JOURNAL = "grown.journal"
-IN_ID = {"comment": "comment", "human-role": "human-role-dialogue", "inter-role": "role-role-dialogue"}
 TURNS = (8, 10, 12, 14)  # what nine in ten published human-role dialogues have
 INFORMATION = ("role_info", "place_info", "scene_info")
 LARGEST_SIDE, LARGEST_FILE = 2048, 4 * 2**20
@@ -201,13 +201,15 @@ def plan_dialogues(
         seed: What is drawn from.
 
     Raises:
-        MMRoleError: A name is unknown, an image is not there, or there is nobody to talk with.
+        MMRoleError: A name is unknown or cannot name a file, an image is not there, there is nobody to talk with, or
+            files of `source` or `root` are wrong.
     """
-    cast = load_characters(source, [split])
+    cast, roles = _cast(source, split, characters)
     annotations = _annotations(source)
+    present = dialogues_there(root, split, kinds)
     plans: list[DialoguePlan] = []
-    for name in characters or sorted(cast.scripts):
-        role = cast.role(name)
+    for role in roles:
+        name = role.name
         names = sorted(images if images is not None else _script_images(source, role.script))
         rng = random.Random(f"{seed}/{name}")  # noqa: S311 - draws images, keeps no secret
         chosen = names if most is None or most >= len(names) else sorted(rng.sample(names, most))
@@ -216,57 +218,18 @@ def plan_dialogues(
                 "no images", role.script, source / "images", f"give --images for {name}, or put some there"
             )
         for kind in kinds:
-            there = _there(root, split, kind, name)
-            new = [image for image in chosen if image not in there]
+            there = present.get((kind, name), {})
+            new = [image for image in chosen if image not in there.values()]
             numbers = _free_numbers(there, len(new))
             for image, number in zip(new, numbers, strict=True):
                 draw = random.Random(f"{seed}/{name}/{kind}/{image}")  # noqa: S311
                 other = _partner(cast, role, partner, draw) if kind == "inter-role" else None
                 question, turns = draw.choice(questions[prompt_language(role.script)]), draw.choice(TURNS)
-                dialogue_id = f"{_file_name(name)}_{IN_ID[kind]}_{_sort(image)}_{number}"
+                dialogue_id = f"{file_name(name)}_{IN_ID[kind]}_{sort_of(image)}_{number}"
                 path, information = _image(source, image), annotations.get(image, {})
                 plan = DialoguePlan(split, kind, dialogue_id, image, path, role, other, information, question, turns)
                 plans.append(plan)
     return plans
-
-
-def write_profile(root: Path, entries: Mapping[str, Any]) -> None:
-    """Writes all grown profiles of a journal into the published layout, beside what stands there."""
-    for record in (entry["grown"] for entry in entries.values() if "grown" in entry):
-        folder, name, file_name = root / "profiles" / record["split"], record["name"], _file_name(record["name"])
-        if record["facts"]:
-            _write(folder / "meta_info_hypo" / f"{file_name}.json", json.loads(record["facts"]))
-        else:
-            language = "zh" if prompt_language(record["script"]) == "Chinese" else "en"
-            _write(folder / f"raw_info_{language}" / f"{file_name}.txt", record["text"])
-        _write(folder / "detailed_profiles" / f"{file_name}.json", record["detailed"])
-        _write(folder / "profiles.json", {**_read(folder / "profiles.json", {}), name: record["profile"]})
-        roles = _read(folder / "roles.json", {})
-        if name not in roles.setdefault(record["script"], []):
-            roles[record["script"]].append(name)
-        _write(folder / "roles.json", roles)
-
-
-def write_dialogues(root: Path, entries: Mapping[str, Any]) -> None:
-    """Writes all grown dialogues of a journal into the published layout, beside what stands there."""
-    files: dict[Path, list[dict[str, Any]]] = {}
-    for record in (entry["grown"] for entry in entries.values() if "grown" in entry):
-        files.setdefault(_dialogue_file(root, record), []).append(record["dialogue"])
-    for path, grown in files.items():
-        rows = _read(path, [])
-        known = {row["id"] for row in rows}
-        new = [dialogue for dialogue in grown if dialogue["id"] not in known]
-        if new:
-            _write(path, rows + sorted(new, key=lambda dialogue: int(dialogue["id"].rpartition("_")[2])))
-
-
-def forget(root: Path, journal: Path) -> None:
-    """Takes the dialogues that a journal says were grown out of their files."""
-    content = read_journal(journal)
-    for record in (entry["grown"] for entry in (content.entries if content else {}).values() if "grown" in entry):
-        path = _dialogue_file(root, record)
-        if path.is_file():
-            write_json(path, [row for row in read_json(path) if row["id"] != record["dialogue"]["id"]])
 
 
 def image_url(path: Path) -> str:
@@ -292,28 +255,44 @@ def image_url(path: Path) -> str:
 
 def _check_new(root: Path, plan: ProfilePlan) -> None:
     """Refuses a name that cannot be used, and to replace a profile that was not grown here."""
-    if image_name_problem(plan.name) or "/" in plan.name or "\\" in plan.name or plan.name.startswith("."):
-        raise MMRoleError("a name that cannot name a file", plan.name, "the character's name", "leave out / and \\")
+    raise_problems(_name_problems({plan.name: "the character's name", plan.script: "the script"}))
+    there = {folder: profiles_of(folder) for folder in (root / "profiles" / split for split in SPLITS)}
     journal = read_journal(root / "profiles" / JOURNAL)
     if journal is not None and plan.key in journal.entries:
         return
-    for folder in (root / "profiles" / split for split in SPLITS):
-        if plan.name in _read(folder / "profiles.json", {}):
+    for folder, (profiles, _) in there.items():
+        if plan.name in profiles:
             raise MMRoleError("there is a profile already", plan.name, folder, "choose another name or data root")
 
 
-def _there(root: Path, split: str, kind: str, name: str) -> dict[str, str]:
-    """The dialogues of a character in a data root: their ids by image."""
-    try:
-        dialogues = list(iterate_dialogues(root, split, kind))
-    except MMRoleError:
-        return {}
-    own = [d for d in dialogues if d["id"].startswith(f"{_file_name(name)}_{IN_ID[kind]}_")]
-    return {d["image"]: d["id"] for d in own if any(speaker(turn) == name for turn in d["conversations"])}
+def _name_problems(names: Mapping[str, str | Path]) -> list[MMRoleError]:
+    """Why names, which come with where they are from, cannot be parts of files' names."""
+    found = {name: file_name_problem(name) for name in names}
+    return [
+        MMRoleError(f"a name that cannot name a file: {problem}", name, names[name], "choose another name")
+        for name, problem in found.items()
+        if problem
+    ]
 
 
-def _free_numbers(there: Mapping[str, str], count: int) -> range:
-    numbers = [int(number) for number in (name.rpartition("_")[2] for name in there.values()) if number.isdigit()]
+def _cast(source: Path, split: str, wanted: Sequence[str] | None) -> tuple[Characters, list[Role]]:
+    """Everybody of a data root's split, and who is wanted of them, whose names must be able to name files."""
+    cast = load_characters(source, [split])
+    roles: list[Role] = []
+    problems: list[MMRoleError] = []
+    for name in wanted or sorted(cast.scripts):
+        try:
+            roles.append(cast.role(name))
+        except MMRoleError as error:
+            problems.append(error)
+    place = source / "profiles" / split / "roles.json"
+    names = [name for role in roles for name in (role.name, role.script)]
+    raise_problems([*problems, *_name_problems(dict.fromkeys(names, place))])
+    return cast, roles
+
+
+def _free_numbers(there: Iterable[str], count: int) -> range:
+    numbers = [int(number) for number in (name.rpartition("_")[2] for name in there) if number.isdigit()]
     first = max(numbers, default=-1) + 1
     return range(first, first + count)
 
@@ -338,7 +317,7 @@ def _image(source: Path, name: str) -> Path:
 
 
 def _script_images(source: Path, script: str) -> list[str]:
-    folder = source / "images" / _file_name(script)
+    folder = source / "images" / file_name(script)
     return [
         f"{folder.name}/{path.name}"
         for path in folder.glob("*")
@@ -347,33 +326,7 @@ def _script_images(source: Path, script: str) -> list[str]:
 
 
 def _annotations(source: Path) -> dict[str, dict[str, str]]:
-    rows = _read(source / "images" / "annotations.json", [])
-    return {row["image"]: {key: row.get(key, "") for key in INFORMATION} for row in rows}
-
-
-def _dialogue_file(root: Path, record: Mapping[str, Any]) -> Path:
-    sort = _sort(record["dialogue"]["image"])
-    return root / "dialogues" / record["split"] / record["kind"] / f"{_file_name(record['name'])}_{sort}.json"
-
-
-def _sort(image: str) -> str:
-    return "COCO" if image.startswith("COCO/") else "script"
-
-
-def _file_name(name: str) -> str:
-    return name.replace(" ", "_")
-
-
-def _read(path: Path, nothing: Any) -> Any:
-    return read_json(path) if path.is_file() else nothing
-
-
-def _write(path: Path, content: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path.parent, error, "what was grown is kept in the journal") from error
-    if isinstance(content, str):
-        write_text(path, content)
-    else:
-        write_json(path, content)
+    path = source / "images" / "annotations.json"
+    rows, problems = read_rows(path, Annotation) if path.is_file() else ([], [])
+    raise_problems(problems)
+    return {row["image"]: {key: row[key] for key in INFORMATION} for row in rows}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_utils.errors import MMRoleError, raise_problems
-from data_utils.files import write_error
+from data_utils.files import discard, write_error
 from data_utils.schema import Row
 
 _MOST_PROBLEMS = 100
@@ -45,7 +45,7 @@ def write_rows(path: Path, rows: Iterable[Row], check: Sequence[MMRoleError] = (
     except OSError as error:
         raise write_error(path, error, "what was there before is unchanged") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
     return count
 
 

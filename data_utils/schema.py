@@ -6,6 +6,7 @@ and any keys of their own, so that a file written from them is faithful to the b
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +36,15 @@ def _check_text(text: str) -> str:
     return text
 
 
+def _check_sample_id(name: str) -> str:
+    if not re.fullmatch(r".+_[0-9]{1,6}", name, re.DOTALL):
+        raise ValueError("an id must be that of the dialogue, _ and the number of a turn")
+    return name
+
+
 Text = Annotated[str, AfterValidator(_check_text)]
 Name = Annotated[Text, Field(min_length=1)]
+SampleId = Annotated[Name, AfterValidator(_check_sample_id)]
 ImageName = Annotated[Text, AfterValidator(_check_image_name)]
 
 
@@ -119,6 +127,12 @@ class TestSample(Record):
     role: Name
     script: Name
     other_role: Name
+
+
+class Named(Record):
+    """What the data tools need to know of a test sample: `<id of its dialogue>_<turn>`."""
+
+    id: SampleId
 
 
 class TrainSample(Record):
@@ -235,6 +249,24 @@ def read_rows(path: str | Path, record: type[Record]) -> tuple[list[Row], list[M
         return [], [error]
     problems = validate_rows(rows, record, path)
     return ([], problems) if problems else (rows, [])
+
+
+def read_value(path: str | Path, form: TypeAdapter[Any]) -> tuple[dict[str, Any], list[MMRoleError]]:
+    """Reads and checks a file that is not a list of records.
+
+    Args:
+        path: A JSON file.
+        form: What it must be: `Profiles` or `Roles`.
+
+    Returns:
+        Its content and no problems; or an empty one and everything that is wrong.
+    """
+    try:
+        value = read_json(path)
+    except MMRoleError as error:
+        return {}, [error]
+    problems = validate_value(value, form, path)
+    return ({}, problems) if problems else (value, [])
 
 
 def _detail_problem(detail: Any, whole: str, where: str | Path) -> MMRoleError:

@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager, get_font
 
 if TYPE_CHECKING:
-    from data_utils.stats import Card
+    from data_utils.stats_card import Card
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#999999")
 COLOUR_OF = {"comment": COLOURS[0], "human-role": COLOURS[1], "inter-role": COLOURS[2]}
 DPI = 150
 _LONGEST_NAME = 28
+_SHOWN_PERCENT = 99.7
 _CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei")
 # What stands for the published Chinese names where no installed font has their characters.
 _ENGLISH = {"西游记": "Journey to the West", "成龙历险记": "Jackie Chan Adventures", "中国唐代": "China, Tang dynasty"}
@@ -118,15 +119,15 @@ def _lengths(card: Card) -> Figure | None:
             k: np.concatenate([getattr(v, side) for (_, kind), v in card.samples.items() if kind == k and v.prompts])
             for k in kinds
         }
-        end = max(float(np.percentile(v, 99.7)) for v in values.values())  # a few very long ones would squeeze the rest
-        bins = np.linspace(0, max(end, 1.0), 60)
+        # A few very long ones would squeeze the rest; they are left out, and the axis says so.
+        end = max(1.0, *(float(np.percentile(v, _SHOWN_PERCENT)) for v in values.values()))
+        bins = np.linspace(0, end, 60)
         for kind in kinds:
             shares = np.full(len(values[kind]), 100 / len(values[kind]))
-            axes.hist(
-                np.minimum(values[kind], end), bins, weights=shares, histtype="step", color=COLOUR_OF[kind], label=kind
-            )
+            axes.hist(values[kind], bins, weights=shares, histtype="step", color=COLOUR_OF[kind], label=kind)
+        beyond = sum(int((v > end).sum()) for v in values.values())
         axes.set_title(side, fontsize=9)
-        axes.set_xlabel(card.unit, fontsize=9)
+        axes.set_xlabel(f"{card.unit} ({beyond:,} longer ones not shown)" if beyond else card.unit, fontsize=9)
         _clean(axes)
     figure.axes[0].set_ylabel("% of the kind's samples", fontsize=9)
     figure.axes[1].legend(frameon=False, fontsize=8)

@@ -14,9 +14,11 @@ import pytest
 
 from data_utils.build import KINDS, SPLITS, dialogue_id, main, training_samples
 from data_utils.build_reviews import RM_TEST_FILE, RM_TRAIN_FILE, write_reviews
+from data_utils.check import check_roots
 from data_utils.demo import draw_world, write_world
 from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.files import published_json
+from data_utils.image_files import PLAIN_IMAGE
 from data_utils.row_files import write_rows
 from data_utils.schema import RewardSample, TrainSample, validate_rows
 from eval.review_prompt import review_prompts
@@ -119,7 +121,7 @@ def test_test_samples_are_drawn_without_test_files(world: Path, tmp_path: Path) 
         row["id"] for row in read(tmp_path / "b/out-of-distribution/human-role_test.json")
     ]
     assert len(drawn) == len(read(world / "dialogues/out-of-distribution/human-role.json"))
-    assert not (tmp_path / "a/in-distribution").exists()
+    assert [read(tmp_path / f"a/in-distribution/{kind}_test.json") for kind in KINDS] == [[], [], []]
 
 
 def test_tests_need_a_folder(world: Path) -> None:
@@ -142,6 +144,111 @@ def test_extra_root(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(read(world / TRAIN)) == before + 1
     main([str(world), "--extra_root", str(extra), "--link_images"])
     assert (world / "images/Mine/01.jpg").read_bytes() == b"picture"
+
+
+def give_image(root: Path, name: str, content: bytes) -> None:
+    (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / "images" / name).write_bytes(content)
+
+
+def give_dialogue(root: Path, dialogue: dict[str, Any]) -> None:
+    (root / "dialogues/in-distribution").mkdir(parents=True, exist_ok=True)
+    (root / "dialogues/in-distribution/comment.json").write_text(json.dumps([dialogue]), encoding="utf-8")
+
+
+@pytest.fixture
+def extra(world: Path, tmp_path: Path) -> Path:
+    """A further root, with a dialogue about a picture of its own."""
+    root = tmp_path / "extra"
+    dialogue = read(sorted((world / "dialogues/in-distribution/comment").glob("*.json"))[0])[0]
+    give_dialogue(root, {**dialogue, "id": "extra_0", "image": "Mine/01.jpg"})
+    give_image(root, "Mine/01.jpg", b"my picture")
+    return root
+
+
+@pytest.mark.parametrize("flags", [[], ["--link_images"], ["--test", "--out", "built"]])
+def test_images_of_one_name_that_differ(world: Path, extra: Path, flags: list[str]) -> None:
+    give_image(world, "Mine/01.jpg", b"another one")
+    flags = [str(world / flag) if flag == "built" else flag for flag in flags]
+    with pytest.raises(MMRoleError, match="are different pictures") as caught:
+        main([str(world), "--extra_root", str(extra), *flags])
+    for part in ("Mine/01.jpg", str(extra), str(world), "to do:"):
+        assert part in str(caught.value)
+    assert not (world / TRAIN).exists() and not (world / "built").exists()
+    report = check_roots(world, [extra])[1][1]
+    assert report.exit_status() == 1
+    assert report.findings["clashing_image"].examples == [
+        {"file": "images/Mine/01.jpg", "name": "", "detail": f"another one in {world}"}
+    ]
+
+
+def test_images_of_two_further_roots_that_differ(world: Path, extra: Path, tmp_path: Path) -> None:
+    give_image(tmp_path / "third", "Mine/01.jpg", b"a third one")
+    with pytest.raises(MMRoleError, match="are different pictures"):
+        main([str(world), "--extra_root", str(extra), "--extra_root", str(tmp_path / "third"), "--link_images"])
+    assert not (world / "images/Mine").exists()
+
+
+def test_images_of_one_name_that_are_the_same(world: Path, extra: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    give_image(world, "Mine/01.jpg", b"my picture")
+    for root in (world, extra):  # what is no picture of a sample
+        give_image(root, PLAIN_IMAGE, str(root).encode())
+        give_image(root, "Mine/.hidden", str(root).encode())
+        give_image(root, "Mine/01.txt", str(root).encode())
+    flags = [str(world), "--extra_root", str(extra), "--link_images"]
+    assert main(flags) == 0
+    assert "further roots" not in capsys.readouterr().out
+    (world / "images/Mine/01.jpg").unlink()
+    assert main(flags) == main(flags) == 0  # the second time it is linked already
+    assert (world / "images/Mine/01.jpg").is_symlink()
+    assert "clashing_image" not in check_roots(world, [extra])[1][1].counts()
+
+
+def test_link_to_an_image_that_has_moved_is_made_anew(world: Path, extra: Path) -> None:
+    flags = [str(world), "--extra_root", str(extra), "--link_images"]
+    main(flags)
+    extra = extra.rename(extra.with_name("moved"))
+    flags[2] = str(extra)
+    main(flags)
+    assert (world / "images/Mine/01.jpg").read_bytes() == b"my picture"
+
+
+def test_drawn_tests_leave_a_root_that_can_be_used_again(world: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(world / "profiles", own / "profiles")
+    for kind in ("comment", "inter-role"):
+        shutil.rmtree(world / "dialogues/in-distribution" / kind)
+        (world / f"dialogues/out-of-distribution/{kind}.json").unlink()
+    shutil.move(world / "dialogues", own / "dialogues")
+    for _ in range(2):
+        assert main([str(own), "--test", "--out", str(own / "data/test")]) == 0
+        assert main([str(own)]) == 0
+    assert len(list((own / "data/test").glob("*/*.json"))) == 6
+    assert not set(check_roots(own)[0][1].counts()) & {"unreadable_file", "test_in_train"}
+
+
+def test_tests_are_not_lost_for_want_of_their_dialogues(world: Path) -> None:
+    path = world / "data/test/out-of-distribution/comment_test.json"
+    (world / "dialogues/out-of-distribution/comment.json").unlink()
+    before = path.read_bytes()
+    with pytest.raises(MMRoleError, match="would be lost"):
+        main([str(world), "--test", "--out", str(world / "data/test")])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [5, "", "no number", "Ada_comment_COCO_0_x"])
+@pytest.mark.parametrize("flags", [[], ["--test", "--out", "built"]])
+def test_ids_of_tests_that_name_no_turn(world: Path, name: object, flags: list[str]) -> None:
+    for split in SPLITS:
+        path = world / f"data/test/{split}/comment_test.json"
+        path.write_text(json.dumps([{**read(path)[0], "id": name}]), encoding="utf-8")
+    flags = [str(world / flag) if flag == "built" else flag for flag in flags]
+    with pytest.raises(ProblemsError) as caught:
+        main([str(world), *flags])
+    assert all(f"{split}/comment_test.json, row 1" in str(caught.value) for split in SPLITS)
+    assert len(caught.value.problems) == 2
+    assert not (world / TRAIN).exists() and not (world / "built").exists()
+    assert check_roots(world)[0][1].counts()["wrong_field"] == 2
 
 
 def reviewed(world: Path, folder: Path, agents: int = 2) -> int:
@@ -184,6 +291,8 @@ def test_reviews_that_cannot_be_used(world: Path, tmp_path: Path) -> None:
     reviewed(world, tmp_path / "eval")
     with pytest.raises(MMRoleError, match="too few reviews"):
         main([str(world), "--reviews", str(tmp_path / "eval"), "--validation", "100000"])
+    with pytest.raises(MMRoleError, match="at least 0"):
+        main([str(world), "--reviews", str(tmp_path / "eval"), "--validation", "-1"])
     with pytest.raises(MMRoleError, match="no such function"):
         main([str(world), "--reviews", str(tmp_path / "eval"), "--review_prompts", "eval.nothing:here"])
     (tmp_path / "empty").mkdir()

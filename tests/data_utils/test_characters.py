@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import inference
+from data_utils import characters
 from data_utils.build import SPLITS
 from data_utils.characters import PLAIN_IMAGE, NewCharacter, Picture, add_character, main
 from data_utils.check import check_roots
@@ -70,6 +71,30 @@ def test_a_second_call_adds_and_repeats_nothing(tmp_path: Path, picture: Path) -
     assert read(root / "profiles/in-distribution/profiles.json") == {"Ada": "Two.", "Tom": "Three."}
     assert read(root / "profiles/in-distribution/roles.json") == {"Sea": ["Ada", "Tom"]}
     assert len(read(root / "images/annotations.json")) == 1
+
+
+def test_a_killed_run_is_gone_on_with(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every file that is written: what comes after it is made up for, under the same names."""
+    ada = NewCharacter("Ada", "Sea", "One.", [Picture(picture, "A tower.")])
+    add_character(tmp_path / "whole", ada)
+    whole = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
+    write = characters._write
+    for number in range(len(whole)):
+        left = [number]
+
+        def killed(path: Path, content: object, left: list[int] = left) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            write(path, content)
+
+        root = tmp_path / f"killed{number}"
+        monkeypatch.setattr(characters, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_character(root, ada)
+        monkeypatch.undo()
+        add_character(root, ada)
+        assert {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")} == whole
 
 
 def test_a_character_without_pictures_is_shown_a_plain_one(tmp_path: Path) -> None:
@@ -141,11 +166,16 @@ def run_block(text: str, folder: Path) -> None:
 def test_the_worked_example(tmp_path: Path) -> None:
     write_world(draw_world(2), tmp_path / "published_data")
     blocks = guide_blocks()
-    assert [needs for needs, _ in blocks if needs] == ["needs-checkpoint", "needs-data"]
+    assert [needs for needs, _ in blocks if needs] == ["needs-checkpoint", "needs-data"] * 2
+    data = tmp_path / "my_data"
     for needs, text in blocks:
         if needs != "needs-checkpoint":
             run_block(text, tmp_path)
-    data = tmp_path / "my_data"
+    written = {path: path.read_bytes() for path in data.rglob("*.*")}
+    for needs, text in blocks:  # once more, and nothing becomes another
+        if needs != "needs-checkpoint":
+            run_block(text, tmp_path)
+    assert {path: path.read_bytes() for path in data.rglob("*.*")} == written
     assert len(read(data / "data/play/Ada_Reed.json")) == 2
     assert [row["role"] for row in read(data / "data/train/train_85k.json")] == ["Tom Marsh", "Ada Reed"]
     both = read(tmp_path / "published_data/data/train/train_85k.json")
@@ -153,13 +183,22 @@ def test_the_worked_example(tmp_path: Path) -> None:
     assert (tmp_path / "published_data/images/The_Lighthouse/01.jpg").is_file()
     tests = read(data / "data/test/out-of-distribution/comment_test.json")
     assert [row["conversations"][1]["value"] for row in tests] == ["Too calm. Somebody has tidied up."]
-    # The command that needs a checkpoint: its inputs pass everything that is checked before a model is loaded.
-    command = next(text for needs, text in blocks if needs == "needs-checkpoint")
+    # The commands that need a checkpoint: their inputs pass everything that is checked before a model is loaded.
+    played, tested = (text.replace("\\\n", "").split("\n")[0] for needs, text in blocks if needs == "needs-checkpoint")
+    assert inputs_of(played, tmp_path) == {"Ada_Reed.json": 2, "Tom_Marsh.json": 2, "Inspector_Vale.json": 2}
+    assert sum(inputs_of(tested, tmp_path).values()) == 1
+
+
+def inputs_of(command: str, folder: Path) -> dict[str, int]:
+    """The files that an answering command reads, and how many rows of them."""
     flags = re.findall(r"(--\w+) (\S+)", command)
-    arguments = [part if part.startswith("--") else str(tmp_path / part) for flag in flags for part in flag]
-    sources, problems = inference.find_sources(inference.parse_arguments(arguments))
+    arguments = [part if part.startswith("--") else str(folder / part) for flag in flags for part in flag]
+    options = inference.parse_arguments(arguments)
+    sources, problems = inference.find_sources(options)
     assert problems == []
-    selection = inference.selection(inference.parse_arguments(arguments))
-    inputs, wrong = inference.read_inputs(sources, TestSample, selection)
+    inputs, wrong = inference.read_inputs(sources, TestSample, inference.selection(options))
     assert wrong == []
-    assert {source.source.input.name for source in inputs} == {"Ada_Reed.json", "Tom_Marsh.json", "Inspector_Vale.json"}
+    rows: dict[str, int] = {}
+    for source in inputs:
+        rows[source.source.input.name] = rows.get(source.source.input.name, 0) + len(source.rows)
+    return rows

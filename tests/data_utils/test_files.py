@@ -10,6 +10,7 @@ import pytest
 from data_utils import files
 from data_utils.errors import MMRoleError
 from data_utils.files import Journal, published_json, read_journal, read_json, sha256_of, write_json, write_text
+from data_utils.row_files import write_rows
 
 SETTINGS = {"model": "abc", "seed": 0}
 
@@ -35,6 +36,9 @@ def test_read_json_gives_what_write_json_wrote(tmp_path):
     [
         (b'[1,\n  {"a": }]', "line 2, column 9"),
         (b"", "line 1, column 1"),
+        (b'[\n {"id":"a"},\n', "the file ends here"),
+        (b'[\n {"id":"a"},\n', "line 3, column 1"),
+        ('["\u2028",\n nothing]'.encode(), "nothing"),  # a line's end for Python, not for JSON
         (b'["\xff"]', "not UTF-8"),
         (b"[NaN]", "NaN is not a JSON value"),
         (b"[" * 100_000, "not valid JSON"),
@@ -83,6 +87,24 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
     assert "free some space" in caught.value.fix
     assert read_json(path) == ["old"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "x"), lambda path: write_rows(path, [{"id": "x"}])])
+def test_a_file_for_a_folder_is_told(tmp_path, write):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MMRoleError, match="cannot write"):
+        write(tmp_path / "file" / "x.json")
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "x"), lambda path: write_rows(path, [{"id": "x"}])])
+def test_a_read_only_file_system_is_told(tmp_path, monkeypatch, write):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(MMRoleError, match="Read-only"):
+        write(tmp_path / "x.json")
 
 
 def test_written_files_have_ordinary_permissions(tmp_path):
@@ -230,3 +252,68 @@ def test_a_journal_of_another_version_is_refused(tmp_path):
     path.write_text(json.dumps({"journal": 99, "settings": {}, "info": {}}) + "\n")
     with pytest.raises(MMRoleError, match="another version"):
         Journal.open(path, SETTINGS, {})
+
+
+def test_a_journal_without_a_unit_locks_nobody_to_its_settings(tmp_path):
+    path = tmp_path / "x.journal"
+    begin(path)
+    with Journal.open(path, {"model": "xyz"}, {"by": 2}) as journal:
+        journal.add("a", 1)
+    assert read_journal(path).settings == {"model": "xyz"}
+    assert read_journal(path).info == {"by": 2}
+
+
+def test_overwriting_can_wait_for_the_first_unit(tmp_path):
+    path = tmp_path / "x.journal"
+    begin(path, ("a", 1))
+    before = path.read_bytes()
+    with Journal.open(path, {"model": "xyz"}, {}, overwrite=True, at_once=False) as journal:
+        assert journal.entries == {}
+    assert path.read_bytes() == before
+    with Journal.open(path, {"model": "xyz"}, {}, overwrite=True, at_once=False) as journal:
+        journal.add("b", 2)
+        journal.add("c", 3)
+    assert (read_journal(path).settings, read_journal(path).entries) == ({"model": "xyz"}, {"b": 2, "c": 3})
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (1, {"journal": 1, "settings": 3, "info": {}}),
+        (1, {"journal": 1, "settings": {}, "info": 3}),
+        (1, [1]),
+        (2, {"key": 3, "value": 1}),
+        (2, {"key": "a"}),
+        (2, 5),
+        (3, {"key": ["b"], "value": 1}),
+        (3, "text"),
+    ],
+)
+def test_json_that_is_no_line_of_a_journal_is_told(tmp_path, number, line):
+    path = tmp_path / "x.journal"
+    begin(path, ("a", 1), ("b", 2))
+    lines = path.read_text().splitlines()
+    lines[number - 1] = json.dumps(line)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(MMRoleError, match="the journal is damaged") as caught:
+        Journal.open(path, SETTINGS, {})
+    assert f"line {number}" in str(caught.value)
+    assert caught.value.fix
+
+
+def test_names_that_are_no_names_do_not_hide_the_settings(tmp_path):
+    path = tmp_path / "x.journal"
+    with Journal.open(path, SETTINGS, {"names": 3}) as journal:
+        journal.add("a", 1)
+    with pytest.raises(MMRoleError, match="different settings") as caught:
+        Journal.open(path, {**SETTINGS, "model": "xyz"}, {"names": {"model": "/new"}})
+    assert 'model: "abc" there, "xyz" (/new) now' in str(caught.value)
+
+
+def test_sha256_of_what_is_no_file(tmp_path):
+    (tmp_path / "file").touch()
+    assert sha256_of(tmp_path) is None
+    assert sha256_of(tmp_path / "file" / "below") is None
+    with pytest.raises(MMRoleError, match="cannot read the file") as caught:
+        sha256_of(tmp_path / ("x" * 300))
+    assert caught.value.fix

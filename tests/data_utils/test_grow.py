@@ -7,7 +7,11 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +40,7 @@ from data_utils.grow_plan import image_url
 
 pytest.importorskip("openai")
 
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "top-secret-0123456789"
 PIECE = "sk-abcd********wxyz"  # as OpenAI quotes a key
 PARTS = ("introduction", "personality", "experience", "relationship", "catchphrase")
@@ -357,6 +362,127 @@ def test_key_is_nowhere(
         assert "wxyz" not in path.read_text(encoding="utf-8")
 
 
+ESCAPED = "".join(f"\\u{ord(c):04x}" for c in SECRET)
+LEAKS = {
+    "comment": f"say The key is {SECRET}, they say.",
+    "human-role": f'say [{{"speaker": "human", "text": "{SECRET}"}}]',
+    "speaker": f'say [{{"speaker": "{SECRET}", "text": "a"}}, {{"speaker": "{SECRET}", "text": "b"}}]',
+    "escaped": f'say [{{"speaker": "{ESCAPED}", "text": "a"}}, {{"speaker": "b", "text": "b"}}]',
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("times", [1, 20])
+def test_key_in_an_answer_is_nowhere(
+    site: Site, demo: Path, tmp_path: Path, cast: Characters, capfd, leak: str, times: int
+) -> None:
+    site.faults = [LEAKS[leak]] * times
+    kind = "comment" if leak == "comment" else "human-role"
+    flags = ["--characters", min(cast.profiles), "--images_per_character", "1", "--kinds", kind]
+    for status in [0] if times == 1 else [1, 1]:  # the second time a journal's reasons are there already
+        assert grow_dialogues(site, demo, tmp_path, *flags) == status
+    told = capfd.readouterr()
+    assert SECRET not in told.out + told.err
+    assert len(dialogues_of(tmp_path)) == int(times == 1)
+    for path in (p for p in tmp_path.rglob("*") if p.is_file()):
+        assert SECRET not in path.read_text(encoding="utf-8")
+
+
+def test_escaped_key_in_a_dialogue_is_nowhere(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    def answer(request: dict[str, Any]) -> str:
+        return good_answer(request, 0).replace("I say 0 and 1.", f"My key is {ESCAPED}.")
+
+    site.answer = answer
+    flags = ["--characters", min(cast.profiles), "--images_per_character", "1", "--kinds", "human-role"]
+    assert grow_dialogues(site, demo, tmp_path, *flags) == 1
+    assert dialogues_of(tmp_path) == []
+    assert SECRET not in (tmp_path / "dialogues/grown.journal").read_text(encoding="utf-8")
+
+
+def test_a_word_for_a_key_may_be_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "picture")  # of a server that asks for none
+    assert "picture" in Endpoint(Settings("m", site.url), Budget()).ask("s", "u")
+
+
+def interrupt_after(site: Site, count: int, answer: Callable[[dict[str, Any]], str]) -> None:
+    """Ctrl-C when so many requests have come; they are answered a while after it."""
+    arrived, lock = [], threading.Lock()
+    sent = threading.Event()
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.5, sent.set).start()
+
+    def wait_and_answer(request: dict[str, Any]) -> str:
+        with lock:
+            arrived.append(request)
+            if len(arrived) == count:
+                threading.Timer(0.3, interrupt).start()
+        assert sent.wait(30)
+        return answer(request)
+
+    site.answer = wait_and_answer
+
+
+def test_interrupt_keeps_what_is_under_way(site: Site, demo: Path, tmp_path: Path, cast: Characters, capsys) -> None:
+    flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4", "--workers", "2"]
+    interrupt_after(site, 2, lambda request: f"I see it, and say {hash(text_of(request))} to {id(request)}.")
+    with pytest.raises(KeyboardInterrupt):
+        grow_dialogues(site, demo, tmp_path, *flags)
+    assert len(site.asked) == len(dialogues_of(tmp_path)) == 2
+    assert "waiting for 2 answer(s) under way" in capsys.readouterr().err
+    site.answer = None
+    assert grow_dialogues(site, demo, tmp_path, *flags) == 0
+    assert len(site.asked) == len(dialogues_of(tmp_path)) == 4
+
+
+def test_interrupt_asks_for_nothing_again(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4", "--workers", "2"]
+    interrupt_after(site, 2, lambda _: "As an AI, I see nothing.")
+    with pytest.raises(KeyboardInterrupt):
+        grow_dialogues(site, demo, tmp_path, *flags)
+    assert len(site.asked) == 2
+    assert dialogues_of(tmp_path) == []
+
+
+def test_interrupt_ends_the_wait_for_a_busy_endpoint(
+    site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grow_client.Endpoint, "_wait", lambda *_: 60.0)
+    site.faults = ["500"] * 9
+    threading.Timer(1.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        grow_dialogues(site, demo, tmp_path, "--characters", min(cast.profiles), "--kinds", "comment")
+    assert time.monotonic() - started < 30
+
+
+def test_second_interrupt_gives_up(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    come, over = threading.Event(), threading.Event()
+
+    def answer(_: dict[str, Any]) -> str:
+        come.set()
+        over.wait(60)
+        return "Too late."
+
+    site.answer = answer
+    command = ["dialogues", str(tmp_path), "--source", str(demo), "--model", "m", "--base_url", site.url]
+    command += ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "data_utils.grow", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert come.wait(60)
+    run.send_signal(signal.SIGINT)
+    assert "waiting for 1 answer(s)" in next(line for line in run.stderr if "waiting" in line)
+    run.send_signal(signal.SIGINT)
+    try:
+        assert run.wait(20) == 130
+        assert "interrupted" in run.stderr.read()
+    finally:
+        over.set()
+        run.kill()
+
+
 def test_newer_name_of_the_limit(site: Site) -> None:
     endpoint = Endpoint(Settings("new-model", site.url, max_tokens=77), Budget())
     assert "picture" in endpoint.ask("s", "u")
@@ -454,6 +580,84 @@ def test_profile_that_is_there_is_not_replaced(site: Site, demo: Path, tmp_path:
     with pytest.raises(MMRoleError, match="a profile already"):
         main(["person", str(root), "--model", "m", "--base_url", site.url, "--facts", str(facts)])
     assert site.asked == []
+
+
+NAMES = ["../../evil", "AC/DC", ".x", "Ada ", "A" * 300]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", ["name", "script"])
+def test_names_of_the_source_that_lead_elsewhere(site: Site, tmp_path: Path, name: str, bad: str) -> None:
+    source, folder = tmp_path / "source", tmp_path / "source/profiles/in-distribution"
+    who, script = (name, "Sea") if bad == "name" else ("Ada", name)
+    folder.mkdir(parents=True)
+    (folder / "profiles.json").write_text(json.dumps({who: "A profile."}), encoding="utf-8")
+    (folder / "roles.json").write_text(json.dumps({script: [who]}), encoding="utf-8")
+    (source / "images").mkdir()
+    Image.new("RGB", (9, 9)).save(source / "images/one.png")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(MMRoleError, match="cannot name a file") as caught:
+        grow_dialogues(site, source, tmp_path / "a/b/root", "--kinds", "comment", "--images", "one.png")
+    assert "roles.json" in str(caught.value)
+    assert site.asked == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_everything_wrong_with_names_is_told_at_once(site: Site, demo: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(demo, tmp_path / "source"))
+    folder = source / "profiles/in-distribution"
+    for name, edit in (("profiles.json", {"a/b": "x", ".c": "y"}), ("roles.json", {"Sea": ["a/b", ".c"]})):
+        content = {**read_json(folder / name), **edit}
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(MMRoleError) as caught:
+        grow_dialogues(site, source, tmp_path / "root", "--characters", "a/b", ".c", "Nobody")
+    assert all(part in str(caught.value) for part in ("a/b", ".c", "Nobody"))
+
+
+WRONG = {
+    "profiles/in-distribution/profiles.json": ["A"],
+    "profiles/in-distribution/roles.json": [1],
+    "images/annotations.json": [{"image": "a.jpg"}],
+    "dialogues/in-distribution/comment/x.json": [{"conversations": []}],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_ill_typed_files_are_told(site: Site, demo: Path, tmp_path: Path, name: str) -> None:
+    root = Path(shutil.copytree(demo, tmp_path / "root"))
+    (root / name).write_text(json.dumps(WRONG[name]), encoding="utf-8")
+    with pytest.raises(MMRoleError) as caught:
+        grow_dialogues(site, root, root)
+    assert name in str(caught.value)
+    if name.startswith("profiles"):
+        (tmp_path / "facts.json").write_text('{"name": "New"}', encoding="utf-8")
+        facts = ["person", str(root), "--model", "m", "--base_url", site.url, "--facts", str(tmp_path / "facts.json")]
+        with pytest.raises(MMRoleError, match="valid dictionary"):
+            main(facts)
+    assert site.asked == []
+
+
+def test_a_broken_file_of_dialogues_is_told(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
+    path = tmp_path / "dialogues/in-distribution/comment/mine.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("[", encoding="utf-8")
+    with pytest.raises(MMRoleError, match="not valid JSON"):
+        grow_dialogues(site, demo, tmp_path, *flags)
+    assert site.asked == []
+
+
+def test_ids_go_on_after_the_highest(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    name = min(cast.profiles)
+    coco = sorted(f"COCO/train2017/{p.name}" for p in (demo / "images/COCO/train2017").glob("*.jpg"))
+    flags = ["--characters", name, "--kinds", "comment", "--images"]
+    grow_dialogues(site, demo, tmp_path, *flags, coco[0])
+    (path,) = (tmp_path / "dialogues").rglob("*.json")
+    (row,) = read_json(path)
+    again = {**row, "id": row["id"].replace("_0", "_1")}  # about the same image, and before it in the file
+    path.write_text(json.dumps([again, row]), encoding="utf-8")
+    assert grow_dialogues(site, demo, tmp_path, *flags, coco[1]) == 0
+    assert sorted(row["id"][-2:] for row in dialogues_of(tmp_path)) == ["_0", "_1", "_2"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".x", " ", "a\nb"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from PIL import Image
 from data_utils import stats, stats_plots
 from data_utils.build import KINDS, iterate_dialogues, load_characters, training_samples
 from data_utils.demo import draw_world, write_world
-from data_utils.errors import MMRoleError
+from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.prompts import SYSTEM_MESSAGE
 from data_utils.stats import Card, LengthCounter, category, collect, main, markdown, write_card
+from data_utils.stats_card import CATEGORIES, Lengths
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.chat import make_context
 
@@ -167,6 +169,74 @@ def test_broken_dialogue_is_counted_not_fatal(world: Path, tmp_path: Path) -> No
     assert (seen.total, seen.turns, seen.unusable) == (1, [2], 1)
 
 
+def change(root: Path, name: str, value: object) -> None:
+    (root / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_everything_that_is_wrong_is_told_at_once(world: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(world, tmp_path / "world"))
+    comment = json.loads((root / "dialogues/out-of-distribution/comment.json").read_text(encoding="utf-8"))[0]
+    kept = {key: value for key, value in comment.items() if key != "image"}
+    change(root, "dialogues/out-of-distribution/comment.json", [kept, {**comment, "id": None}])
+    (root / "dialogues/out-of-distribution/inter-role.json").write_text("[", encoding="utf-8")
+    change(root, "data/test/out-of-distribution/comment_test.json", [{"id": 5}])
+    with pytest.raises(ProblemsError) as caught:
+        main([str(root), "--out", str(tmp_path / "card")])
+    for part in (
+        "comment.json, row 1",
+        "image: ",
+        "comment.json, row 2",
+        "inter-role.json",
+        "comment_test.json, row 1",
+    ):
+        assert part in str(caught.value)
+    assert not (tmp_path / "card").exists()
+    change(root, "profiles/in-distribution/roles.json", [1])
+    change(root, "profiles/out-of-distribution/profiles.json", ["A"])
+    with pytest.raises(ProblemsError) as caught:
+        collect(root)
+    assert [str(problem.where).rpartition("/")[2] for problem in caught.value.problems] == [
+        "roles.json",
+        "profiles.json",
+    ]
+
+
+def test_images_in_a_linked_folder_are_there(world: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(world, tmp_path / "world"))
+    before = collect(root).images["COCO"]
+    shutil.move(root / "images/COCO/train2017", tmp_path / "train2017")
+    (root / "images/COCO/train2017").symlink_to(tmp_path / "train2017")
+    referred, present, _, dialogues = collect(root).images["COCO"]
+    assert (referred, present, dialogues) == (before[0], before[1], before[3])
+    assert present > 0
+
+
+def test_tokens_by_default_where_a_checkpoint_is(
+    world: Path, tmp_path: Path, tokenizer: QwenVLTokenizer, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(stats, "WEIGHTS", tmp_path)
+    main([str(world), "--out", str(tmp_path / "card")])
+    told = capsys.readouterr().out
+    assert "lengths are in characters" in told and "--tokenizer" in told
+    tokenizer.save_pretrained(tmp_path / "Qwen-VL-Chat")
+    main([str(world), "--out", str(tmp_path / "card")])
+    assert "characters;" not in capsys.readouterr().out
+    assert "In tokens." in (tmp_path / "card/data_card.md").read_text(encoding="utf-8")
+
+
+def test_longest_samples_are_not_piled_up_in_the_last_bin(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(unit="tokens", scripts=[("in-distribution", "x", "other", ["a"])])
+    card.samples["training", "comment"] = Lengths([*range(1000), *[90_000] * 3], [10] * 1003)
+    figures = []
+    monkeypatch.setattr(stats_plots, "_png", lambda figure: figures.append(figure) or b"")
+    stats_plots.draw_plots(card)
+    prompts, answers = next(figure.axes for figure in figures if len(figure.axes) == 2)
+    assert prompts.get_xlabel() == "tokens (4 longer ones not shown)"
+    assert answers.get_xlabel() == "tokens"
+    heights = prompts.patches[0].get_xy()[:, 1]
+    assert heights[-3] < 1.2 * heights[3]  # the last bin's against the first's
+
+
 def test_names_that_no_font_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats_plots, "_families", lambda: ["DejaVu Sans"])
     assert stats_plots.label("西游记", 4) == "Journey to the West"
@@ -176,7 +246,7 @@ def test_names_that_no_font_has(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_categories() -> None:
-    assert [category(s) for s in ("X-Men", "中国唐代", "Hypothetical Characters", "mine")] == list(stats.CATEGORIES)
+    assert [category(s) for s in ("X-Men", "中国唐代", "Hypothetical Characters", "mine")] == list(CATEGORIES)
 
 
 def test_errors(tmp_path: Path) -> None:
