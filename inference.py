@@ -74,7 +74,7 @@ def answer_file(source: Input) -> ResultFile:
     def assemble(outcomes: Mapping[str, Outcome]) -> list[Row]:
         return [with_answer(row, outcomes[row["id"]].text) for row in source.rows]
 
-    return ResultFile(source.source.output, units, len(source.rows), assemble)
+    return ResultFile(source.source.output, units, len(source.rows), assemble, frozenset(source.ids))
 
 
 def with_answer(row: Row, answer: str) -> Row:
@@ -115,7 +115,7 @@ def _test_sets(data_root: Path, eval_dir: Path, agent: str) -> list[Source]:
         raise MMRoleError("an agent's name is the name of one folder", agent, "--agent", "choose a plain name")
     test = data_root / "data" / "test"
     if not test.is_dir():
-        fix = "fetch the data set with scripts/download.py, or give its folder with --data_root"
+        fix = "fetch the data set with scripts/download_data.sh, or give its folder with --data_root"
         raise MMRoleError("the data root holds no test sets", test, "--data_root", fix)
     return [
         Source(test / folder / name, eval_dir / f"{split}-test_answers" / agent / name)

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import write_bytes, write_error
-from eval.agents import AgentResult, read_agents, results_folder
+from eval.agents import AgentResult, csv_path, read_agents, results_folder, unexplained_csvs
+from eval.flag_types import natural
 from eval.report import AgentReport, build_report, markdown, report_json, table_csv, terminal_table
 from eval.results import csv_bytes, describe, read_reviews
+
+EVAL = Path(__file__).resolve().parent
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,11 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input_dir", type=Path, help="one folder of review files (*.json); needs --output_dir")
     parser.add_argument("--input_file", help="one file in --input_dir instead of all")
     parser.add_argument("--output_dir", type=Path, help="where its CSVs go")
-    parser.add_argument(
-        "--eval_dir", type=Path, default=Path("eval"), help="holds {in,out}-test_reviews (default: eval)"
-    )
+    parser.add_argument("--eval_dir", type=Path, default=EVAL, help="holds {in,out}-test_reviews (%(default)s)")
     parser.add_argument("--report_dir", type=Path, help="where table and chart go (default: EVAL_DIR/report)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the bootstrap intervals (default: 0)")
     return parser
 
 
@@ -58,15 +60,20 @@ def _one_folder(options: argparse.Namespace) -> list[MMRoleError]:
     files = _input_files(options)
     problems = []
     for path in files:
+        table = options.output_dir / f"{path.stem}.csv"
         try:
             result = read_reviews(path)
-            _write(options.output_dir / f"{path.stem}.csv", csv_bytes(result))
         except MMRoleError as error:
             problems.append(error)
-            print(f"{path.name}: not counted, see the error below")
+            _print(f"{path.name}: not counted, see the error below")
+            _set_aside(table, problems)
             continue
+        try:
+            _write(table, csv_bytes(result))
+        except MMRoleError as error:
+            problems.append(error)
         _say(path.name, describe(result))
-    print(f"results: {options.output_dir}")
+    _print(f"results: {options.output_dir}")
     return problems
 
 
@@ -100,28 +107,46 @@ def _all_agents(options: argparse.Namespace) -> list[MMRoleError]:
     report_dir = options.report_dir or options.eval_dir / "report"
     agents = read_agents(options.eval_dir)
     for agent in agents:
+        _print(f"{agent.name} ({agent.status})")
         _write_csvs(agent, options.eval_dir)
-        print(f"{agent.name} ({agent.status})")
         for (split, kind), result in agent.files.items():
             _say(f"  {split}-test/{kind}", describe(result))
     _write_report(agents, report_dir, options)
-    print(f"\nresults: {results_folder(options.eval_dir, '{in,out}')}/<agent>/*.csv")
+    for path in unexplained_csvs(options.eval_dir):
+        _print(f"stale: {path} has no reviews to be computed from; it was left as it is")
+    _print(f"\nresults: {results_folder(options.eval_dir, '{in,out}')}/<agent>/*.csv")
     made = [name for name in ("table.md", "table.csv", "report.json", "radar.png") if (report_dir / name).is_file()]
-    print(f"report:  {report_dir}/{', '.join(made)}")
+    _print(f"report:  {report_dir}/{', '.join(made)}")
     return [problem for agent in agents for problem in agent.problems]
 
 
 def _write_csvs(agent: AgentResult, eval_dir: Path) -> None:
     for (split, kind), result in agent.files.items():
         try:
-            _write(results_folder(eval_dir, split) / agent.folder / f"{kind}_test.csv", csv_bytes(result))
+            _write(csv_path(eval_dir, split, agent.folder, kind), csv_bytes(result))
         except MMRoleError as error:
             agent.problems.append(error)
+    for split, kind in agent.unreadable:
+        _set_aside(csv_path(eval_dir, split, agent.folder, kind), agent.problems)
+
+
+def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
+    """Takes a CSV of earlier reviews out of sight of whoever collects the results; the present ones are unreadable."""
+    if not path.is_file():
+        return
+    aside = path.with_name(f"{path.name}.stale")
+    try:
+        path.replace(aside)
+    except OSError as error:
+        fix = "remove it: its numbers are those of earlier reviews"
+        problems.append(MMRoleError(f"a stale CSV cannot be set aside: {error.strerror}", path, fix=fix))
+        return
+    _print(f"stale: {path} was computed from earlier reviews; it is {aside.name} now")
 
 
 def _write_report(agents: list[AgentResult], report_dir: Path, options: argparse.Namespace) -> None:
     reports = build_report(agents, seed=options.seed)
-    print(f"\n{terminal_table(reports)}", end="")
+    _print(f"\n{terminal_table(reports)}", end="")
     settings = {"eval_dir": str(options.eval_dir), "seed": options.seed}
     for name, text in (
         ("table.md", markdown(reports)),
@@ -135,7 +160,7 @@ def _write_report(agents: list[AgentResult], report_dir: Path, options: argparse
         _write(chart, picture)
     else:
         chart.unlink(missing_ok=True)
-        print("no chart: no agent has a single readable review")
+        _print("no chart: no agent has a single readable review")
 
 
 def _radar(reports: list[AgentReport]) -> bytes:
@@ -153,9 +178,17 @@ def _radar(reports: list[AgentReport]) -> bytes:
 
 
 def _say(name: str, lines: Sequence[str]) -> None:
-    print(f"{name}: {lines[0]}")
+    _print(f"{name}: {lines[0]}")
     for line in lines[1:]:
-        print(f"      {line}")
+        _print(f"      {line}")
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """Prints; a reader who has seen enough (`| head`) does not keep the files from being written."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(path: Path, data: bytes) -> None:

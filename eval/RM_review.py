@@ -28,12 +28,12 @@ from eval.command_line import (
     check_run,
     flag_problems,
     native_backend,
-    natural,
     resolved,
     run_settings,
     selection,
 )
-from eval.inputs import Input, Source, json_sources, output_problems, read_inputs
+from eval.flag_types import natural
+from eval.inputs import SHOWN_JSON, Input, Source, json_sources, output_problems, read_inputs
 from eval.jobs import Job, run_job
 from eval.metrics import METRIC_NAMES
 from eval.result_files import FileReport, Outcome, ResultFile, Unit
@@ -82,7 +82,7 @@ def review_file(source: Input) -> ResultFile:
     def assemble(outcomes: Mapping[str, Outcome]) -> list[Row]:
         return [with_reviews(row, outcomes) for row in source.rows]
 
-    return ResultFile(source.source.output, units, len(source.rows), assemble)
+    return ResultFile(source.source.output, units, len(source.rows), assemble, frozenset(source.ids))
 
 
 def review_key(row: Row, metric: str) -> str:
@@ -132,7 +132,7 @@ def _agents_sources(eval_dir: Path, agents: Sequence[str] | None) -> list[Source
     sources = []
     for split in SPLITS:
         for folder in sorted((eval_dir / f"{split}-test_answers").glob("[!.]*/")):
-            if (agents is None or folder.name in agents) and any(folder.glob("*.json")):
+            if (agents is None or folder.name in agents) and any(folder.glob(SHOWN_JSON)):
                 sources += json_sources(folder, eval_dir / f"{split}-test_reviews" / folder.name)
     return sources
 
@@ -143,7 +143,8 @@ def _complaint(text: str) -> str | None:
 
 
 def _record(outcome: Outcome) -> dict[str, object]:
-    reading = ScoreReading(None, reason=outcome.error) if outcome.error else read_scores(outcome.text)
+    failed = outcome.failure(_complaint) if outcome.error else None
+    reading = ScoreReading(None, reason=failed) if failed else read_scores(outcome.text)
     return review_record(outcome.text, reading, outcome.attempt + 1)
 
 

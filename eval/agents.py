@@ -39,11 +39,13 @@ class AgentResult:
     Attributes:
         folder: Its folder's name under `{in,out}-test_reviews`.
         files: What each of its six files holds; a missing or unreadable one is not there.
+        unreadable: Which of them are there, but could not be read.
         problems: What kept files from being read or written.
     """
 
     folder: str
     files: dict[tuple[str, str], FileResult] = field(default_factory=dict)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
     problems: list[MMRoleError] = field(default_factory=list)
 
     @property
@@ -106,6 +108,26 @@ def results_folder(eval_dir: Path, split: str) -> Path:
     return eval_dir / f"{split}-test_results"
 
 
+def reviews_path(eval_dir: Path, split: str, folder: str, kind: str) -> Path:
+    """Where one file of an agent's reviews is."""
+    return reviews_folder(eval_dir, split) / folder / f"{kind}_test.json"
+
+
+def csv_path(eval_dir: Path, split: str, folder: str, kind: str) -> Path:
+    """Where its CSV goes."""
+    return results_folder(eval_dir, split) / folder / f"{kind}_test.csv"
+
+
+def unexplained_csvs(eval_dir: Path) -> list[Path]:
+    """CSVs of any agent whose reviews are not there (any more), in order."""
+    return [
+        path
+        for split, kind in FILES
+        for path in sorted(results_folder(eval_dir, split).glob(f"[!.]*/{kind}_test.csv"))
+        if not reviews_path(eval_dir, split, path.parent.name, kind).exists()
+    ]
+
+
 def read_agents(eval_dir: Path) -> list[AgentResult]:
     """Reads the reviews of all agents; what cannot be read is kept as the agent's problem.
 
@@ -140,13 +162,14 @@ def read_agents(eval_dir: Path) -> list[AgentResult]:
 def _read_agent(eval_dir: Path, folder: str) -> AgentResult:
     agent = AgentResult(folder)
     for split, kind in FILES:
-        path = reviews_folder(eval_dir, split) / folder / f"{kind}_test.json"
+        path = reviews_path(eval_dir, split, folder, kind)
         if not path.exists():
             continue
         try:
             agent.files[split, kind] = read_reviews(path)
         except MMRoleError as error:
             agent.problems.append(error)
+            agent.unreadable.append((split, kind))
     return agent
 
 

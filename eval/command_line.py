@@ -12,11 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data_utils.errors import MMRoleError, raise_problems, shown
+from data_utils.errors import MMRoleError, ProblemsError, raise_problems, shown
 from data_utils.fingerprint import adapter_base, checkpoint_fingerprint, checkpoint_problems, is_adapter
 from data_utils.schema import Row
 from eval.backends.native import NativeBackend
+from eval.backends.preflight import device_problems, weight_problems
 from eval.backends.protocol import Backend
+from eval.flag_types import positive
 from eval.inputs import Input, Selection
 from eval.result_files import FileReport, ResultFile, Settings, State, inspect
 from eval.team import is_first, local_rank, local_size
@@ -69,18 +71,6 @@ def resolved(options: argparse.Namespace) -> argparse.Namespace:
         if isinstance(value, Path):
             setattr(options, name, value.absolute())
     return options
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """An argparse type: a whole number, 0 included."""
-    return 0 if text == "0" else positive(text)
 
 
 def native_backend(options: argparse.Namespace) -> Backend:
@@ -156,7 +146,7 @@ def check_run(
     make_settings: Callable[[], Settings],
     files: Sequence[ResultFile],
 ) -> tuple[Settings, list[FileReport]]:
-    """The last checks before a model is loaded: the checkpoint, and what is there of the results, by the first process.
+    """The last checks before a model is loaded: device and checkpoint; by the first process what is there of results.
 
     Args:
         options: The flags.
@@ -168,10 +158,14 @@ def check_run(
         ProblemsError: If anything is wrong, with everything that is.
     """
     incomplete = checkpoint_problems(options.model_path, use_lora=options.use_lora)
-    wrong = [*problems, *incomplete]
+    wrong = [*problems, *device_problems(options.device), *incomplete]
     if incomplete:
         raise_problems(wrong)
-    settings = make_settings()
+    try:
+        wrong += weight_problems(options.model_path)
+        settings = make_settings()
+    except MMRoleError as error:
+        raise ProblemsError([*wrong, error]) from error
     reports, conflicts = inspect(files, settings, overwrite=options.overwrite or not is_first())
     raise_problems([*wrong, *conflicts])
     return settings, reports
@@ -230,7 +224,7 @@ def _told(
     if report.state not in (State.OPEN, State.FINISHED):
         return report.state.value
     parts = [report.state.value] if report.state is State.FINISHED else []
-    parts.append(f"{len(source.rows)} of {source.total} rows")
+    parts.append(f"{len(source.rows)} of {len(source.ids)} rows")
     if source.skipped:
         parts.append(f"{len(source.skipped)} left out for want of their image")
     if report.missing:

@@ -10,7 +10,9 @@ from pathlib import Path
 from data_utils.errors import MMRoleError
 from data_utils.image_files import find_image
 from data_utils.schema import Record, Row, read_rows
-from eval.result_files import journal_path
+from eval.journals import journal_path
+
+SHOWN_JSON = "[!.]*.json"  # macOS puts a hidden ._x.json beside each x.json on foreign disks
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class Input:
         rows: The rows, as they stand in the file.
         images: The file of each row's image, by sample id.
         skipped: Ids of the rows left out because their image is missing.
-        total: Rows in the file.
+        ids: Ids of all rows of the file.
     """
 
     source: Source
     rows: list[Row] = field(default_factory=list)
     images: dict[str, Path] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
-    total: int = 0
+    ids: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,14 @@ class Selection:
 
 
 def json_sources(input_dir: Path, output_dir: Path, input_file: str | None = None) -> list[Source]:
-    """The `.json` files of a folder, or the one that is named, each with its output of the same name.
+    """The `.json` files of a folder but hidden ones, or the one that is named, each with its output of the same name.
 
     Raises:
         MMRoleError: If the folder or file is not there, or the folder holds none.
     """
     if not input_dir.is_dir():
         raise MMRoleError("there is no such input folder", input_dir, "--input_dir", "check the path")
-    names = [input_file] if input_file else sorted(path.name for path in input_dir.glob("*.json"))
+    names = [input_file] if input_file else sorted(path.name for path in input_dir.glob(SHOWN_JSON))
     if not names:
         raise MMRoleError("the input folder holds no .json file", input_dir, "--input_dir", "check the path")
     return [Source(input_dir / name, output_dir / Path(name).name) for name in names]
@@ -134,7 +136,7 @@ def _select(
     source: Source, rows: list[Row], selection: Selection, problems: list[MMRoleError], missing: list[str]
 ) -> Input:
     """The wanted rows; adds links that lead astray to `problems`, and images that are not there to `missing`."""
-    selected = Input(source, total=len(rows))
+    selected = Input(source, ids=[row["id"] for row in rows])
     for number, row in enumerate(rows, 1):
         if selection.limit is not None and len(selected.rows) >= selection.limit:
             break

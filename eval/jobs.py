@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from data_utils.errors import MMRoleError, raise_problems
@@ -98,14 +98,19 @@ def _lead(team: Team, prepare: Callable[[], Job], make_backend: BackendFactory) 
             shares = deal(missing, works.files, team.size)
             for rank, share in enumerate(shares):
                 team.tell(f"share/{rank}", share)
+            team.tell("times", list(works.times.items()))
             team.tell("plan", _digest(job))
             planned = True
             print(f"  {len(missing)} {job.unit_name}s to get, by {team.size} processes: {[len(s) for s in shares]}")
-            problems = _work(team, job, shares[0], make_backend(job.options))
+            problems = _work(team, job, shares[0], works.times, make_backend(job.options))
             for rank in range(1, team.size):
                 problems += _heard(team, rank)
             works.gather()
             reports = works.reports()
+            if not problems and (lacking := sum(report.missing for report in reports)):
+                what = f"{lacking} texts were made by other processes and cannot be found here"
+                fix = "all nodes must see the same results folder; then run the same command again"
+                problems = [[what, None, str(reports[0].file.target.parent), fix]]
         status = print_report(reports, job.inputs, job.settings, notes=job.notes, advice=job.advice)
         if problems:
             status = USER_ERROR
@@ -129,7 +134,8 @@ def _follow(team: Team, prepare: Callable[[], Job], make_backend: BackendFactory
                 problems = [[what, None, None, "all nodes must see the same data, results and checkpoint"]]
             if job and not problems:
                 share = [Missing(*text) for text in team.hear(f"share/{team.rank}", 0)]
-                problems = _work(team, job, share, make_backend(job.options))
+                times = dict(team.hear("times", 0))
+                problems = _work(team, job, share, times, make_backend(job.options))
             team.tell(f"done/{team.rank}", problems)
         return team.hear("status", 0) if team.local_rank == 0 else 0
     except KeyboardInterrupt:
@@ -149,12 +155,12 @@ def _prepared_silently(prepare: Callable[[], Job]) -> tuple[Job | None, list[Pro
             return None, [[f"the flags cannot be read: status {error.code}", None, None, "see --help"]]
 
 
-def _work(team: Team, job: Job, share: Sequence[Missing], backend: Backend) -> list[Problem]:
+def _work(team: Team, job: Job, share: Sequence[Missing], times: Mapping[int, int], backend: Backend) -> list[Problem]:
     """Gets this process's share, in a child; returns what went wrong."""
     files = {number: report.file for number, report in enumerate(job.reports)}
 
     def work() -> None:
-        run_share(share, files, job.settings, backend, process=team.rank, unit_name=job.unit_name)
+        run_share(share, files, job.settings, backend, times=times, process=team.rank, unit_name=job.unit_name)
 
     return in_child(work, team.show_life, team.named(team.rank)) if share else []
 

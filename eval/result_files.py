@@ -7,10 +7,9 @@ models, prompts or settings are never mixed in one file.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from data_utils.errors import MMRoleError
-from data_utils.files import JournalContent, check_settings, published_json, read_journal, sha256_of
+from data_utils.files import JournalContent, published_json, read_json, sha256_of
 from data_utils.schema import Row
+from eval.journals import FILE_KEY, journal_path, known_of
 
-FILE_KEY = ""  # the journal's lines about the result file itself; no unit has an empty key
+_NAMED = 10  # units or rows that an error names; more are counted
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,24 @@ class Unit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a unit: a text, or an error; `attempt` counts the texts asked for before it."""
+    """What came of a unit.
+
+    Attributes:
+        text: What was written; beside an error the text of the attempt before, which could not be read, or nothing.
+        error: Why the attempt gave no text, or None.
+        attempt: How many texts were asked for before it.
+    """
 
     text: str
     error: str | None
     attempt: int
+
+    def failure(self, complaint: Callable[[str], str | None]) -> str | None:
+        """Why it is not what was asked for, or None if it is; `complaint` says that of a text."""
+        if self.error is None:
+            return complaint(self.text)
+        before = complaint(self.text) if self.text else None
+        return f"{self.error} (the text before: {before})" if before else self.error
 
 
 @dataclass
@@ -73,12 +86,14 @@ class ResultFile:
         units: The texts it needs.
         rows: How many rows it will have.
         assemble: Makes its rows from the outcome of each unit.
+        input_ids: Ids of all rows of its input, asked for or not; None where they do not matter.
     """
 
     target: Path
     units: list[Unit]
     rows: int
     assemble: Callable[[Mapping[str, Outcome]], list[Row]]
+    input_ids: Collection[str] | None = None
 
     @property
     def journal(self) -> Path:
@@ -120,7 +135,7 @@ class Settings:
 
     def failure(self, outcome: Outcome) -> str | None:
         """Why an outcome is a failure, or None if it is none."""
-        return outcome.error or self.complaint(outcome.text)
+        return outcome.failure(self.complaint)
 
 
 class State(Enum):
@@ -152,21 +167,6 @@ class FileReport:
         return [(key, reason) for key, outcome in known if (reason := settings.failure(outcome))]
 
 
-def journal_path(target: Path) -> Path:
-    """Where a result file's journal lies; no `.json`, which the released scripts would take for one more result."""
-    return target.with_suffix(".journal")
-
-
-def part_journals(target: Path) -> list[Path]:
-    """Further journals of a result file, of processes that worked on it together: `<name>.part-*.journal`."""
-    return sorted(target.parent.glob(f"{glob.escape(target.stem)}.part-*.journal"))
-
-
-def part_journal(target: Path, process: int) -> Path:
-    """The further journal of one of them."""
-    return target.with_name(f"{target.stem}.part-{process}.journal")
-
-
 def inspect(
     files: Sequence[ResultFile], settings: Settings, *, overwrite: bool = False
 ) -> tuple[list[FileReport], list[MMRoleError]]:
@@ -191,32 +191,8 @@ def inspect(
     return reports, problems
 
 
-def known_of(file: ResultFile, settings: Settings) -> JournalContent | None:
-    """What all journals of a result file know together; None if there are none.
-
-    Raises:
-        MMRoleError: If one is damaged, or was begun with other settings.
-    """
-    together = None
-    for path in (file.journal, *part_journals(file.target)):
-        content = read_journal(path)
-        if content is None:
-            continue
-        check_settings(path, content, settings.compared, settings.info)
-        together = together or JournalContent(content.settings, content.info)
-        for key, value in content.entries.items():
-            if key not in together.entries or _progress(value) >= _progress(together.entries[key]):
-                together.entries[key] = value
-    return together
-
-
-def _progress(value: Mapping[str, Any]) -> tuple[bool, int]:
-    """Orders what two journals say of one unit: a text counts more than an error, a later attempt than an earlier."""
-    return "error" not in value, value.get("attempt", 0)
-
-
 def _inspect(file: ResultFile, settings: Settings) -> FileReport:
-    content = known_of(file, settings)
+    content = known_of(file.target, settings.compared, settings.info)
     current = sha256_of(file.target)
     if content is None:
         return FileReport(file, State.FOREIGN if current else State.OPEN)
@@ -235,7 +211,30 @@ def _state(
     made = content.entries.get(FILE_KEY, {"sha256": [], "rows": 0})
     if current not in [*made["sha256"], content.info.get("replaces")]:
         return State.CHANGED
+    if current in made["sha256"]:
+        _check_same_input(file)
     return State.LARGER if made["rows"] > file.rows and current == made["sha256"][-1] else State.OPEN
+
+
+def _check_same_input(file: ResultFile) -> None:
+    """Refuses to replace a file that was made from another input.
+
+    Raises:
+        MMRoleError: If rows of the file are not those of the present input.
+    """
+    there = [str(row["id"]) for row in read_json(file.target)]
+    strangers = [name for name in there if file.input_ids is not None and name not in file.input_ids]
+    if strangers:
+        raise MMRoleError(
+            f"the file was made from another input: {len(strangers)} of its {len(there)} rows are not in this one",
+            _some(strangers),
+            file.target,
+            "choose another output folder for this input, or give --overwrite to throw those results away",
+        )
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    return [*names[:_NAMED], *([f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
 
 
 def outcomes_of(file: ResultFile, content: JournalContent) -> dict[str, Outcome]:
@@ -252,7 +251,7 @@ def outcomes_of(file: ResultFile, content: JournalContent) -> dict[str, Outcome]
     if changed:
         raise MMRoleError(
             "the input has changed since these results were made; they would be mixed in one file",
-            changed[:10] + ([f"and {len(changed) - 10} more"] if len(changed) > 10 else []),
+            _some(changed),
             file.journal,
             "bring the input back, or choose another output folder, or give --overwrite to start anew",
         )

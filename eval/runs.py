@@ -12,20 +12,18 @@ from pathlib import Path
 from data_utils.errors import MMRoleError
 from data_utils.files import Journal, published_json, sha256_of, write_bytes, write_error
 from eval.backends.protocol import Backend, Request, Result
-from eval.progress import Progress
-from eval.result_files import (
+from eval.journals import (
     FILE_KEY,
-    FileReport,
-    Outcome,
-    ResultFile,
-    Settings,
-    State,
-    Unit,
+    TIMES,
     known_of,
-    outcomes_of,
     part_journal,
-    part_journals,
+    remove_older,
+    times_after_this,
+    times_begun_anew,
+    times_in,
 )
+from eval.progress import Progress
+from eval.result_files import FileReport, Outcome, ResultFile, Settings, State, Unit, outcomes_of
 from eval.sharing import Missing
 
 _NAMED = 10  # units that an error names; more are counted
@@ -71,6 +69,7 @@ def run_share(
     settings: Settings,
     backend: Backend,
     *,
+    times: Mapping[int, int],
     process: int,
     unit_name: str,
 ) -> None:
@@ -81,6 +80,7 @@ def run_share(
         files: The files they are for, by number.
         settings: How.
         backend: Who answers.
+        times: How often each file was begun anew, by number.
         process: The number of this process; the first one shows how far it is.
         unit_name: What one text is called in the progress bar.
 
@@ -89,7 +89,7 @@ def run_share(
     """
     with ExitStack() as stack:
         parts = {
-            number: stack.enter_context(_Part(files[number], settings, process))
+            number: stack.enter_context(_Part(files[number], settings, times[number], process))
             for number in sorted({text.file for text in share})
         }
         own = f"process {process + 1}'s {unit_name}"
@@ -119,7 +119,7 @@ class Works:
     Args:
         reports: What `inspect` found; files that are not open are left alone.
         settings: How they are made.
-        overwrite: Throws away what is there.
+        overwrite: Throws away what is there of each file as soon as its first text has come.
 
     Raises:
         MMRoleError: If a journal cannot be written or read, or another process is writing it.
@@ -140,6 +140,11 @@ class Works:
     def files(self) -> dict[int, ResultFile]:
         """The files by their numbers in the reports."""
         return {number: work.file for number, work in self.by_number.items()}
+
+    @property
+    def times(self) -> dict[int, int]:
+        """How often each file was begun anew, by number."""
+        return {number: work.times for number, work in self.by_number.items()}
 
     def missing(self) -> list[Missing]:
         """All texts that are to be got, in the order of the files."""
@@ -183,25 +188,42 @@ class Works:
 
 
 class _Recorder:
-    """Takes down what comes of a result file's units, in a journal that is locked and open."""
+    """Takes down what comes of a result file's units, in a journal that is locked and open.
 
-    def __init__(self, file: ResultFile, path: Path, settings: Settings, *, overwrite: bool = False) -> None:
-        self.file = file
+    A journal that no longer counts, because the file has been begun anew since, is replaced when the first text comes.
+    """
+
+    def __init__(self, file: ResultFile, path: Path, settings: Settings, times: int) -> None:
+        self.file, self.times = file, times
+        self._settings = settings
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(path.parent, error, "nothing was started") from error
-        info = {**settings.info, "replaces": sha256_of(file.target)}
-        self._journal = Journal.open(path, settings.compared, info, overwrite=overwrite)
+        info = {**settings.info, "replaces": sha256_of(file.target), TIMES: times}
+        there = times_begun_anew(path)
+        outdated = there is not None and there < times
+        self._journal = Journal.open(path, settings.compared, info, overwrite=outdated, at_once=not outdated)
         self.outcomes: dict[str, Outcome] = {}
 
+    def read(self) -> None:
+        """Takes in what all journals know."""
+        known = known_of(self.file.target, self._settings.compared, self._settings.info, since=self.times)
+        self.outcomes = outcomes_of(self.file, known) if known else {}
+
     def record(self, unit: Unit, result: Result, attempt: int) -> Outcome:
-        """Journals a result; half surrogate pairs, which no file can hold, become question marks."""
-        text = result.text.encode("utf-8", "replace").decode("utf-8")
+        """Journals a result; half surrogate pairs, which no file can hold, become question marks.
+
+        If another attempt ends in an error, the text before it, which could not be read, is kept beside that.
+        """
+        before = self.outcomes.get(unit.key)
         error = result.error and result.error.encode("utf-8", "replace").decode("utf-8")
-        self.outcomes[unit.key] = Outcome("" if error else text, error, attempt)
-        told = {"error": error} if error else {"text": text}
+        text = result.text.encode("utf-8", "replace").decode("utf-8")
+        if error:
+            text = before.text if before and attempt else ""
+        told = {**({"text": text} if text or not error else {}), **({"error": error} if error else {})}
         self._journal.add(unit.key, {"prompt": unit.prompt, "attempt": attempt, **told})
+        self.outcomes[unit.key] = Outcome(text, error or None, attempt)
         return self.outcomes[unit.key]
 
     def finish(self) -> None:
@@ -217,25 +239,19 @@ class _Recorder:
 class _Part(_Recorder):
     """One process's own journal of a result file that several make together."""
 
-    def __init__(self, file: ResultFile, settings: Settings, process: int) -> None:
-        super().__init__(file, part_journal(file.target, process), settings)
+    def __init__(self, file: ResultFile, settings: Settings, times: int, process: int) -> None:
+        super().__init__(file, part_journal(file.target, process), settings, times)
+        self.read()
 
 
 class _Work(_Recorder):
     """A result file in the making, its main journal, and what all journals know of its units."""
 
     def __init__(self, file: ResultFile, settings: Settings, *, overwrite: bool) -> None:
-        super().__init__(file, file.journal, settings, overwrite=overwrite)
-        self._settings = settings
-        for part in part_journals(file.target) if overwrite else ():
-            part.unlink()
+        known = None if overwrite else known_of(file.target, settings.compared, settings.info)
+        times = times_after_this(file.target) if overwrite else times_in(known.info) if known else 0
+        super().__init__(file, file.journal, settings, times)
         self.read()
-
-    def read(self) -> None:
-        """Takes in what all journals know."""
-        known = known_of(self.file, self._settings)
-        assert known is not None, "a journal has just been opened"
-        self.outcomes = outcomes_of(self.file, known)
 
     def finish(self) -> None:
         """Writes the result file; the journal knows of it first, so that no crash makes it look like someone else's."""
@@ -244,6 +260,7 @@ class _Work(_Recorder):
         digest = hashlib.sha256(data).hexdigest()
         self._journal.add(FILE_KEY, {"sha256": [*known, digest], "rows": self.file.rows})
         self._journal.sync()
+        remove_older(self.file.target, self.times)
         for leftover in self.file.target.parent.glob(f".{glob.escape(self.file.target.name)}.*.tmp"):
             leftover.unlink()  # of a killed run: the lock says that nobody else is writing this file
         write_bytes(self.file.target, data)

@@ -1,7 +1,9 @@
+import ast
 import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -229,6 +231,24 @@ def test_a_failed_sample_is_counted_and_tried_again(world, capsys):
     assert len(backend.requests) == 1
 
 
+def test_another_input_of_the_same_name_is_refused(world, tmp_path, capsys):
+    for folder, names in (("in1", "abc"), ("in2", "xy")):
+        write_rows(tmp_path / folder / "x.json", [sample(name) for name in names])
+
+    def told(folder, *more):
+        return flags(world, "--input_dir", tmp_path / folder, "--output_dir", tmp_path / "out", *more)
+
+    assert inference.main(told("in1"), FakeBackend()) == 0
+    made = (tmp_path / "out/x.json").read_bytes()
+    assert "made from another input: 3 of its 3 rows" in problems_of(told("in2"))
+    assert (tmp_path / "out/x.json").read_bytes() == made
+    assert inference.main(told("in1", "--limit", 1), FakeBackend()) == 0
+    assert "has more rows than asked for now" in capsys.readouterr().out
+    assert (tmp_path / "out/x.json").read_bytes() == made
+    assert inference.main(told("in2", "--overwrite"), FakeBackend()) == 0
+    assert [row["id"] for row in json.loads((tmp_path / "out/x.json").read_text())] == ["x", "y"]
+
+
 # ---- what is checked before the model is loaded
 
 
@@ -268,6 +288,54 @@ def test_everything_wrong_is_told_at_once(world):
     ):
         assert part in told, part
     assert (world / "eval").is_file()
+
+
+def test_an_unreadable_checkpoint_comes_with_everything_else(world):
+    (world / "model/generation_config.json").write_text("{")
+    write_rows(world / "data/test/in-distribution/comment_test.json", [sample("b", image="gone.png")])
+    told = problems_of(flags(world, "--device", "cuda:99"))
+    for part in ("3 problems", "generation_config.json", "gone.png", "cuda:99"):
+        assert part in told, part
+
+
+def test_damaged_weights_are_seen_before_they_are_loaded(world):
+    weights = world / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    (world / "model/qwen.tiktoken").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (world / "eval").write_text("a file where the folder should be")
+    told = problems_of(flags(world))
+    for part in ("4 problems", "model.safetensors is cut off", "git lfs pull", "the output folder cannot be written"):
+        assert part in told, part
+
+
+def test_an_output_that_is_a_folder_is_told_once(world):
+    (world / "eval" / FILES[0]).mkdir(parents=True)
+    told = problems_of(flags(world))
+    assert "the output is a folder" in told
+    assert "problems" not in told
+
+
+def test_hidden_files_are_no_input(world, tmp_path):
+    write_rows(tmp_path / "in" / "a.json", [sample("a")])
+    (tmp_path / "in" / "._a.json").write_bytes(b"\0\5\x16\7")
+    told = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out")
+    assert inference.main(told, FakeBackend()) == 0
+    assert list(results(tmp_path / "out")) == ["a.json"]
+
+
+def test_every_script_that_a_message_names_is_there():
+    sources = [*ROOT.glob("*.py")]
+    for folder in ("eval", "data_utils", "finetune", "qwen_vl", "scripts"):
+        sources += (ROOT / folder).rglob("*.py")
+    named = {
+        name
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for name in re.findall(r"(?<![\w/])(?:scripts|eval|finetune)/[\w/]+\.(?:py|sh)\b", node.value)
+    }
+    assert "scripts/download_data.sh" in named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 def test_missing_images_may_be_skipped(world, capsys):

@@ -14,7 +14,7 @@ import pytest
 
 from data_utils.errors import MMRoleError
 from eval.agents import FILES
-from eval.RM_result import main
+from eval.RM_result import build_parser, main
 from tests.conftest import ROOT
 from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows
 
@@ -89,6 +89,58 @@ def test_broken_file_is_told_and_the_rest_is_done(tmp_path: Path, capsys: pytest
     assert len(list(tmp_path.glob("*_results/*/*.csv"))) == 11
     assert not (tmp_path / "in-test_results" / "bad" / "comment_test.csv").exists()
     assert all((tmp_path / "report" / name).is_file() for name in REPORT)
+
+
+def test_a_csv_of_earlier_reviews_is_not_left_as_if_it_were_theirs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_agent(tmp_path, "made", [made_row()])
+    assert run("--eval_dir", tmp_path) == 0
+    assert "stale" not in capsys.readouterr().out
+    review_path(tmp_path, "made", "in", "comment").write_text("[", encoding="utf-8")
+    review_path(tmp_path, "made", "out", "comment").unlink()
+    broken, gone = (tmp_path / f"{split}-test_results" / "made" / "comment_test.csv" for split in ("in", "out"))
+    before = broken.read_bytes()
+    assert run("--eval_dir", tmp_path) == 1
+    told = capsys.readouterr().out
+    assert f"stale: {broken} was computed from earlier reviews; it is comment_test.csv.stale now" in told
+    assert not broken.exists()
+    assert broken.with_name("comment_test.csv.stale").read_bytes() == before
+    assert f"stale: {gone} has no reviews to be computed from; it was left as it is" in told
+    assert gone.is_file()
+
+
+def test_a_stale_csv_of_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_rows(tmp_path / "in" / "a.json", [made_row()])
+    assert run("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    path.write_text("[", encoding="utf-8")
+    assert run("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out") == 1
+    assert "stale: " in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.csv.stale"]
+
+
+def test_a_reader_that_has_seen_enough_stops_nothing(tmp_path: Path) -> None:
+    write_agent(tmp_path, "made", [made_row()])
+    command = [sys.executable, str(ROOT / "eval" / "RM_result.py"), "--eval_dir", str(tmp_path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(list(tmp_path.glob("*_results/*/*.csv"))) == len(FILES)
+    assert all((tmp_path / "report" / name).is_file() for name in REPORT)
+
+
+def test_the_folder_of_evaluations_is_that_of_the_other_scripts() -> None:
+    assert build_parser().parse_args([]).eval_dir == ROOT / "eval"
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "x"])
+def test_a_seed_that_is_none_is_refused(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("--seed", seed)
+    assert caught.value.code == 2
+    assert f"'{seed}' is not a whole number" in capsys.readouterr().err
 
 
 def test_one_broken_file_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,30 @@ def test_an_error_is_stored_with_its_reason_and_tried_again(world):
     assert row["rm_review"]["Fluency"] == {"review": "Fine. [Scores]: (8, 9)", "score": [8.0, 9.0]}
 
 
+def test_the_text_before_an_error_stays_with_its_reason(world):
+    def breaks_at_the_second(request):
+        if request.do_sample:
+            raise ValueError("out of memory")
+        return "I like both."
+
+    told = flags(world, "--agent", "two", "--no_random")
+    assert RM_review.main(told, FakeBackend(breaks_at_the_second)) == 1
+    (row,) = reviews(world, "in-test_reviews/two/comment_test.json")
+    assert row["rm_review"]["Fluency"] == {
+        "review": "I like both.",
+        "score": [],
+        "failure": "out of memory (the text before: no [Scores] marker)",
+        "attempts": 2,
+    }
+
+
+def test_hidden_files_are_no_answers(world):
+    (world / "eval/in-test_answers/two/._comment_test.json").write_bytes(b"\0\5\x16\7")
+    (world / "eval/in-test_answers/three").mkdir()
+    (world / "eval/in-test_answers/three/._comment_test.json").write_bytes(b"\0\5\x16\7")
+    assert RM_review.main(flags(world), FakeBackend(good)) == 0
+
+
 # ---- resuming
 
 

@@ -99,7 +99,80 @@ def test_overwrite_begins_anew(world, expected):
     assert results(world / "eval") == expected
 
 
+class Unloadable(FakeBackend):
+    def run(self, requests):
+        raise team.MMRoleError("the checkpoint cannot be loaded", "cuda", "model", "check it")
+
+
+def everything_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_overwrite_destroys_nothing_before_the_first_text(world, expected):
+    assert answer_with(world, 3).wait() == [0, 0, 0]
+    before = everything_below(world / "eval")
+    assert answer_with(world, 2, "--seed", 4, "--overwrite", backend=Unloadable()).wait()[0] == 2
+    assert everything_below(world / "eval") == before
+    run = answer_with(world, 2)
+    assert run.wait() == [0, 0], run.output()
+    assert run.output().count("finished already, left alone") == 6
+    assert results(world / "eval") == expected
+
+
+def test_a_run_without_a_text_locks_nobody_to_its_settings(world, expected):
+    assert answer_with(world, 3, "--seed", 4, backend=Unloadable()).wait()[0] == 2
+    assert answer_with(world, 2).wait() == [0, 0]
+    assert results(world / "eval") == expected
+
+
+def test_an_overwriting_run_that_dies_is_gone_on_with(world, tmp_path):
+    """What three processes made before is neither counted nor mixed in."""
+    assert answer_with(world, 3).wait() == [0, 0, 0]
+    run = answer_with(world, 2, "--seed", 4, "--overwrite", backend=Doomed(1, lambda: kill_at(7)))
+    assert run.wait()[0] == 2, run.output()
+    backend = FakeBackend()
+    assert inference.main(flags(world, "--seed", 4), backend) == 0
+    assert 0 < len(backend.requests) < TEXTS
+    straight = make_world(tmp_path / "straight", rows=ROWS)
+    assert inference.main(flags(straight, "--seed", 4), FakeBackend()) == 0
+    assert results(world / "eval") == results(straight / "eval")
+    assert asked(world, 2) == 0
+
+
+def test_the_text_before_an_error_is_kept_across_processes(tmp_path):
+    """The first run leaves unreadable reviews; further attempts by other processes all end in an error."""
+    world = make_answers(make_world(tmp_path / "world"))
+    told = flags(world, "--agent", "two", "--retries", 0)
+    assert RM_review.main(told, FakeBackend(lambda request: "I like both.")) == 1
+
+    def broken(request):
+        raise ValueError("out of memory")
+
+    for size in (3, 2):
+        run = answer_with(world, size, "--agent", "two", "--retries", 2, script=RM_review, reply=broken)
+        assert run.wait()[0] == 1, run.output()
+        (row,) = json.loads((world / "eval/in-test_reviews/two/comment_test.json").read_text())
+        assert {record["review"] for record in row["rm_review"].values()} == {"I like both."}
+        assert {record["failure"] for record in row["rm_review"].values()} == {
+            "out of memory (the text before: no [Scores] marker)"
+        }
+
+
 # ---- what is wrong is told once
+
+
+def test_nodes_without_a_shared_folder_are_told(world):
+    """What another node has made cannot be seen: that is no success, and it is not lost there."""
+
+    def main():
+        own = world / f"eval{os.environ['RANK']}"
+        return inference.main(flags(world, "--eval_dir", own), FakeBackend())
+
+    run = Processes(main, 2, world / "output")
+    assert run.wait()[0] == 2
+    assert "were made by other processes and cannot be found here" in run.output()
+    assert "all nodes must see the same results folder" in run.output()
+    assert list((world / "eval1").rglob("*.journal"))
 
 
 def test_errors_before_loading_are_told_once(world):

@@ -1,5 +1,7 @@
 """The engine behind the door: loaded when it is needed, texts as plain elements, failures that stay alone."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,17 @@ def test_answers_are_those_of_chat(checkpoint, picture, batch_size):
         assert (found[one.id].text, found[one.id].error) == (expected, None)
 
 
+def test_one_by_one_is_chat_in_bfloat16_too(checkpoint, picture):
+    """In a batch, and with prefix and own tokens apart, rounding goes another way."""
+    asked = [request(i, f"hello {'you ' * (i % 7)}{i}", image=picture if i % 2 else None, seed=i) for i in range(8)]
+    backend = NativeBackend(checkpoint, device="cpu", dtype="bfloat16", batch_size=1)
+    found = {r.id: r.text for r in backend.run(asked)}
+    model, tokenizer = qwen_vl.load(checkpoint, device="cpu", dtype="bfloat16")
+    for one in asked:
+        query = [*([{"image": one.image}] if one.image else []), {"text": one.text}]
+        assert found[one.id] == model.chat(tokenizer, query, system=[{"text": "system"}], seed=one.seed)[0]
+
+
 def test_hostile_system_messages_and_broken_requests_fail_alone(checkpoint, tmp_path):
     requests = [
         Request("hostile", None, HOSTILE, HOSTILE, seed=0, max_new_tokens=2),
@@ -91,9 +104,54 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told(tmp_path):
     assert str(tmp_path / "gone") in str(caught.value)
 
 
+def changed(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["visual"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5]),
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin").write_bytes(b""),
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin").write_text("version 1"),
+        lambda folder: changed(folder, lambda visual: visual.pop("output_dim")),
+        lambda folder: changed(folder, lambda visual: visual.update(extra=1)),
+        lambda folder: changed(folder, lambda visual: visual.update(layers="two")),
+    ],
+    ids=["truncated", "empty bin", "pointer bin", "no output_dim", "extra key", "wrong type"],
+)
+def test_a_damaged_checkpoint_is_told_in_four_parts(checkpoint, tmp_path, damage):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
+    damage(folder)
+    with pytest.raises(MMRoleError, match=r"the checkpoint cannot be loaded: \S") as caught:
+        list(NativeBackend(folder, device="cpu").run([request("a")]))
+    assert caught.value.where == folder
+    assert caught.value.value == "device cpu, dtype auto"
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("error", [KeyError("output_dim"), AssertionError("Torch not compiled with CUDA enabled")])
+def test_whatever_loading_raises_is_named(monkeypatch, error):
+    def load(path, **settings):
+        raise error
+
+    monkeypatch.setattr(qwen_vl, "load", load)
+    with pytest.raises(MMRoleError, match=type(error).__name__):
+        list(NativeBackend("x", device="cpu").run([request("a")]))
+
+
 @pytest.mark.parametrize(
     ("device", "rank", "told"),
-    [("auto", 1, "cuda:1"), ("auto", None, "auto"), ("cpu", 1, "cpu"), ("cuda:0", 1, "cuda:0")],
+    [
+        ("auto", 1, "cuda:1"),
+        ("cuda", 1, "cuda:1"),
+        ("cuda", None, "cuda"),
+        ("auto", None, "auto"),
+        ("cpu", 1, "cpu"),
+        ("cuda:0", 1, "cuda:0"),
+    ],
 )
 def test_every_process_of_a_machine_takes_its_own_gpu(checkpoint, monkeypatch, device, rank, told):
     asked = []

@@ -203,11 +203,158 @@ def test_journals_of_several_processes_count_together(tmp_path):
     assert [request.text for request in backend.requests] == ["ask row1", "ask row3"]
     assert file.target.read_bytes() == alone.target.read_bytes()
     other = header.replace(b"abc", b"xyz")
-    file.journal.with_suffix(".part-2.journal").write_bytes(other)
+    file.journal.with_suffix(".part-2.journal").write_bytes(other + lines[0])
     with pytest.raises(MMRoleError, match="different settings"):
         run(file)
     run(file, overwrite=True)
     assert sorted(path.name for path in file.target.parent.iterdir()) == ["x.journal", "x.json"]
+
+
+class Unloadable(FakeBackend):
+    """A model that cannot be loaded: nothing comes of any request."""
+
+    def run(self, requests):
+        raise MMRoleError("the checkpoint cannot be loaded")
+
+
+OTHER = Settings({"model": "xyz"}, {"names": {"model": "/b"}})
+
+
+@pytest.mark.parametrize("name", ["x.journal", "x.part-0.journal"])
+def test_a_run_without_a_text_locks_nobody_to_its_settings(tmp_path, name):
+    file = make_file(tmp_path)
+    with pytest.raises(MMRoleError, match="cannot be loaded"):
+        run(file, Unloadable())
+    file.journal.rename(file.target.with_name(name))
+    report, backend = run(file, settings=OTHER)
+    assert (report.state, len(backend.requests)) == (State.OPEN, 3)
+    assert run(file, settings=OTHER)[0].state is State.FINISHED
+
+
+def folder_of(file):
+    return {path.name: path.read_bytes() for path in file.target.parent.iterdir()}
+
+
+def test_overwrite_destroys_nothing_before_the_first_text(tmp_path):
+    file = make_file(tmp_path)
+    run(file)
+    header, *lines = file.journal.read_bytes().splitlines(keepends=True)
+    file.target.with_name("x.part-1.journal").write_bytes(header + lines[0])
+    before = folder_of(file)
+    with pytest.raises(MMRoleError, match="cannot be loaded"):
+        run(file, Unloadable(), settings=OTHER, overwrite=True)
+    assert folder_of(file) == before
+    assert run(file)[0].state is State.FINISHED
+    _, backend = run(file, settings=OTHER, overwrite=True)
+    assert len(backend.requests) == 3
+    assert sorted(folder_of(file)) == ["x.journal", "x.json"]
+    assert run(file, settings=OTHER)[0].state is State.FINISHED
+    with pytest.raises(MMRoleError, match="different settings"):
+        run(file)
+
+
+def test_what_overwrite_replaces_counts_no_longer_after_its_first_text(tmp_path):
+    """Even if the run then dies: a part of an earlier run, in another model's words, is not mixed in."""
+
+    class Dying(FakeBackend):
+        def run(self, requests):
+            yield next(super().run(requests))
+            raise KeyboardInterrupt
+
+    file, straight = make_file(tmp_path / "a"), make_file(tmp_path / "b")
+    run(file)
+    file.journal.rename(file.target.with_name("x.part-1.journal"))
+    with pytest.raises(KeyboardInterrupt):
+        run(file, Dying(lambda request: "new"), settings=OTHER, overwrite=True)
+    _, backend = run(file, FakeBackend(lambda request: "new"), settings=OTHER)
+    run(straight, FakeBackend(lambda request: "new"), settings=OTHER)
+    assert len(backend.requests) == 2
+    assert file.target.read_bytes() == straight.target.read_bytes()
+    assert sorted(folder_of(file)) == ["x.journal", "x.json"]
+
+
+@pytest.mark.parametrize("content", [b"\0\0\n{}\n", b'{"journal": 1, "settings": {}, "info": 3}\n{"key": 3}\n'])
+def test_overwrite_replaces_damaged_journals(tmp_path, content):
+    file = make_file(tmp_path)
+    run(file)
+    file.journal.write_bytes(content)
+    file.target.with_name("x.part-1.journal").write_bytes(content)
+    assert len(run(file, overwrite=True)[1].requests) == 3
+    assert run(file)[0].state is State.FINISHED
+
+
+ENTRY = {"prompt": "0" * 16, "attempt": 0, "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("row0", 3),
+        ("row0", {"text": "no prompt", "attempt": 0}),
+        ("row0", {**ENTRY, "attempt": "first"}),
+        ("row0", {**ENTRY, "text": None}),
+        ("row0", {"prompt": "0" * 16, "attempt": 0}),
+        ("", ENTRY),
+        ("", {"sha256": [], "rows": 3}),
+    ],
+)
+@pytest.mark.parametrize("number", [2, 5])
+def test_a_journal_of_the_wrong_shape_is_told_with_its_line(tmp_path, number, key, value):
+    file = make_file(tmp_path)
+    run(file)
+    lines = file.journal.read_text().splitlines()
+    lines[number - 1] = json.dumps({"key": key, "value": value})
+    file.journal.write_text("\n".join(lines) + "\n")
+    with pytest.raises(MMRoleError, match="the journal is damaged") as caught:
+        run(file)
+    assert f"line {number}" in str(caught.value)
+    assert "--overwrite" in caught.value.fix
+
+
+def rows_of(tmp_path, names, input_ids):
+    units = [Unit(name, tmp_path / "1.png", "1.png", "system", name) for name in names]
+    return ResultFile(
+        tmp_path / "out" / "x.json", units, len(names), lambda outcomes: [{"id": name} for name in names], input_ids
+    )
+
+
+@pytest.mark.parametrize("names", [["b0", "b1"], ["b0"], ["b0", "b1", "b2"], ["a0", "b1"]])
+def test_another_input_does_not_replace_a_file(tmp_path, names):
+    run(rows_of(tmp_path, ["a0", "a1"], ["a0", "a1", "a2"]))
+    made = (tmp_path / "out/x.json").read_bytes()
+    other = rows_of(tmp_path, names, names)
+    with pytest.raises(MMRoleError, match="made from another input") as caught:
+        run(other)
+    assert "a1" in str(caught.value)
+    assert "--overwrite" in caught.value.fix
+    assert (tmp_path / "out/x.json").read_bytes() == made
+    run(other, overwrite=True)
+    assert json.loads((tmp_path / "out/x.json").read_bytes()) == [{"id": name} for name in names]
+
+
+def test_rows_of_the_same_input_may_become_more_or_fewer(tmp_path):
+    everything = ["a0", "a1", "a2"]
+    run(rows_of(tmp_path, everything[1:], everything))
+    run(rows_of(tmp_path, everything, everything))
+    assert len(json.loads((tmp_path / "out/x.json").read_bytes())) == 3
+    assert run(rows_of(tmp_path, everything[:1], everything))[0].state is State.LARGER
+
+
+def test_an_error_at_a_further_attempt_leaves_the_text_before(tmp_path):
+    def breaks_at_the_second(request):
+        if request.do_sample:
+            raise ValueError("out of memory")
+        return "I like both."
+
+    settings = Settings({}, {}, do_sample=False, attempts=3, complaint=never)
+    file = make_file(tmp_path, 1)
+    report, _ = run(file, FakeBackend(breaks_at_the_second), settings)
+    for known in (report, *inspect([file], settings)[0]):
+        assert known.outcomes["row0"].text == "I like both."
+        assert known.failures(settings) == [("row0", "out of memory (the text before: unreadable)")]
+    report, backend = run(file, settings=settings)
+    assert [request.do_sample for request in backend.requests] == [True, True]
+    assert report.outcomes["row0"].error is None
 
 
 def test_a_silent_engine_is_an_error(tmp_path):
