@@ -254,8 +254,10 @@ class BatchGenerator:
             self._send_back(flight, back)
         rows = [held for block in flight.blocks for held in block.held_rows]
         logits = self._forward.step(flight.blocks)
-        self.statistics.steps += 1
-        self.statistics.peak_cache_tokens = max(self.statistics.peak_cache_tokens, flight.tokens)
+        stats = self.statistics
+        stats.steps += 1
+        stats.read_tokens += sum(group.shared for group in flight.groups) + sum(row.own + 1 for _, row in rows)
+        stats.peak_cache_tokens = max(stats.peak_cache_tokens, flight.tokens)
         return self._take_tokens(flight, rows, logits)
 
     def _take_tokens(self, flight: Flight, rows: Sequence[tuple[Group, Row]], logits: torch.Tensor) -> list[Result]:

@@ -62,6 +62,7 @@ class Statistics:
     prefilled_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
+    read_tokens: int = 0  # whose keys and values the steps have read, a shared prefix once a step
     images: int = 0
     peak_rows: int = 0
     peak_cache_tokens: int = 0

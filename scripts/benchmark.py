@@ -63,6 +63,7 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     flag("--agent", default="mmrole-agent", help="whose answers are reviewed, or repeated in length (%(default)s)")
     flag("--rows", type=int, help="rows of the test sets to take, spread over them (all)")
     flag("--released_requests", type=int, default=6, help="requests that the released way is timed on (%(default)s)")
+    flag("--sample", action="store_true", help="draw ours as the released settings do (top-p 0.3), instead of greedy")
     flag("--max_batch_tokens", type=int)
     flag("--max_rows", type=int)
     flag("--prefill_tokens", type=int)

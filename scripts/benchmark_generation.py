@@ -97,17 +97,18 @@ def _texts(options: argparse.Namespace, tokenizer: qwen_vl.QwenVLTokenizer, fold
         image = image if image.is_file() else _stand_in(folder, row["image"])
         if options.task == "answer":
             prompt, text = row["conversations"][0]["value"], row["conversations"][1]["answer"]
-            yield _forced(row["id"], image, row["system"], prompt, text, tokenizer)
+            yield _forced(row["id"], image, row["system"], prompt, text, tokenizer, options.sample)
             continue
         for metric, (system, prompt) in review_prompts(row).items():
             text = row["rm_review"][metric]["review"]
-            yield _forced(f"{row['id']} {metric}", image, system, prompt, text, tokenizer)
+            yield _forced(f"{row['id']} {metric}", image, system, prompt, text, tokenizer, options.sample)
 
 
-def _forced(name: str, image: Path, system: str, prompt: str, text: str, tokenizer: Any) -> _Text:
+def _forced(name: str, image: Path, system: str, prompt: str, text: str, tokenizer: Any, sample: bool) -> _Text:
     tokens = len(tokenizer.encode_plain(text)) + 1  # and the end
     query = [{"image": image}, {"text": prompt}]
-    return _Text(Request(name, query, system, do_sample=False, max_new_tokens=tokens, stop_ids=()), tokens)
+    chosen = {"do_sample": True, "top_p": 0.3, "top_k": 0} if sample else {"do_sample": False}
+    return _Text(Request(name, query, system, max_new_tokens=tokens, stop_ids=(), **chosen), tokens)
 
 
 def _stand_in(folder: Path, name: str) -> Path:
@@ -147,6 +148,7 @@ def _time_ours(model: Any, tokenizer: Any, texts: list[_Text], options: argparse
         "prefilled tokens": stats.prefilled_tokens,
         "new tokens": stats.new_tokens,
         "steps": stats.steps,
+        "tokens read": stats.read_tokens,
         "peak cache tokens": stats.peak_cache_tokens,
     }
 
@@ -205,9 +207,11 @@ def _floor(model: Any, ours: dict[str, float]) -> dict[str, float]:
     vision = sum(p.numel() for p in model.transformer.visual.transformer.parameters())
     patches = (model.config.visual["image_size"] // model.config.visual["patch_size"]) ** 2
     prefill = 2 * (layers * ours["prefilled tokens"] + vision * patches * ours["images encoded"]) / rate
-    read = (layers + model.lm_head.weight.numel()) * model.dtype.itemsize
+    weights = (layers + model.lm_head.weight.numel()) * model.dtype.itemsize
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # its keys and values
     matrices = 2 * (layers + model.lm_head.weight.numel()) * ours["new tokens"] / rate
-    decode = max(read * ours["steps"] / speed, matrices)
+    decode = max((weights * ours["steps"] + token * ours["tokens read"]) / speed, matrices)
     return {
         "matrix TFLOP/s": rate / 1e12,
         "bandwidth GB/s": speed / 1e9,
