@@ -189,7 +189,9 @@ class BlockStep:
             counts[group.place] += 1
         self.most = max(counts)  # rows of a group
         places = [group.place * self.most + rank for (group, _), rank in zip(block.held_rows, ranks, strict=True)]
-        self.places = torch.tensor(places, device=shape.device)
+        self.places = None  # rows lie as their groups need them
+        if places != list(range(self.g * self.most)):
+            self.places = torch.tensor(places, device=shape.device)
         self.rows = torch.arange(self.n, device=shape.device)
         self.ends = torch.tensor(own, device=shape.device)
         self.own_mask = self._mask(self.ends + 1, self.longest_own)  # (n, 1, 1, S)
@@ -222,9 +224,13 @@ class BlockStep:
         block.own_values[layer][self.rows, :, self.ends] = value
         own = (t[layer, :n, :, : self.longest_own] for t in (block.own_keys, block.own_values))
         own_out, own_lse = partial_attention(query[:, :, None], *own, scaling, mask=self.own_mask)  # (n, H, 1, D)
-        by_group = query.new_zeros(self.g * self.most, H, D).index_copy_(0, self.places, query)
+        by_group = query
+        if self.places is not None:
+            by_group = query.new_zeros(self.g * self.most, H, D).index_copy_(0, self.places, query)
         by_group = by_group.view(self.g, self.most, H, D).transpose(1, 2)  # (g, H, R, D)
         prefix = (t[layer, : self.g, :, : self.longest_prefix] for t in (block.prefix_keys, block.prefix_values))
         out, lse = partial_attention(by_group, *prefix, scaling, mask=self.prefix_mask)
-        out, lse = (t.transpose(1, 2).flatten(0, 1)[self.places] for t in (out, lse))  # (n, H, D), (n, H)
+        out, lse = (t.transpose(1, 2).flatten(0, 1) for t in (out, lse))
+        if self.places is not None:
+            out, lse = out[self.places], lse[self.places]  # (n, H, D), (n, H)
         return join(out, lse, own_out[:, :, 0], own_lse[:, :, 0])
