@@ -1,6 +1,7 @@
 """One call from a checkpoint folder to a model that can talk."""
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,8 +48,10 @@ def load(
         read_json_file(settings)  # transformers takes a broken one for none, and would decode greedily
     tokenizer = QwenVLTokenizer.from_pretrained(folder)
     check_fit(tokenizer, QwenVLConfig.from_pretrained(str(folder)), folder)
+    # Straight to the device, where accelerate is there to do it: eight processes would fill the machine's memory first.
+    straight = {"device_map": {"": place}} if find_spec("accelerate") else {}
     model = QwenVLForCausalLM.from_pretrained(
-        str(folder), dtype=_dtype(dtype), attn_implementation=attn_implementation, weights_only=True
+        str(folder), dtype=_dtype(dtype), attn_implementation=attn_implementation, weights_only=True, **straight
     )
     return model.to(place).eval(), tokenizer
 
