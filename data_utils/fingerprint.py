@@ -40,32 +40,33 @@ def adapter_base(folder: Path) -> Path:
     return Path(base) if Path(base).is_absolute() or Path(base).is_dir() else folder / base
 
 
-def checkpoint_problems(folder: str | Path, *, use_lora: bool = False) -> list[MMRoleError]:
+def checkpoint_problems(folder: str | Path, *, use_lora: bool = False, flag: str = "--model_path") -> list[MMRoleError]:
     """Everything that is missing from a checkpoint folder, without loading it.
 
     Args:
         folder: A checkpoint in the released layout, or a LoRA adapter.
         use_lora: The user says it is an adapter.
+        flag: What the folder was given with.
 
     Returns:
         The problems; for an adapter those of its base too.
     """
     folder = Path(folder)
-    fetch = "download or copy the checkpoint completely, or give its folder with --model_path"
+    fetch = f"download or copy the checkpoint completely, or give its folder with {flag}"
     if not folder.is_dir():
-        return [MMRoleError("there is no such checkpoint folder", folder, "--model_path", fetch)]
+        return [MMRoleError("there is no such checkpoint folder", folder, flag, fetch)]
     if use_lora and not is_adapter(folder):
         return [
             MMRoleError("--use_lora is given, but the folder holds no adapter", ADAPTER_CONFIG, folder,
                         "leave --use_lora away for a whole checkpoint")
         ]  # fmt: skip
     try:
-        missing = _missing_files(folder)
+        missing = missing_files(folder)
         base = adapter_base(folder) if is_adapter(folder) else None
     except MMRoleError as error:
         return [error]
     problems = [MMRoleError("the checkpoint is not complete", missing, folder, fetch)] if missing else []
-    return problems + (checkpoint_problems(base) if base else [])
+    return problems + (checkpoint_problems(base, flag=flag) if base else [])
 
 
 def checkpoint_fingerprint(folder: str | Path) -> str:
@@ -131,7 +132,12 @@ def _shard_names(index: Path) -> list[str]:
     return names
 
 
-def _missing_files(folder: Path) -> list[str]:
+def missing_files(folder: Path) -> list[str]:
+    """Names of the files that a checkpoint or an adapter needs and that are not there.
+
+    Raises:
+        MMRoleError: The index of its weights is broken.
+    """
     adapter = is_adapter(folder)
     missing = [] if adapter or (folder / "config.json").is_file() else ["config.json"]
     if not adapter and not any(folder.glob("*.tiktoken")):

@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +15,7 @@ from transformers import HfArgumentParser
 
 from data_utils.errors import MMRoleError, raise_problems
 from finetune.batch_size import accumulation_steps
+from finetune.flag_values import flag_problems
 
 # Spellings of transformers 4 that today's no longer knows.
 RENAMED = {
@@ -33,8 +33,6 @@ RETIRED = {
     "--logging_dir": "tensorboard writes below the output folder",
     "--lora_weight_path": "it had no effect in the released trainer either",
 }
-# What the transformers Trainer offers and this one does not, with the value that leaves it off.
-UNSUPPORTED = {"push_to_hub": False, "load_best_model_at_end": False, "auto_find_batch_size": False, "fsdp": None}
 # What says nothing to people: values that others give already, or that are of no use here.
 _UNTOLD = {"accelerator_config", "hub_token", "push_to_hub_token", "train_batch_size", "eval_batch_size"}
 
@@ -174,7 +172,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Options, list[str]]:
     kinds = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
     parser = _Parser(kinds, allow_abbrev=False, description=__doc__)
     namespace, unknown = parser.parse_known_args(words)
-    raise_problems([*_unknown_flags(unknown, parser), *_flag_problems(namespace)])
+    raise_problems([*_unknown_flags(unknown, parser), *flag_problems(namespace)])
     try:
         parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except (ValueError, NotImplementedError) as error:
@@ -211,31 +209,6 @@ def _unknown_flags(unknown: Sequence[str], parser: HfArgumentParser) -> list[MMR
         near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
         fix = f"did you mean {near[0]}?" if near else "see --help for all flags"
         problems.append(MMRoleError("no such flag, or a value too many", word, "the command line", fix))
-    return problems
-
-
-def _flag_problems(namespace: Any) -> list[MMRoleError]:
-    """Flags that cannot be, or not together; before a process group or a DeepSpeed config is made of them."""
-    problems = [
-        MMRoleError("this flag is not supported here", f"--{name} {getattr(namespace, name)}", f"--{name}", "leave it")
-        for name, off in UNSUPPORTED.items()
-        if getattr(namespace, name, off) not in (off, "", [], None)
-    ]
-    if namespace.output_dir is None:
-        problems.append(MMRoleError("no output folder is given", None, "--output_dir", "say where checkpoints go"))
-    if isinstance(namespace.deepspeed, str) and not Path(namespace.deepspeed).is_file():
-        fix = "use finetune/ds_config_zero2.json, ds_config_zero3.json or ds_config_zero3_offload.json"
-        problems.append(MMRoleError("no such DeepSpeed config", namespace.deepspeed, "--deepspeed", fix))
-    if namespace.fp16 and not namespace.use_lora:
-        fix = "use --bf16 True, or neither for float32"
-        problems.append(MMRoleError("full tuning in float16 overflows", "--fp16", "the command line", fix))
-    if namespace.overwrite_output_dir and namespace.resume_from_checkpoint not in (None, "False"):
-        fix = "give one of the two"
-        problems.append(
-            MMRoleError("a run cannot be gone on with and deleted", "--overwrite_output_dir", "the command line", fix)
-        )
-    if namespace.model_max_length < 1:
-        problems.append(MMRoleError("no tokens are left", namespace.model_max_length, "--model_max_length", "raise it"))
     return problems
 
 

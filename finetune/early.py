@@ -15,6 +15,7 @@ FLAG = "--report_to"
 # Packages that training needs beyond answering and judging, and the flag that asks for each.
 PACKAGES = {"accelerate": None, "peft": "--use_lora", "deepspeed": "--deepspeed"}
 _PATIENCE = 30  # seconds
+_LOST = ("Connection closed by peer", "Connection reset by peer")
 _WANDB_HOST = "api.wandb.ai"
 _WANDB_NEEDS_NO_KEY = {"offline", "disabled", "dryrun"}
 
@@ -45,6 +46,21 @@ def told_once() -> Iterator[None]:
         yield
     except MMRoleError:
         if os.environ.get("RANK", "0") == "0":
+            raise
+        time.sleep(_PATIENCE)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def quiet_followers() -> Iterator[None]:
+    """For what the processes do in step: where the first one ends with an error that it tells, the others say nothing.
+
+    They lose the connection then, and wait until the launcher ends them.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if os.environ.get("RANK", "0") == "0" or not any(sign in str(error) for sign in _LOST):
             raise
         time.sleep(_PATIENCE)
         raise SystemExit(2) from None

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_utils.errors import run_main
-from finetune.early import check_early, told_once
+from finetune.early import check_early, quiet_followers, told_once
 
 if TYPE_CHECKING:
     from finetune.arguments import Options
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What follows takes seconds to import, and the check above must not wait for it.
     from finetune.arguments import parse_arguments
     from finetune.preflight import check
-    from finetune.resuming import checkpoint_to_resume
+    from finetune.resuming import checkpoint_to_resume, schedule_notice
 
     with told_once():
         options, notices = parse_arguments(words)
@@ -43,10 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = options.training.process_index == 0
     if first and notices:
         print(f"old spellings: {'; '.join(notices)}", file=sys.stderr)
-    checked = check(options, resume)
+    with told_once(), quiet_followers():
+        checked = check(options, resume)
     if first:
         _tell(options, checked, resume)
+        if resume and (notice := schedule_notice(resume, options)):
+            print(notice, file=sys.stderr)
         _clear(options)
+    if resume and _finished(options, checked, resume):
+        if first:
+            print(f"finished already, nothing is left to train: {options.training.output_dir}", flush=True)
+        return 0
     train(options, checked, resume)
     return 0
 
@@ -69,19 +76,23 @@ def train(options: Options, checked: Checked, resume: Path | None) -> None:
         tokenizer=checked.tokenizer,
         dataset=checked.dataset,
         eval_dataset=checked.eval_dataset,
-        facts={**_facts(options, checked), "trainable_weights": trains, "weights": total, "trainable": names},
+        facts={**_facts(options, checked, resume), "trainable_weights": trains, "weights": total, "trainable": names},
     )
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.save_finished()
+    with quiet_followers():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.save_finished()
     if options.training.process_index == 0:
         print(f"saved: {options.training.output_dir}", flush=True)
 
 
-def _facts(options: Options, checked: Checked) -> dict[str, Any]:
+def _facts(options: Options, checked: Checked, resume: Path | None) -> dict[str, Any]:
     from finetune.report import versions
     from finetune.resuming import identity
+    from finetune.wholeness import report_of
 
+    before = report_of(resume) if resume else {}
     return {
+        **{key: before[key] for key in ("throughput",) if key in before},
         "identity": identity(options),
         "global_batch": options.training.samples_per_step,
         "data": {**checked.fingerprints["data"], **checked.facts.counts()},
@@ -101,18 +112,34 @@ def _tell(options: Options, checked: Checked, resume: Path | None) -> None:
         f"accumulation {training.gradient_accumulation_steps} x {training.world_size} process(es)"
     )
     print(f"{options.data.data_path}: {checked.facts.told(training.model_max_length)}")
+    print(checked.room.told())
     print(f"resumes from {resume}" if resume else "begins at the beginning", flush=True)
 
 
+def _finished(options: Options, checked: Checked, resume: Path) -> bool:
+    """Whether a run that is to be gone on with has done all of its steps, and its model is saved."""
+    from finetune.resuming import is_finished, steps_in_all
+
+    return is_finished(options, resume, steps_in_all(options.training, len(checked.dataset)))
+
+
 def _clear(options: Options) -> None:
-    """Deletes the checkpoints of an earlier run, if that is what the flag says."""
+    """Makes the output folder; deletes the checkpoints of an earlier run in it, if that is what the flag says.
+
+    Raises:
+        MMRoleError: It cannot be written.
+    """
+    from data_utils.files import write_error
     from finetune.saving import checkpoints
 
     output = Path(options.training.output_dir)
-    if options.training.overwrite_output_dir:
-        for folder in checkpoints(output):
-            shutil.rmtree(folder)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        if options.training.overwrite_output_dir:
+            for folder in checkpoints(output):
+                shutil.rmtree(folder)
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(output, error, "what is left of an earlier run is as it was") from error
 
 
 if __name__ == "__main__":

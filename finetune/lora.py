@@ -14,8 +14,8 @@ from data_utils.errors import MMRoleError
 from finetune.arguments import LoraArguments, TrainingArguments
 from qwen_vl.folder import read_json_file
 
-# Kept as they are in a base of four bits: the tower and its resampler, and the head.
-NOT_QUANTIZED = ["visual", "lm_head"]
+# Kept as they are in a base of four bits: the tower and its resampler, and the head. From the start of a module's name.
+NOT_QUANTIZED = ["transformer.visual", "lm_head"]
 
 
 def is_chat_model(base: str | Path) -> bool:
@@ -34,9 +34,6 @@ def add_adapters(model: PreTrainedModel, options: LoraArguments, *, base: str | 
 
     published: r 64, alpha 16, dropout 0.05 on the decoder's c_attn, attn.c_proj, w1 and w2; embedding and head are
     trained and saved too, unless the base is a chat model or has four bits.
-
-    Raises:
-        MMRoleError: A target matches no module.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -53,7 +50,6 @@ def add_adapters(model: PreTrainedModel, options: LoraArguments, *, base: str | 
         task_type="CAUSAL_LM",
         modules_to_save=None if whole else ["wte", "lm_head"],
     )
-    _check_targets(model, options.lora_target_modules)
     adapted = get_peft_model(model, config)
     # Where the base is, from wherever the adapter will be loaded.
     adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
@@ -65,11 +61,46 @@ def matched_modules(model: torch.nn.Module, target: str) -> list[str]:
     return [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
 
 
-def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
-    missing = [target for target in targets if not matched_modules(model, target)]
+def target_problems(model: torch.nn.Module, targets: Sequence[str]) -> list[MMRoleError]:
+    """LoRA targets that match no module, or one that an adapter cannot be put on.
+
+    Args:
+        model: The base; its weights are not needed.
+        targets: See `matched_modules`.
+    """
+    matched = {target: matched_modules(model, target) for target in targets}
+    missing = [target for target, names in matched.items() if not names]
+    other = {
+        target: name for target, names in matched.items() for name in names if not _takes_adapter(model, name)
+    }  # one of each is enough to tell
+    fix = "name modules of the decoder: c_attn, attn.c_proj, w1, w2, mlp.c_proj"
+    problems = []
     if missing:
-        fix = "name modules of the decoder: c_attn, attn.c_proj, w1, w2, mlp.c_proj"
-        raise MMRoleError("a LoRA target matches no module", missing, "--lora_target_modules", fix)
+        problems.append(MMRoleError("a LoRA target matches no module", missing, "--lora_target_modules", fix))
+    if other:
+        told = [f"{target}: {name} is a {_kind(model, name)}" for target, name in other.items()]
+        problems.append(MMRoleError("a LoRA target is no layer of weights", told, "--lora_target_modules", fix))
+    return problems
+
+
+def adapter_weights(model: torch.nn.Module, options: LoraArguments) -> int:
+    """Weights of the adapters that would be put on a model, biases left out.
+
+    Args:
+        model: The base; its weights are not needed.
+        options: Their rank and targets.
+    """
+    names = {name for target in options.lora_target_modules for name in matched_modules(model, target)}
+    modules = [model.get_submodule(name) for name in names]
+    return sum(options.lora_r * sum(module.weight.shape[:2]) for module in modules if hasattr(module, "weight"))
+
+
+def _takes_adapter(model: torch.nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d)
+
+
+def _kind(model: torch.nn.Module, name: str) -> str:
+    return type(model.get_submodule(name)).__name__
 
 
 def four_bits() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import set_seed
@@ -18,17 +20,32 @@ def load_model(options: Options) -> nn.Module:
     """
     training = options.training
     base = options.model.model_name_or_path
-    more = four_bits() if options.lora.q_lora else {}
+    more = four_bits() if options.lora.q_lora else placement(training)
     model = QwenVLForCausalLM.from_pretrained(base, dtype=weight_dtype(training), weights_only=True, **more)
     model.config.use_cache = False
     if training.use_lora:
         set_seed(training.seed)  # what the adapters start from does not depend on what was drawn before
         return add_adapters(model, options.lora, base=base)
+    freeze(model, training)
+    return model
+
+
+def freeze(model: QwenVLForCausalLM, training: TrainingArguments) -> None:
+    """Marks what does not train in full tuning."""
     if training.fix_vit:
         # published: the tower is frozen, its resampler is not, and `pos_embed` trains with the resampler.
         model.transformer.visual.requires_grad_(False)
         model.transformer.visual.attn_pool.requires_grad_(True)
-    return model
+
+
+def placement(training: TrainingArguments) -> dict[str, Any]:
+    """What lets `from_pretrained` put whole weights onto this process's GPU at once, not first into the host's memory.
+
+    ZeRO-3 makes shards itself, and a CPU run needs nothing.
+    """
+    if training.device.type != "cuda" or training.zero_stage == 3:
+        return {}
+    return {"device_map": {"": training.device.index or 0}}
 
 
 def weight_dtype(training: TrainingArguments) -> torch.dtype:

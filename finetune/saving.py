@@ -6,19 +6,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from data_utils.errors import MMRoleError, raise_problems
-from data_utils.files import write_text
+from data_utils.files import write_error, write_text
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.folder import read_json_file
 from qwen_vl.tokenization import VOCAB_FILE
 
 STAGING = ".saving"
+_ASIDE = ".old"
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "unexpected pos")  # parts of what torch.save says
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SHARD_SIZE = "5GB"
 # Read first by whoever loads a folder; so they are put there last and taken away first.
@@ -133,12 +136,59 @@ def saved_tensors(folder: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def publish_folder(staged: Path, target: Path) -> None:
-    """Puts a finished folder into place by one rename, in place of one of that name."""
+    """Puts a finished folder into place; one of that name is kept aside until it is there."""
     sync_files(staged)
+    aside = _aside(target)
     if target.exists():
-        shutil.rmtree(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
     staged.rename(target)
     sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_published(output_dir: Path) -> None:
+    """Puts checkpoints back that a run was killed in the middle of replacing.
+
+    Raises:
+        MMRoleError: It cannot be written there.
+    """
+    for aside in [path for path in _folders(output_dir) if path.name.endswith(_ASIDE)]:
+        target = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
+        if not CHECKPOINT.fullmatch(target.name) or aside != _aside(target):
+            continue
+        try:
+            if target.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(target)
+        except OSError as error:
+            raise write_error(target, error, "the checkpoint lies beside it, in a hidden folder") from error
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_ASIDE}")
+
+
+@contextmanager
+def writing(staging: Path) -> Iterator[None]:
+    """Tells what keeps a save from being written, and takes away what was written of it.
+
+    Raises:
+        MMRoleError: The disk is full, or it cannot be written there; or as what is done raises.
+    """
+    try:
+        yield
+    except MMRoleError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _TORCH_CANNOT_WRITE):
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        fix = "free some space or see to the folder's permissions, then go on with --resume_from_checkpoint auto"
+        what = f"the save cannot be written: {getattr(error, 'strerror', None) or error}"
+        raise MMRoleError(what, staging, staging.parent, f"{fix}; the checkpoints before are untouched") from error
 
 
 def publish_files(staged: Path, target: Path) -> None:
@@ -179,11 +229,18 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def drop_checkpoints(output_dir: Path, keep: int | None) -> None:
-    """Deletes the oldest checkpoints, all but so many; None keeps all."""
+def drop_checkpoints(output_dir: Path, keep: int | None, last: Path | None = None) -> None:
+    """Deletes the oldest checkpoints, all but so many.
+
+    Args:
+        output_dir: The run's output folder.
+        keep: How many stay; None keeps all.
+        last: What was written last. It stays, even if some are of later steps: a run may go on from an earlier one.
+    """
     if keep is None or keep <= 0:
         return
-    for path in checkpoints(output_dir)[:-keep]:
+    others = [path for path in checkpoints(output_dir) if path != last]
+    for path in others[: max(len(others) - keep + bool(last), 0)]:
         shutil.rmtree(path)
 
 

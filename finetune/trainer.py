@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -18,6 +20,7 @@ from transformers import Trainer
 from data_utils.errors import MMRoleError
 from data_utils.supervised import PackedCollator, PaddedCollator, SupervisedDataset
 from finetune.arguments import TrainingArguments
+from finetune.early import told_once
 from finetune.report import Throughput, write_report
 from finetune.saving import (
     STAGING,
@@ -27,9 +30,13 @@ from finetune.saving import (
     publish_files,
     publish_folder,
     save_model,
+    sync_folder,
+    writing,
 )
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
+
+MOST_OVERFLOWS = 24  # steps in a row; a loss scale of 65,536 is down to 1 after 16
 
 
 @dataclass
@@ -81,6 +88,8 @@ class SupervisedTrainer(Trainer):
         self.padded = PaddedCollator(tokenizer.eod_id)
         collator = PackedCollator() if arguments.packing else self.padded
         self._staging: Path | None = None
+        self._writes_here = False
+        self._overflows = 0
         self._dtype: torch.dtype | None = None
         self._meter = _Meter()
         self._step_ids: list[str] = []
@@ -103,9 +112,20 @@ class SupervisedTrainer(Trainer):
             self._meter.began = began
         samples = super().get_batch_samples(*args, **kwargs)
         self._meter.waiting += time.perf_counter() - began
-        self._meter.steps += 1
         self._step_ids = [name for batch in samples[0] for name in batch["ids"]]
+        if not self._meter.steps:
+            self._check_labels(samples[0])
+        self._meter.steps += 1
         return samples
+
+    def _check_labels(self, batches: list[dict[str, Any]]) -> None:
+        """Refuses to begin with a step that learns nothing: a sign of wrong data or a wrong length."""
+        count = sum(((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches), torch.tensor(0))
+        if self.accelerator.reduce(count.to(self.args.device), reduction="sum").item():
+            return
+        fix = "look at these samples; raise --model_max_length"
+        with told_once():
+            raise MMRoleError("there is not one token to learn in the first step", self._step_ids, "these samples", fix)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -131,12 +151,37 @@ class SupervisedTrainer(Trainer):
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trains an epoch; nothing, where the checkpoint that is gone on with was the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates; the throughput of training does not count that time."""
+        began = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self._meter.began is not None:  # not before the first step, with --eval_on_start
+                self._meter.paused += time.perf_counter() - began
+
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if grad_norm is not None and not math.isfinite(grad_norm):
-            raise _not_finite("gradient norm", float(grad_norm), self._step_ids, self.state.global_step)
+            self._overflows += 1
+            if not self._step_was_skipped() or self._overflows > MOST_OVERFLOWS:
+                raise _not_finite("gradient norm", float(grad_norm), self._step_ids, self.state.global_step)
+            grad_norm = None  # nothing was updated with it, and JSON knows no infinity
+        else:
+            self._overflows = 0
         # published: the learning rate in the log is the one after the scheduler's step.
         kwargs["learning_rate"] = None
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _step_was_skipped(self) -> bool:
+        """Whether float16's loss scale was too large and is now halved: normal in the first steps."""
+        return self.args.fp16 and self.accelerator.optimizer_step_was_skipped
 
     @property
     def output_dir(self) -> Path:
@@ -154,40 +199,49 @@ class SupervisedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint aside, checks it, and only then gives it its name and drops the oldest."""
         began = time.perf_counter()
-        self._begin_staging()
-        self._staging = self.output_dir / STAGING
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            staging, self._staging = self._staging, None
-        name = f"checkpoint-{self.state.global_step}"
-        throughput = self.throughput()
-        if self.args.should_save:
-            check_saved(staging / name, expected_tensors(self.model))
-            facts = {**self.facts, "state": "running", "throughput": throughput.told()}
-            write_report([staging / name, self.output_dir], facts, self.state.log_history)
-        self._publish(staging / name, self.output_dir / name)
-        if self.args.should_save:
-            drop_checkpoints(self.output_dir, self.args.save_total_limit)
+        staging = self.output_dir / STAGING
+        with writing(staging):
+            self._begin_staging()
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            name = f"checkpoint-{self.state.global_step}"
+            throughput = self.throughput()
+            if self.args.should_save:
+                check_saved(staging / name, expected_tensors(self.model))
+                facts = self._facts("running", throughput)
+                write_report([staging / name, self.output_dir], facts, self.state.log_history)
+            self._publish(staging / name, self.output_dir / name)
+            if self.args.should_save:
+                drop_checkpoints(self.output_dir, self.args.save_total_limit, self.output_dir / name)
         self._meter.paused += time.perf_counter() - began
 
     def save_finished(self) -> None:
         """Writes the trained model, the trainer's state and the report into the output folder itself."""
         throughput = self.throughput()
-        self._begin_staging()
-        staging = self.output_dir / STAGING / "model"
         if self.args.bf16 and not self.args.deepspeed and not self.args.use_lora:
             # Trained in float32 under autocast; checkpoints stay so, to be gone on with.
             self._dtype = torch.bfloat16
-        self.save_model(str(staging), _internal_call=True)
-        if self.args.should_save:
-            check_saved(staging, expected_tensors(self.model, self._dtype))
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-            facts = {**self.facts, "state": "finished", "throughput": throughput.told()}
-            write_report([staging], facts, self.state.log_history)
-            publish_files(staging, self.output_dir)
-            shutil.rmtree(self.output_dir / STAGING, ignore_errors=True)
+        with writing(self.output_dir / STAGING):
+            self._begin_staging()
+            staging = self.output_dir / STAGING / "model"
+            self.save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                check_saved(staging, expected_tensors(self.model, self._dtype))
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+                facts = self._facts("finished", throughput)
+                write_report([staging], facts, self.state.log_history)
+                publish_files(staging, self.output_dir)
+            if self._writes_here:
+                shutil.rmtree(self.output_dir / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _facts(self, state: str, throughput: Throughput) -> dict[str, Any]:
+        """What the report says; of a run that had nothing left to train, what its checkpoint said of the throughput."""
+        facts = {**self.facts, "state": state}
+        return facts | {"throughput": throughput.told()} if throughput.steps or "throughput" not in facts else facts
 
     def throughput(self) -> Throughput:
         """What was worked off so far; every process must ask."""
@@ -200,20 +254,41 @@ class SupervisedTrainer(Trainer):
         return Throughput(meter.steps, seconds, meter.waiting, samples, tokens, positions, supervised)
 
     def _begin_staging(self) -> None:
-        if self.args.local_process_index == 0:
-            shutil.rmtree(self.output_dir / STAGING, ignore_errors=True)  # of a run that was killed in a save
-            (self.output_dir / STAGING).mkdir(parents=True, exist_ok=True)
+        """Makes an empty folder to write into, on the first process and on each node that has a disk of its own.
+
+        Whether a node has one is seen before anything is published: the first process leaves a file of a new name, of
+        which no cache of a network file system can know.
+        """
+        staging = self.output_dir / STAGING
+        token = [uuid.uuid4().hex]
+        first = self.args.process_index == 0
+        if self.args.world_size > 1:
+            dist.broadcast_object_list(token)
+        if first:
+            _empty(staging)
+            (staging / token[0]).touch()
+            sync_folder(staging)
+        self.accelerator.wait_for_everyone()
+        own_disk = self.args.local_process_index == 0 and not (staging / token[0]).exists()
+        self._writes_here = first or own_disk
+        self.accelerator.wait_for_everyone()  # all have looked before anybody changes anything
+        if own_disk:
+            _empty(staging)
+        elif first:
+            (staging / token[0]).unlink()
         self.accelerator.wait_for_everyone()
 
     def _publish(self, staged: Path, target: Path) -> None:
-        """Renames on the first process, then on the first of each node that has a disk of its own."""
+        """Renames on the first process, and on the first of each node that has a disk of its own."""
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        if self._writes_here:
             publish_folder(staged, target)
         self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0 and staged.is_dir():
-            publish_folder(staged, target)
-        self.accelerator.wait_for_everyone()
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in a save
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _not_finite(what: str, value: float, ids: list[str], step: int) -> MMRoleError:

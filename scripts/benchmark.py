@@ -49,6 +49,11 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--micro_batch", type=int, default=2, help="samples of a micro-batch (%(default)s)")
     flag("--max_length", type=int, default=3072, help="what the released way pads to (%(default)s)")
     flag("--lora", action="store_true", help="train LoRA instead of the decoder and the resampler")
+    flag(
+        "--no_gradient_checkpointing",
+        action="store_true",
+        help="keep all activations: nothing is computed twice, so that the FLOPs executed are the ones counted",
+    )
     flag("--layers", type=int, help="keep so many layers of the decoder only, so that full tuning fits one GPU")
     flag("--workers", type=int, default=1, help="processes that make our batches (%(default)s)")
     _add_model_flags(parser)

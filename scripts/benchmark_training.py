@@ -125,7 +125,8 @@ def _prepare(model: Any, options: argparse.Namespace) -> None:
         model.enable_input_require_grads()
     else:
         model.transformer.visual.attn_pool.requires_grad_(True)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not options.no_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _step(model: Any, optimizer: Any, batch: dict[str, Any], loss_of: Any) -> float:
@@ -160,7 +161,10 @@ def _count(counts: dict[str, float], batch: dict[str, Any], model: Any, options:
 
 
 def _flops(model: Any, lengths: Sequence[int], supervised: int, images: int, *, lora: bool) -> float:
-    """Floating-point operations that these samples need: no padding, nothing twice, logits where there is a label."""
+    """Floating-point operations that these samples need: no padding, nothing twice, logits where there is a label.
+
+    Gradient checkpointing executes the decoder's forward pass once more than is counted here.
+    """
     config = model.config
     layers = len(model.transformer.h)
     width = config.hidden_size

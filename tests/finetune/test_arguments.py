@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,8 +60,45 @@ def test_all_that_is_wrong_is_told_at_once(flags: Flags) -> None:
     with pytest.raises(MMRoleError) as caught:
         parse_arguments([*words, "--learning_rat", "1"])
     told = str(caught.value)
-    for part in ("did you mean --learning_rate?", "nowhere.json", "float16 overflows", "--push_to_hub", "no tokens"):
+    parts = ("did you mean --learning_rate?", "nowhere.json", "float16 overflows", "--push_to_hub")
+    for part in (*parts, "--model_max_length 0"):
         assert part in told
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("lora_r", 0, "from 1"),
+        ("lora_dropout", 1.0, "from 0 to below 1"),
+        ("learning_rate", "nan", "from 0"),
+        ("learning_rate", "inf", "from 0"),
+        ("weight_decay", -1.0, "from 0"),
+        ("adam_beta2", 1.5, "below 1"),
+        ("num_train_epochs", 0.0, "above 0"),
+        ("per_device_train_batch_size", 0, "from 1"),
+        ("gradient_accumulation_steps", 0, "from 1"),
+        ("global_batch_size", -4, "from 1"),
+        ("dataloader_num_workers", -1, "from 0"),
+        ("save_strategy", "best", "steps, epoch or no"),
+        ("save_on_each_node", True, "not supported here"),
+    ],
+)
+def test_values_that_would_fail_late(flags: Flags, flag: str, value: object, told: str) -> None:
+    with pytest.raises(MMRoleError) as caught:
+        parse_arguments(flags(**{flag: value}))
+    assert f"--{flag} {value}" in str(caught.value)
+    assert told in str(caught.value)
+
+
+def test_values_that_can_be(flags: Flags) -> None:
+    more = {"learning_rate": 0, "max_grad_norm": 0, "save_total_limit": 1, "save_steps": 0.5, "warmup_steps": 0}
+    assert parse_arguments(flags(**more))[0].training.learning_rate == 0
+
+
+def test_a_run_that_goes_on_keeps_its_optimizer_state(flags: Flags) -> None:
+    parse_arguments(flags(save_only_model=True, resume_from_checkpoint="False"))
+    with pytest.raises(MMRoleError, match="go on again"):
+        parse_arguments(flags(save_only_model=True, resume_from_checkpoint="auto"))
 
 
 def test_a_value_that_cannot_be(flags: Flags) -> None:
@@ -73,6 +111,7 @@ def test_a_value_that_cannot_be(flags: Flags) -> None:
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
 def test_deepspeed_configs_need_no_compiler(name: str) -> None:
     text = (ROOT / "finetune" / f"ds_config_{name}.json").read_text()
+    assert json.loads(text)["data_types"] == {"grad_accum_dtype": "fp32"}  # otherwise the model's: bfloat16
     assert '"optimizer"' not in text
     assert '"scheduler"' not in text
     if "offload" in name:

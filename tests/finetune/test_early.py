@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from data_utils.errors import MMRoleError
-from finetune.early import check_early, given_values
+from finetune.early import check_early, given_values, quiet_followers
 
 
 @pytest.fixture
@@ -58,6 +58,18 @@ def test_wandb_needs_a_key(installed: set[str], monkeypatch: pytest.MonkeyPatch,
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     check_early(words)
+
+
+def test_who_loses_the_first_process_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for rank, text, expected in (
+        ("0", "Connection closed by peer", RuntimeError),
+        ("1", "Connection closed by peer [127.0.0.1]", SystemExit),
+        ("1", "shapes do not fit", RuntimeError),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(expected), quiet_followers():
+            raise RuntimeError(text)
 
 
 def test_reporters_that_cannot_be(installed: set[str]) -> None:

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 import qwen_vl
 from data_utils.errors import MMRoleError
+from finetune.arguments import parse_arguments
 from finetune.finetune import main
+from finetune.resuming import steps_in_all
 from finetune.trainer import SupervisedTrainer
 from tests.conftest import ROOT
 from tests.finetune.conftest import Data, command, losses, report, run
@@ -108,6 +110,56 @@ def test_other_data_or_another_base_is_told(flags: Flags, base: Path, data: Data
     main(flags(**{**more, "max_steps": 5}, model_name_or_path=tmp_path / "moved"))
 
 
+CHANGES = {"model_max_length": 300, "use_sample_system": True, "fix_vit": False}
+LORA_CHANGES = {"lora_alpha": 32, "lora_dropout": 0.0, "lora_bias": "all", "lora_r": 8}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_what_is_learned_may_not_change(flags: Flags, tmp_path: Path, lora: bool) -> None:
+    main(flags(max_steps=1, save_strategy="steps", use_lora=lora))
+    for name, value in (LORA_CHANGES if lora else CHANGES).items():
+        with pytest.raises(MMRoleError, match="other settings") as caught:
+            main(flags(max_steps=2, use_lora=lora, resume_from_checkpoint="auto", **{name: value}))
+        assert len(caught.value.problems[0].value) == 1
+        assert ("merge_lora.py" in str(caught.value)) == lora
+
+
+def test_another_schedule_is_told(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = {"max_steps": 1, "save_strategy": "steps", "lr_scheduler_type": "constant"}
+    main(flags(**first))
+    main(flags(**{**first, "max_steps": 2}, learning_rate=1e-5, resume_from_checkpoint="auto"))
+    told = capsys.readouterr().err
+    assert "learning_rate 0.001 there, 1e-05 now; max_steps 1 there, 2 now" in told
+    assert report(tmp_path / "out")["log"][-1]["learning_rate"] == 1e-3  # as the line says
+    main(flags(**first, resume_from_checkpoint=tmp_path / "out" / "checkpoint-1"))
+    assert "schedule" not in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    main(flags(**FOUR))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.model.load_model", lambda *_: pytest.fail("the model was loaded"))
+        main(flags(**FOUR, resume_from_checkpoint="auto"))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    forget_after(out, 4)
+    main(flags(**FOUR, resume_from_checkpoint="auto"))  # killed between the last checkpoint and the finished model
+    for name in ("training.json", "trainer_state.json"):
+        there, now = (json.loads(text) for text in (before[out / name], (out / name).read_text()))
+        assert len(now["log" if name == "training.json" else "log_history"]) >= 4
+        assert (now.get("global_step"), now.get("log")) == (there.get("global_step"), there.get("log"))
+    assert report(out)["throughput"]["steps"] == 4
+    assert (out / "model.safetensors").read_bytes() == before[out / "model.safetensors"]
+
+
+def test_epochs_are_counted_as_the_trainer_does(flags: Flags, tmp_path: Path, data: Data) -> None:
+    words = flags(max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=3)
+    main(words)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert steps_in_all(parse_arguments(words)[0].training, len(data.rows)) == state["max_steps"] == 5
+
+
 def test_deleting_and_going_on_are_two_things(flags: Flags) -> None:
     with pytest.raises(MMRoleError, match="cannot be gone on with and deleted"):
         main(flags(overwrite_output_dir=True, resume_from_checkpoint="auto"))
@@ -173,3 +225,13 @@ def test_sharded_runs_resume_too_but_not_with_fewer_processes(flags: Flags, tmp_
     done = run(flags(**more, resume_from_checkpoint="auto"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(out) == pytest.approx(four, rel=1e-6)
+    weights = (out / "model.safetensors").read_bytes()
+    forget_after(out, 4)  # killed between the last checkpoint and the finished model
+    done = run(flags(**more, resume_from_checkpoint="auto"), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out) == pytest.approx(four, rel=1e-6)
+    assert (out / "model.safetensors").read_bytes() == weights
+    next(out.glob("checkpoint-4/global_step4/*zero_pp_rank_1_*optim_states.pt")).unlink()
+    done = run(flags(**more, resume_from_checkpoint=out / "checkpoint-4"), processes=2, seconds=60)  # its optimizer
+    assert done.returncode != 0
+    assert done.stderr.count("this checkpoint is not whole") == 1

@@ -1,22 +1,28 @@
 """A save is whole or not there."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import qwen_vl
 from data_utils.errors import MMRoleError
 from finetune.saving import (
+    STAGING,
     check_saved,
     checkpoints,
     drop_checkpoints,
     expected_tensors,
     publish_files,
     publish_folder,
+    recover_published,
     save_model,
+    writing,
 )
+from finetune.trainer import SupervisedTrainer
 
 
 @pytest.fixture
@@ -118,6 +124,82 @@ def test_a_folder_is_not_loadable_while_it_is_being_published(tmp_path: Path, mo
     assert [file.name for file in target.iterdir()] == ["model.safetensors"]
 
 
+def test_a_checkpoint_is_there_at_every_moment_of_its_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged, target = tmp_path / STAGING / "checkpoint-2", tmp_path / "checkpoint-2"
+    for folder, text in ((staged, "new"), (target, "old")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(text)
+    rename, done = Path.rename, []
+
+    def killed(self: Path, to: Path) -> Path:
+        if done:
+            raise KeyboardInterrupt
+        done.append(rename(self, to))
+        return done[0]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        publish_folder(staged, target)
+    assert checkpoints(tmp_path) == []
+    recover_published(tmp_path)
+    assert (target / "config.json").read_text() == "old"
+    publish_folder(staged, target)
+    assert (target / "config.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [STAGING, "checkpoint-2"]
+    done[0].mkdir()  # killed after the new one is there
+    recover_published(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [STAGING, "checkpoint-2"]
+
+
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, sees: bool) -> SupervisedTrainer:
+    """The trainer of another node's first process, which sees what the first process of all writes, or does not."""
+    trainer = SupervisedTrainer.__new__(SupervisedTrainer)
+    out = str(tmp_path)
+    trainer.args = SimpleNamespace(process_index=8, local_process_index=0, world_size=16, output_dir=out)
+    trainer.accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
+    staging = tmp_path / STAGING
+
+    def name(token: list[str]) -> None:
+        token[0] = "token"
+        if sees:
+            staging.mkdir()
+            (staging / token[0]).touch()
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", name)
+    trainer._begin_staging()
+    (staging / "checkpoint-2").mkdir()
+    return trainer
+
+
+def test_a_node_of_a_shared_disk_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = node(tmp_path, monkeypatch, sees=True)
+    target = tmp_path / "checkpoint-2"
+    target.mkdir()
+    (target / "config.json").write_text("published by the first process")
+    # The staged folder seems to be there still: what a network file system remembers may be old.
+    trainer._publish(tmp_path / STAGING / "checkpoint-2", target)
+    assert (target / "config.json").read_text() == "published by the first process"
+
+
+def test_a_node_with_a_disk_of_its_own_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = node(tmp_path, monkeypatch, sees=False)
+    trainer._publish(tmp_path / STAGING / "checkpoint-2", tmp_path / "checkpoint-2")
+    assert (tmp_path / "checkpoint-2").is_dir()
+    assert not (tmp_path / STAGING / "checkpoint-2").exists()
+
+
+def test_only_errors_of_writing_are_told_as_such(tmp_path: Path) -> None:
+    for error in (OSError(28, "No space left on device"), SafetensorError("x"), RuntimeError("PytorchStreamWriter x")):
+        (tmp_path / STAGING).mkdir()
+        with pytest.raises(MMRoleError, match="cannot be written"), writing(tmp_path / STAGING):
+            raise error
+        assert not (tmp_path / STAGING).exists()
+    with pytest.raises(RuntimeError, match="shapes"), writing(tmp_path / STAGING):
+        raise RuntimeError("shapes do not fit")
+
+
 def test_checkpoints_by_step(tmp_path: Path) -> None:
     for name in ("checkpoint-10", "checkpoint-9", "checkpoint-100", "checkpoint-x", ".saving"):
         (tmp_path / name).mkdir()
@@ -125,6 +207,9 @@ def test_checkpoints_by_step(tmp_path: Path) -> None:
     drop_checkpoints(tmp_path, None)
     drop_checkpoints(tmp_path, 2)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    drop_checkpoints(tmp_path, 1, tmp_path / "checkpoint-10")  # gone on with from an earlier one
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10"]
+    (tmp_path / "checkpoint-100").mkdir()
     assert checkpoints(tmp_path / "nowhere") == []
     (tmp_path / ".saving" / "a").mkdir()
     publish_folder(tmp_path / ".saving" / "a", tmp_path / "checkpoint-100")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import qwen_vl
 from data_utils.errors import MMRoleError
+from data_utils.supervised import SupervisedDataset
 from finetune.finetune import main
 from finetune.lora import is_chat_model
 from finetune.trainer import SupervisedTrainer
@@ -158,6 +160,55 @@ def test_a_gradient_that_is_not_finite_stops_the_run(flags: Flags, monkeypatch: 
     assert caught.value.value == [f"sample_{i}" for i in range(4)]
 
 
+def test_a_loss_scale_that_is_too_large_is_no_reason_to_stop(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = iter([float("inf"), float("nan"), 1.0, float("inf")])
+    monkeypatch.setattr(SupervisedTrainer, "_get_grad_norm", lambda *_, **__: next(norms))
+    monkeypatch.setattr(SupervisedTrainer, "_step_was_skipped", lambda _: True)  # float16 needs a GPU
+    main(flags(max_steps=4))
+    log = report(tmp_path / "out")["log"]
+    assert [entry.get("grad_norm") for entry in log] == [None, None, 1.0, None]
+    assert "Infinity" not in (tmp_path / "out" / "training.json").read_text()
+
+
+def test_only_so_many_skipped_steps_in_a_row(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.trainer.MOST_OVERFLOWS", 2)
+    monkeypatch.setattr(SupervisedTrainer, "_get_grad_norm", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(SupervisedTrainer, "_step_was_skipped", lambda _: True)
+    with pytest.raises(MMRoleError, match="gradient norm is not finite") as caught:
+        main(flags(max_steps=5))
+    assert "at step 3" in str(caught.value)
+
+
+def test_a_first_step_that_learns_nothing_is_refused(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.preflight._nothing_to_learn", lambda *_: pytest.fail("answers are there"))
+    make = SupervisedDataset.__getitem__
+
+    def unlearned(self: SupervisedDataset, index: int) -> dict:
+        sample = make(self, index)
+        return {**sample, "labels": [-100] * len(sample["labels"])}
+
+    monkeypatch.setattr(SupervisedDataset, "__getitem__", unlearned)
+    with pytest.raises(MMRoleError, match="not one token to learn") as caught:
+        main(flags(sequential=True))
+    assert caught.value.value == [f"sample_{i}" for i in range(4)]
+
+
+def test_throughput_leaves_evaluation_out(flags: Flags, data: Data, tmp_path: Path) -> None:
+    class Slow(SupervisedTrainer):
+        def prediction_step(self, *args: object, **kwargs: object) -> object:
+            time.sleep(1.5)
+            return super().prediction_step(*args, **kwargs)
+
+    held_out = data.with_rows(data.rows[:2], "held_out.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.trainer.SupervisedTrainer", Slow)
+        began = time.perf_counter()
+        main(flags(eval_strategy="steps", eval_steps=1, eval_data_path=held_out, per_device_eval_batch_size=1))
+    assert report(tmp_path / "out")["throughput"]["seconds"] <= time.perf_counter() - began - 4 * 1.5
+
+
 def test_evaluation(flags: Flags, data: Data, tmp_path: Path) -> None:
     held_out = data.with_rows(data.rows[:3], "held_out.json")
     main(flags(eval_strategy="steps", eval_steps=1, eval_data_path=held_out, per_device_eval_batch_size=2))
@@ -190,13 +241,20 @@ def test_user_errors_have_no_traceback(flags: Flags) -> None:
 
 
 @pytest.mark.slow
-def test_several_processes_tell_a_problem_once(flags: Flags, data: Data) -> None:
+def test_several_processes_tell_a_problem_once(flags: Flags, base: Path, data: Data, tmp_path: Path) -> None:
     questions = [f"<img>images/gone_{number}.png</img>" for number in range(3)]
     rows = [{"id": q, "conversations": [{"from": "user", "value": q}]} for q in questions]
     for words in (flags(data_path=data.with_rows(rows, "gone.json")), flags(max_steps="many")):
         done = run(words, processes=2, seconds=60)
         assert done.returncode != 0
         assert done.stderr.count("error\nproblem:") + done.stderr.count("error\n3 problems:") == 1
+    spoiled = shutil.copytree(base, tmp_path / "Spoiled-Chat")
+    (spoiled / "generation_config.json").write_text("[]")
+    (spoiled / "model.safetensors").write_bytes(b"")
+    done = run(flags(model_name_or_path=spoiled, max_steps=1), processes=2, seconds=60)
+    assert done.returncode != 0
+    assert done.stderr.count("error\n2 problems:") == 1
+    assert "]: Traceback" not in done.stderr  # of a rank; the launcher has one of its own
     done = run(flags(data_path=data.root / "gone.json"), processes=2, seconds=60)
     assert all(done.stderr.count(f"an image is missing\nvalue:   images/gone_{n}.png") == 1 for n in range(3))
 
