@@ -15,8 +15,9 @@ from typing import Any
 from data_utils.errors import MMRoleError, ProblemsError, raise_problems, shown
 from data_utils.fingerprint import adapter_base, checkpoint_fingerprint, checkpoint_problems, is_adapter
 from data_utils.schema import Row
+from data_utils.weight_files import weight_problems
 from eval.backends.native import NativeBackend
-from eval.backends.preflight import device_problems, weight_problems
+from eval.backends.preflight import device_problems
 from eval.backends.protocol import Backend
 from eval.flag_types import positive
 from eval.inputs import Input, Selection

@@ -1,11 +1,8 @@
-"""What can be seen of a device and of a checkpoint's weights without loading them."""
+"""What can be seen of a device without using it."""
 
 from __future__ import annotations
 
 from data_utils.errors import MMRoleError
-from data_utils.weight_files import weight_problems
-
-__all__ = ["device_problems", "weight_problems"]
 
 
 def device_problems(device: str) -> list[MMRoleError]:

@@ -58,10 +58,7 @@ def started(site: Site, out_dir: Path) -> subprocess.Popen[str]:
     """The command that downloads the repository, in a process that can be interrupted as in a terminal."""
     command = [sys.executable, "-m", "data_utils.download", "weights", "reward-model", "--out_dir", str(out_dir)]
     environ = {**os.environ, "HF_ENDPOINT": site.url, "HF_HOME": str(out_dir / "hf")}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

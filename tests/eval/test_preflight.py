@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from eval.backends.preflight import device_problems, weight_problems
+from data_utils.weight_files import weight_problems
+from eval.backends.preflight import device_problems
 from tests.fake_backend import make_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
