@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TextIO
 
 from tqdm import tqdm
 
 _TELLING = 0.05  # share of the work after which the time left is told
+
+
+def unshare_progress_bars() -> None:
+    """Gives the bars of a process that was forked a lock of its own.
+
+    tqdm shares one among the process where it was first used and all its children, and another with the threads that
+    a child does not have: whoever is killed while drawing a bar would stop every other one for ever.
+    """
+    lock = threading.RLock()
+    kinds: list[type[tqdm]] = [tqdm]
+    for kind in kinds:
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
 
 
 class Progress:

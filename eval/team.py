@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from data_utils.errors import MMRoleError, ProblemsError, run_main, shown
+from eval.progress import unshare_progress_bars
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -220,6 +221,7 @@ def _death(name: str, exitcode: int | None) -> Problem:
 
 def _child(work: Callable[[], None], sender: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    unshare_progress_bars()
     try:
         work()
     except MMRoleError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from eval.progress import unshare_progress_bars
 from eval.team import run_script
 
 
@@ -79,6 +80,7 @@ class Processes:
             os.dup2(output, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+            unshare_progress_bars()  # torchrun's processes share nothing with each other
             status = run_script(main)
         finally:
             if sys.exc_info()[0]:

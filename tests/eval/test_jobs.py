@@ -1,13 +1,16 @@
 """Several processes make what one would have made, whoever dies in between."""
 
 import errno
+import io
 import json
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
+from tqdm import tqdm
 
 import inference
 from eval import RM_review, team
@@ -307,6 +310,28 @@ def test_a_process_whose_keeper_dies_hangs_nobody(world, expected, rank):
     assert told in run.output()
     assert answer_with(world, 3).wait() == [0, 0, 0]
     assert results(world / "eval") == expected
+
+
+def test_a_child_that_dies_while_it_draws_a_bar_stops_nobody_elses():
+    class Loading(tqdm):
+        """As transformers has its own kind."""
+
+    kinds = [Loading, tqdm]
+    for kind in kinds:
+        kind(total=1, file=io.StringIO()).close()
+
+    def work():
+        for kind in kinds:
+            kind.get_lock().acquire()
+        kill(os.getpid())
+
+    ((what, *_),) = team.in_child(work, lambda: None, "process 2 of 3")
+    assert what.startswith("process 2 of 3 was killed by signal 9")
+    drawing = threading.Thread(target=lambda: [kind(total=1, file=io.StringIO()).close() for kind in kinds])
+    drawing.daemon = True
+    drawing.start()
+    drawing.join(10)
+    assert not drawing.is_alive()
 
 
 def wait_for(condition, seconds=30.0):
