@@ -24,7 +24,7 @@ from PIL import Image
 
 from data_utils.build import SPLITS, Characters, build_sample
 from data_utils.errors import MMRoleError, raise_problems, run_main
-from data_utils.files import read_json, write_bytes, write_error, write_json
+from data_utils.files import make_folder, read_json, write_bytes, write_json
 from data_utils.image_files import PLAIN_IMAGE, file_name_problem
 from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, prompt_language
 from data_utils.schema import Annotation, Profiles, Roles, Row, read_rows, read_value
@@ -227,10 +227,7 @@ def _image_names(place: _Root, character: NewCharacter) -> dict[str, Picture]:
 
 
 def _write(path: Path, content: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path.parent, error, "files written before are kept") from error
+    make_folder(path.parent, "files written before are kept")
     if isinstance(content, bytes):
         write_bytes(path, content)
     else:

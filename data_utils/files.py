@@ -99,6 +99,22 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise write_error(path, error, "what was there before is unchanged") from error
 
 
+def make_folder(folder: Path, kept: str) -> None:
+    """Makes a folder and those above it where they are missing.
+
+    Args:
+        folder: Which.
+        kept: What is not lost if it cannot be made, for the message.
+
+    Raises:
+        MMRoleError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error, kept) from error
+
+
 def discard(temporary: Path) -> None:
     """Removes a half-written file if it is there; where even that cannot be done, why it was written counts more."""
     with suppress(OSError):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data_utils.build import KINDS, SPLITS
 from data_utils.errors import MMRoleError, run_main
-from data_utils.files import Journal, write_error
+from data_utils.files import Journal, make_folder
 from data_utils.grow_checks import UnusableError
 from data_utils.grow_client import Budget, BudgetSpentError, Endpoint, NoAnswerError, Settings
 from data_utils.grow_files import JOURNAL, forget, write_dialogues, write_profile
@@ -257,10 +257,7 @@ def run(options: argparse.Namespace) -> int:
 def _open_journal(options: argparse.Namespace, templates: Templates) -> Journal:
     """A file of dialogues is grown by one model with one set of templates; profiles are written one by one."""
     path = options.root / options.place / JOURNAL
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path.parent, error, "nothing was started") from error
+    make_folder(path.parent, "nothing was started")
     alike = options.place == "dialogues"
     by = {"model": options.model, "temperature": options.temperature, "templates": templates.hash}
     if options.overwrite and alike:

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_utils.build import dialogue_files, speaker
 from data_utils.errors import MMRoleError, raise_problems
-from data_utils.files import read_journal, write_error, write_json, write_text
+from data_utils.files import make_folder, read_journal, write_json, write_text
 from data_utils.prompts import prompt_language
 from data_utils.schema import Dialogue, Profiles, Roles, Row, read_rows, read_value
 
@@ -112,10 +112,7 @@ def _dialogues(path: Path) -> list[Row]:
 
 
 def _write(path: Path, content: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path.parent, error, "what was grown is kept in the journal") from error
+    make_folder(path.parent, "what was grown is kept in the journal")
     if isinstance(content, str):
         write_text(path, content)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Sources:
         problems: What was found wrong so far; whoever reads dialogues raises them when all are read.
 
     Raises:
-        ProblemsError: Files of characters are missing or wrong, with everything that is.
+        ProblemsError: Files of characters are missing or wrong, or two roots have different ones of one name, with
+            everything that is.
     """
 
     def __init__(self, roots: Sequence[Path]) -> None:
@@ -35,18 +36,29 @@ class Sources:
         self.roles: dict[str, dict[str, list[str]]] = {}
         profiles: dict[str, str] = {}
         scripts: dict[str, str] = {}
-        for split, folder in ((split, root / "profiles" / split) for root in self.roots for split in SPLITS):
+        for root in self.roots:
+            own, own_scripts = self._people(root)
+            self.problems += _two_of_one_name(root, profiles, own, scripts, own_scripts)
+            profiles.update(own)
+            scripts.update(own_scripts)
+        if not scripts and not self.problems:
+            fix = "choose the folder that holds profiles/ and dialogues/"
+            self.problems.append(MMRoleError("no profiles/<split>/roles.json", None, self.roots[0], fix))
+        raise_problems(self.problems)
+        self.characters = Characters(profiles, scripts)
+
+    def _people(self, root: Path) -> tuple[dict[str, str], dict[str, str]]:
+        """The profile and the script of each character of a root."""
+        profiles: dict[str, str] = {}
+        scripts: dict[str, str] = {}
+        for split, folder in ((split, root / "profiles" / split) for split in SPLITS):
             if not folder.is_dir():
                 continue
             profiles.update(self._value(folder / "profiles.json", Profiles))
             for script, names in self._value(folder / "roles.json", Roles).items():
                 self.roles.setdefault(split, {}).setdefault(script, []).extend(names)
                 scripts.update(dict.fromkeys(names, script))
-        if not scripts and not self.problems:
-            fix = "choose the folder that holds profiles/ and dialogues/"
-            self.problems.append(MMRoleError("no profiles/<split>/roles.json", None, self.roots[0], fix))
-        raise_problems(self.problems)
-        self.characters = Characters(profiles, scripts)
+        return profiles, scripts
 
     def dialogues(self, split: str, kind: str) -> Iterator[Row]:
         """The dialogues of all roots; a file that is wrong goes to `problems`."""
@@ -83,11 +95,38 @@ class Sources:
         return value
 
 
-def _clash(root: Path, other: Path, names: Sequence[str]) -> MMRoleError:
+def _two_of_one_name(
+    root: Path,
+    profiles: Mapping[str, str],
+    own: Mapping[str, str],
+    scripts: Mapping[str, str],
+    own_scripts: Mapping[str, str],
+) -> list[MMRoleError]:
+    """Whom a root's profiles or scripts make another person than the roots before it do."""
+    changed = {name for name in own.keys() & profiles.keys() if own[name] != profiles[name]}
+    moved = {name for name in own_scripts.keys() & scripts.keys() if own_scripts[name] != scripts[name]}
+    if not changed | moved:
+        return []
+    fix = "rename those of one root, also in its dialogues and samples, or take them out of its profiles and roles"
+    return [
+        MMRoleError(
+            f"{len(changed | moved):,} character(s) of two data roots have the same name and are different people",
+            _some_of(sorted(changed | moved)),
+            root / "profiles",
+            fix,
+        )
+    ]
+
+
+def _some_of(names: Sequence[str]) -> list[str]:
     more = [f"… and {len(names) - _MOST_NAMES:,} more"] if len(names) > _MOST_NAMES else []
+    return [*names[:_MOST_NAMES], *more]
+
+
+def _clash(root: Path, other: Path, names: Sequence[str]) -> MMRoleError:
     return MMRoleError(
         f"{len(names):,} image(s) of two data roots have the same name and are different pictures",
-        [*names[:_MOST_NAMES], *more],
+        _some_of(names),
         f"{root / 'images'} and {other / 'images'}",
         "rename those of one root, also in its annotations, dialogues and samples, or give its script another name",
     )

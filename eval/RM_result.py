@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_utils.errors import MMRoleError, run_main
-from data_utils.files import write_bytes, write_error
+from data_utils.files import make_folder, write_bytes
 from eval.agents import AgentResult, csv_path, read_agents, results_folder, unexplained_csvs
 from eval.flag_types import natural
 from eval.report import AgentReport, build_report, markdown, report_json, table_csv, terminal_table
@@ -192,10 +192,7 @@ def _print(text: str, end: str = "\n") -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path.parent, error, "the reviews are unchanged") from error
+    make_folder(path.parent, "the reviews are unchanged")
     write_bytes(path, data)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_utils.errors import MMRoleError
-from data_utils.files import Journal, published_json, sha256_of, write_bytes, write_error
+from data_utils.files import Journal, make_folder, published_json, sha256_of, write_bytes
 from eval.backends.protocol import Backend, Request, Result
 from eval.journals import (
     FILE_KEY,
@@ -196,10 +196,7 @@ class _Recorder:
     def __init__(self, file: ResultFile, path: Path, settings: Settings, times: int) -> None:
         self.file, self.times = file, times
         self._settings = settings
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(path.parent, error, "nothing was started") from error
+        make_folder(path.parent, "nothing was started")
         info = {**settings.info, "replaces": sha256_of(file.target), TIMES: times}
         there = times_begun_anew(path)
         outdated = there is not None and there < times

@@ -204,6 +204,31 @@ def test_images_of_one_name_that_are_the_same(world: Path, extra: Path, capsys: 
     assert "clashing_image" not in check_roots(world, [extra])[1][1].counts()
 
 
+@pytest.mark.parametrize("change", ["profile", "script"])
+def test_characters_of_one_name_that_are_different_people(world: Path, extra: Path, change: str) -> None:
+    shutil.copytree(world / "profiles", extra / "profiles")
+    flags = [str(world), "--extra_root", str(extra)]
+    assert main(flags) == 0  # the same people
+    before = (world / TRAIN).read_bytes()
+    path = extra / "profiles/in-distribution" / {"profile": "profiles.json", "script": "roles.json"}[change]
+    content = read(path)
+    if change == "profile":
+        name = next(iter(content))
+        content[name] += " And a sailor."
+    else:
+        script = next(iter(content))
+        name = content[script].pop()
+        content["Another story"] = [name]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    for more in ([], ["--test", "--out", str(world / "built")]):
+        with pytest.raises(MMRoleError, match="are different people") as caught:
+            main([*flags, *more])
+        for part in (name, str(extra / "profiles"), "to do:"):
+            assert part in str(caught.value)
+    assert (world / TRAIN).read_bytes() == before and not (world / "built").exists()
+    assert check_roots(world, [extra])[1][1].exit_status() == 1
+
+
 def test_link_to_an_image_that_has_moved_is_made_anew(world: Path, extra: Path) -> None:
     flags = [str(world), "--extra_root", str(extra), "--link_images"]
     main(flags)
