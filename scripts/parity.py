@@ -29,6 +29,7 @@ from rich.table import Table
 
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import read_json, write_text
+from qwen_vl.loading import ADAPTER_CONFIG
 
 HERE = Path(__file__).resolve().parent
 TRUST = "--i_trust_the_code_in_this_folder"
@@ -287,7 +288,8 @@ def run(options: argparse.Namespace, work: Path, console: Console) -> tuple[list
     draw_pictures(data["pictures"], work / "images")
     (work / "home").mkdir()
     (work / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    arguments = [str(work), str(options.checkpoint.absolute()), options.device, options.dtype]
+    checkpoint = for_work_folder(options.checkpoint, work)
+    arguments = [str(work), str(checkpoint.absolute()), options.device, options.dtype]
     python = str(ensure_environment()) if options.i_trust_the_code_in_this_folder else None
     command = [sys.executable, str(HERE / "parity_ours.py"), *arguments]
     sides = {"ours": run_side("ours", command, work, os.environ)}
@@ -303,6 +305,21 @@ def run(options: argparse.Namespace, work: Path, console: Console) -> tuple[list
         rows = compare(cases, sides["ours"], sides["released"], allowed)
     show(rows, sides, console)
     return rows, sides
+
+
+def for_work_folder(checkpoint: Path, work: Path) -> Path:
+    """The checkpoint as both sides find it, who run elsewhere: an adapter may name its base from here, by `./base`."""
+    base = model_folder(checkpoint)
+    if base == checkpoint:
+        return checkpoint
+    folder = work / "adapter"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name != ADAPTER_CONFIG:
+            (folder / file.name).symlink_to(file.absolute())
+    config = {**read_json(checkpoint / ADAPTER_CONFIG), "base_model_name_or_path": str(base.absolute())}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 def guard_for(python: str, checkpoint: Path) -> Guard:

@@ -17,7 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+import qwen_vl
 from data_utils.errors import MMRoleError
+from finetune.arguments import LoraArguments
+from finetune.lora import add_adapters
 from qwen_vl import QwenVLTokenizer
 from scripts.reference import run as reference
 from scripts.reference.torchvision import transforms
@@ -121,6 +124,29 @@ def test_code_is_not_run_without_the_flag(tmp_path: Path) -> None:
     assert "Network: " in result.stdout
     assert "training labels" in result.stdout
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("base", ["base", "../base", "absolute"])
+def test_an_adapters_base_is_found_from_the_work_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    """A relative one counts from where the user is, or from the adapter; both sides run somewhere else."""
+    model, tokenizer = qwen_vl.load(stand_in.write(tmp_path / "base"), device="cpu")
+    add_adapters(model, LoraArguments(lora_r=2), base=tmp_path / "base").save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    if base != "absolute":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    before = path.read_bytes()
+    monkeypatch.chdir(tmp_path if base == "base" else "/")
+    (work := tmp_path / "work").mkdir()
+    folder = parity.for_work_folder(Path("adapter") if base == "base" else tmp_path / "adapter", work)
+    monkeypatch.chdir(work)
+    loaded, _ = qwen_vl.load(folder, device="cpu")
+    assert any("lora" in name for name, _ in loaded.named_modules())
+    found, is_adapter = reference._base_of(folder)
+    assert (found.resolve(), is_adapter) == (tmp_path / "base", True)
+    assert path.read_bytes() == before
 
 
 def test_flag_must_be_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
