@@ -33,6 +33,7 @@ from data_utils.demo_reviews import FAULTS, answered_row
 from data_utils.demo_story import Persona, annotate, comment_turns, draw_cast, human_turns, pair_turns, write_profile
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import read_json, write_bytes, write_json
+from data_utils.presence import is_folder, is_there, listed
 from data_utils.prompts import HUMAN
 
 MARKER = "demo.json"
@@ -229,12 +230,14 @@ def _claim(out_dir: Path, seed: int) -> None:
     """Marks the folder as a demo's, so that no real data root is ever overwritten."""
     marker = out_dir / MARKER
     content = {"made_by": "python -m data_utils.demo", "seed": seed}
-    if marker.exists():
+    if is_there(out_dir) and not is_folder(out_dir):
+        raise MMRoleError("that is a file, not a folder", str(out_dir), "OUT_DIR", "choose a new or an empty folder")
+    if is_there(marker):
         if read_json(marker) != content:
             raise MMRoleError(
                 "the folder holds another demo", read_json(marker), str(marker), "choose another folder, or remove it"
             )
-    elif out_dir.exists() and any(out_dir.iterdir()):
+    elif listed(out_dir):
         raise MMRoleError(
             "the folder is not empty and holds no demo", str(out_dir), "OUT_DIR", "choose a new or an empty folder"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -83,6 +85,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     Returns:
         The exit status: main's own, 2 after a user error, 130 after Ctrl-C.
     """
+    os.environ["MPLBACKEND"] = "agg"  # charts are files; a notebook hands down a backend that only it has
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what it cannot show; stderr does so anyway
     try:
         return main() or 0
     except MMRoleError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -20,18 +19,21 @@ Facts = Mapping[str, Any]  # JSON values
 JOURNAL_FORMAT = 1
 _SYNC_SECONDS = 1.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, *, nan: bool = False) -> Any:
     """The content of a JSON file.
+
+    Args:
+        path: The file.
+        nan: Also takes NaN and Infinity, which JSON does not have and Python writes.
 
     Raises:
         MMRoleError: If the file is missing, not readable, not UTF-8 or not JSON (with line and column).
     """
     path = Path(path)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=float if nan else _no_constant)
     except OSError as error:
         raise MMRoleError(
             f"cannot read the file: {error.strerror}", path, fix="check the path and its permissions"
@@ -125,20 +127,6 @@ def write_error(path: Path, error: OSError, kept: str) -> MMRoleError:
     """The four-part error for a file that could not be written."""
     fix = "free some space" if error.errno in _FULL else "check the folder and its permissions"
     return MMRoleError(f"cannot write: {error.strerror}", path, fix=f"{fix}, then run the same command again; {kept}")
-
-
-def sha256_of(path: Path) -> str | None:
-    """The sha256 of a file's content, or None where there is no file.
-
-    Raises:
-        MMRoleError: If it cannot be read.
-    """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except _NO_FILE:
-        return None
-    except OSError as error:
-        raise MMRoleError(f"cannot read the file: {error.strerror}", path, fix="check its permissions") from error
 
 
 @dataclass
@@ -300,11 +288,11 @@ class Journal:
 
     def _append_header(self) -> None:
         header = {"settings": self._content.settings, "info": self._content.info}
-        self._append({"journal": JOURNAL_FORMAT, **header})
+        self._append({"journal": JOURNAL_FORMAT, **header}, errors="backslashreplace")  # paths need not be UTF-8
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: dict[str, Any], errors: str = "strict") -> None:
         assert not self._broken, "a journal that could not be written must be opened anew"
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", errors) + b"\n"
         try:
             if not self._content.end:  # what is there goes as late as this
                 os.ftruncate(self._descriptor, 0)

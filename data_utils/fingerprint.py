@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
+from data_utils.presence import is_file, is_folder, listed
 
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -19,8 +20,12 @@ _CHUNK_BYTES = 32 * 1024
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a LoRA adapter, which needs a base checkpoint."""
-    return (folder / ADAPTER_CONFIG).is_file()
+    """Whether the folder holds a LoRA adapter, which needs a base checkpoint.
+
+    Raises:
+        MMRoleError: If the folder may not be looked into.
+    """
+    return is_file(folder / ADAPTER_CONFIG)
 
 
 def adapter_base(folder: Path) -> Path:
@@ -53,20 +58,31 @@ def checkpoint_problems(folder: str | Path, *, use_lora: bool = False, flag: str
     """
     folder = Path(folder)
     fetch = f"download or copy the checkpoint completely, or give its folder with {flag}"
-    if not folder.is_dir():
-        return [MMRoleError("there is no such checkpoint folder", folder, flag, fetch)]
-    if use_lora and not is_adapter(folder):
-        return [
-            MMRoleError("--use_lora is given, but the folder holds no adapter", ADAPTER_CONFIG, folder,
-                        "leave --use_lora away for a whole checkpoint")
-        ]  # fmt: skip
     try:
+        if not is_folder(folder):
+            return [MMRoleError("there is no such checkpoint folder", folder, flag, fetch)]
+        listed(folder)  # `glob` takes a folder that may not be read for an empty one
+        if use_lora and not is_adapter(folder):
+            fix = "leave --use_lora away for a whole checkpoint"
+            return [MMRoleError("--use_lora is given, but the folder holds no adapter", ADAPTER_CONFIG, folder, fix)]
         missing = missing_files(folder)
         base = adapter_base(folder) if is_adapter(folder) else None
     except MMRoleError as error:
         return [error]
     problems = [MMRoleError("the checkpoint is not complete", missing, folder, fetch)] if missing else []
-    return problems + (checkpoint_problems(base, flag=flag) if base else [])
+    return problems + (_base_problems(base, folder) if base else [])
+
+
+def _base_problems(base: Path, adapter: Path) -> list[MMRoleError]:
+    """The same for the base that an adapter names, which no flag can give."""
+    said = adapter / ADAPTER_CONFIG
+    try:
+        if is_folder(base) and base.resolve() != adapter.resolve():
+            return checkpoint_problems(base, flag=f"base_model_name_or_path in {said}")
+    except MMRoleError as error:
+        return [error]
+    fix = f"put the base model there, or correct base_model_name_or_path in {said}"
+    return [MMRoleError("the adapter names a base model that is no checkpoint folder here", base, said, fix)]
 
 
 def checkpoint_fingerprint(folder: str | Path) -> str:

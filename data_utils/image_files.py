@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from data_utils.errors import MMRoleError, raise_problems
+from data_utils.presence import is_file
 
 PLAIN_IMAGE = "play/plain.png"  # made for characters without pictures, in any data root
 _NO_IMAGES = (".json", ".txt", ".md", ".db", ".ini")  # what else lies in folders of pictures
@@ -53,15 +54,13 @@ def find_image(image_dir: str | Path, name: str, *, follow_links: bool = False) 
 
     Raises:
         MMRoleError: If the name is not allowed, or a link leads out of the folder and links are not allowed.
+        UnreadableError: If the folder may not be looked into.
     """
     problem = image_name_problem(name)
     if problem:
         raise MMRoleError(problem, name, image_dir, "correct the image name in the data")
     path = Path(image_dir) / name
-    try:
-        if not path.is_file():
-            return None
-    except OSError:  # a name longer than the file system allows
+    if not is_file(path):
         return None
     if not follow_links and leads_outside(Path(image_dir), path):
         raise MMRoleError(

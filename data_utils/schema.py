@@ -6,6 +6,7 @@ and any keys of their own, so that a file written from them is faithful to the b
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -52,6 +53,12 @@ class Record(BaseModel):
     """A record of a data file; types are strict, further keys are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", populate_by_name=False)
+
+    @model_validator(mode="after")
+    def _further_keys_can_be_written(self) -> Record:
+        if self.__pydantic_extra__:
+            _check_text(json.dumps(self.__pydantic_extra__, ensure_ascii=False))
+        return self
 
 
 class Annotation(Record):

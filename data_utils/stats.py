@@ -21,7 +21,6 @@ from data_utils.row_files import first_problems
 from data_utils.schema import TestSample
 from data_utils.sources import Sources
 from data_utils.stats_card import Card, Dialogues, Lengths, category, markdown, summary
-from data_utils.stats_plots import draw_plots
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.chat import make_context
 
@@ -103,6 +102,8 @@ def write_card(card: Card, data_root: Path, out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MMRoleError(f"cannot make the folder: {error.strerror}", out, "--out", "choose another") from error
+    from data_utils.stats_plots import draw_plots  # matplotlib, for which `run_main` has to choose the backend
+
     plots = draw_plots(card)
     for name, png in plots.items():
         write_bytes(out / name, png)

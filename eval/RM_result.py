@@ -10,14 +10,14 @@ Exit status: 0; 1 if a file could not be read or written (everything else is don
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
+from data_utils.presence import SHOWN, is_file, listed
+from data_utils.streams import go_on_unread
 from eval.agents import AgentResult, csv_path, read_agents, results_folder, unexplained_csvs
 from eval.flag_types import natural
 from eval.report import AgentReport, build_report, markdown, report_json, table_csv, terminal_table
@@ -45,8 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         MMRoleError: If nothing could be done at all, or the report could not be written.
     """
     options = build_parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot show
     if options.input_dir or options.input_file or options.output_dir:
         problems = _one_folder(options)
     else:
@@ -65,7 +63,7 @@ def _one_folder(options: argparse.Namespace) -> list[MMRoleError]:
             result = read_reviews(path)
         except MMRoleError as error:
             problems.append(error)
-            _print(f"{path.name}: not counted, see the error below")
+            print(f"{path.name}: not counted, see the error below")
             _set_aside(table, problems)
             continue
         try:
@@ -73,7 +71,7 @@ def _one_folder(options: argparse.Namespace) -> list[MMRoleError]:
         except MMRoleError as error:
             problems.append(error)
         _say(path.name, describe(result))
-    _print(f"results: {options.output_dir}")
+    print(f"results: {options.output_dir}")
     return problems
 
 
@@ -92,7 +90,7 @@ def _input_files(options: argparse.Namespace) -> list[Path]:
         )
     if options.input_file is not None:
         return [options.input_dir / options.input_file]
-    files = sorted(path for path in options.input_dir.glob("*.json") if not path.name.startswith("."))
+    files = listed(options.input_dir, f"{SHOWN}.json")
     if not files:
         raise MMRoleError(
             "no review files (*.json) here",
@@ -107,17 +105,17 @@ def _all_agents(options: argparse.Namespace) -> list[MMRoleError]:
     report_dir = options.report_dir or options.eval_dir / "report"
     agents = read_agents(options.eval_dir)
     for agent in agents:
-        _print(f"{agent.name} ({agent.status})")
+        print(f"{agent.name} ({agent.status})")
         _write_csvs(agent, options.eval_dir)
         for (split, kind), result in agent.files.items():
             _say(f"  {split}-test/{kind}", describe(result))
     _write_report(agents, report_dir, options)
     for path in unexplained_csvs(options.eval_dir):
-        _print(f"stale: {path} has no reviews to be computed from; it was left as it is")
-    _print(f"\nresults: {results_folder(options.eval_dir, '{in,out}')}/<agent>/*.csv")
+        print(f"stale: {path} has no reviews to be computed from; it was left as it is")
+    print(f"\nresults: {results_folder(options.eval_dir, '{in,out}')}/<agent>/*.csv")
     made = [name for name in ("table.md", "table.csv", "report.json", "radar.png") if (report_dir / name).is_file()]
-    _print(f"report:  {report_dir}/{', '.join(made)}")
-    return [problem for agent in agents for problem in agent.problems]
+    print(f"report:  {report_dir}/{', '.join(made)}")
+    return list({str(problem): problem for agent in agents for problem in agent.problems}.values())
 
 
 def _write_csvs(agent: AgentResult, eval_dir: Path) -> None:
@@ -132,7 +130,11 @@ def _write_csvs(agent: AgentResult, eval_dir: Path) -> None:
 
 def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
     """Takes a CSV of earlier reviews out of sight of whoever collects the results; the present ones are unreadable."""
-    if not path.is_file():
+    try:
+        if not is_file(path):
+            return
+    except MMRoleError as error:
+        problems.append(error)
         return
     aside = path.with_name(f"{path.name}.stale")
     try:
@@ -141,12 +143,12 @@ def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
         fix = "remove it: its numbers are those of earlier reviews"
         problems.append(MMRoleError(f"a stale CSV cannot be set aside: {error.strerror}", path, fix=fix))
         return
-    _print(f"stale: {path} was computed from earlier reviews; it is {aside.name} now")
+    print(f"stale: {path} was computed from earlier reviews; it is {aside.name} now")
 
 
 def _write_report(agents: list[AgentResult], report_dir: Path, options: argparse.Namespace) -> None:
     reports = build_report(agents, seed=options.seed)
-    _print(f"\n{terminal_table(reports)}", end="")
+    print(f"\n{terminal_table(reports)}", end="")
     settings = {"eval_dir": str(options.eval_dir), "seed": options.seed}
     for name, text in (
         ("table.md", markdown(reports)),
@@ -160,7 +162,7 @@ def _write_report(agents: list[AgentResult], report_dir: Path, options: argparse
         _write(chart, picture)
     else:
         chart.unlink(missing_ok=True)
-        _print("no chart: no agent has a single readable review")
+        print("no chart: no agent has a single readable review")
 
 
 def _radar(reports: list[AgentReport]) -> bytes:
@@ -178,17 +180,9 @@ def _radar(reports: list[AgentReport]) -> bytes:
 
 
 def _say(name: str, lines: Sequence[str]) -> None:
-    _print(f"{name}: {lines[0]}")
+    print(f"{name}: {lines[0]}")
     for line in lines[1:]:
-        _print(f"      {line}")
-
-
-def _print(text: str, end: str = "\n") -> None:
-    """Prints; a reader who has seen enough (`| head`) does not keep the files from being written."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"      {line}")
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -197,4 +191,5 @@ def _write(path: Path, data: bytes) -> None:
 
 
 if __name__ == "__main__":
+    go_on_unread()
     sys.exit(run_main(main))

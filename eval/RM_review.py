@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_utils.errors import MMRoleError
+from data_utils.presence import SHOWN, is_folder, listed
 from data_utils.schema import AnswerRow, Row
 from eval.command_line import (
     ROOT,
@@ -46,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser, model_path=ROOT / "model_weights" / "MMRole-Eval_RM")
-    parser.add_argument("--agent", nargs="+", help="agents to review (all that have answers)")
+    parser.add_argument("--agent", nargs="+", action="extend", help="agents to review (all that have answers)")
     parser.add_argument("--retries", type=natural, default=3, help="more tries for unreadable scores (%(default)s)")
     return resolved(parser.parse_args(argv))
 
@@ -56,12 +57,12 @@ def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRole
     problems = flag_problems(options)
     if problems:
         return [], problems
-    if options.input_dir:
-        try:
+    try:
+        if options.input_dir:
             return json_sources(options.input_dir, options.output_dir, options.input_file), []
-        except MMRoleError as error:
-            return [], [error]
-    sources = _agents_sources(options.eval_dir, options.agent)
+        sources = _agents_sources(options.eval_dir, options.agent)
+    except MMRoleError as error:
+        return [], [error]
     found = {source.output.parent.name for source in sources}
     missing = [agent for agent in options.agent or [] if agent not in found]
     if missing or not sources:
@@ -131,8 +132,9 @@ def prepare(options: argparse.Namespace) -> Job:
 def _agents_sources(eval_dir: Path, agents: Sequence[str] | None) -> list[Source]:
     sources = []
     for split in SPLITS:
-        for folder in sorted((eval_dir / f"{split}-test_answers").glob("[!.]*/")):
-            if (agents is None or folder.name in agents) and any(folder.glob(SHOWN_JSON)):
+        folders = filter(is_folder, listed(eval_dir / f"{split}-test_answers", SHOWN))
+        for folder in folders:
+            if (agents is None or folder.name in agents) and listed(folder, SHOWN_JSON):
                 sources += json_sources(folder, eval_dir / f"{split}-test_reviews" / folder.name)
     return sources
 

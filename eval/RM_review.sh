@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Reviews the agents' answers on eight metrics with the reward model.
 # Needs: answers in EVAL_DIR/{in,out}-test_answers/, images/ below DATA_ROOT, the reward model at MODEL_PATH.
-# Gives: EVAL_DIR/{in,out}-test_reviews/<agent>/*.json. AGENT="a b" chooses agents; without it, all are reviewed.
+# Gives: EVAL_DIR/{in,out}-test_reviews/<agent>/*.json. Without AGENT, all are reviewed.
+# AGENT="a b" chooses the agent of that name, blank and all, if it has answers, or else the agents a and b.
 # One process per GPU, or PROCESSES=n; scripts/launch.sh tells how to use several nodes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/launch.sh"
@@ -10,6 +11,11 @@ MODEL_PATH=${MODEL_PATH:-$ROOT/model_weights/MMRole-Eval_RM}
 DATA_ROOT=${DATA_ROOT:-$ROOT}
 EVAL_DIR=${EVAL_DIR:-$ROOT/eval}
 read -r -a agents <<< "${AGENT:-}"
+for split in in out; do
+  if [[ -n ${AGENT:-} && -d $EVAL_DIR/$split-test_answers/$AGENT ]]; then
+    agents=("$AGENT")
+  fi
+done
 
 launch "$ROOT/eval/RM_review.py" --model_path "$MODEL_PATH" --data_root "$DATA_ROOT" \
   --eval_dir "$EVAL_DIR" ${agents[@]:+--agent "${agents[@]}"} "$@"

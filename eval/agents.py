@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.errors import MMRoleError
+from data_utils.errors import MMRoleError, raise_problems
+from data_utils.presence import UnreadableError, is_folder, is_there, listed
 from eval.results import FileResult, read_reviews
 
 SPLITS = ("in", "out")
@@ -124,8 +125,15 @@ def unexplained_csvs(eval_dir: Path) -> list[Path]:
         path
         for split, kind in FILES
         for path in sorted(results_folder(eval_dir, split).glob(f"[!.]*/{kind}_test.csv"))
-        if not reviews_path(eval_dir, split, path.parent.name, kind).exists()
+        if _has_no_reviews(eval_dir, split, path.parent.name, kind)
     ]
+
+
+def _has_no_reviews(eval_dir: Path, split: str, folder: str, kind: str) -> bool:
+    try:
+        return not is_there(reviews_path(eval_dir, split, folder, kind))
+    except UnreadableError:
+        return False  # who knows
 
 
 def read_agents(eval_dir: Path) -> list[AgentResult]:
@@ -140,16 +148,17 @@ def read_agents(eval_dir: Path) -> list[AgentResult]:
     Raises:
         MMRoleError: If there is none.
     """
-    folders = {
-        folder.name
-        for split in SPLITS
-        if reviews_folder(eval_dir, split).is_dir()
-        for folder in reviews_folder(eval_dir, split).iterdir()
-        if folder.is_dir()
-    }
-    agents = [_read_agent(eval_dir, folder) for folder in sorted(folders)]
-    agents = [agent for agent in agents if agent.files or agent.problems]
+    folders: set[str] = set()
+    closed: list[MMRoleError] = []
+    for split in SPLITS:
+        try:
+            folders |= {folder.name for folder in listed(reviews_folder(eval_dir, split)) if is_folder(folder)}
+        except UnreadableError as error:
+            closed += [error] if str(error) not in map(str, closed) else []
+    agents = [_read_agent(eval_dir, folder, closed) for folder in sorted(folders)]
+    agents = [agent for agent in agents if agent.files or agent.unreadable]
     if not agents:
+        raise_problems(closed)
         raise MMRoleError(
             "no reviews here: no folder in-test_reviews/<agent> or out-test_reviews/<agent> has a file of reviews",
             eval_dir,
@@ -159,16 +168,17 @@ def read_agents(eval_dir: Path) -> list[AgentResult]:
     return agents
 
 
-def _read_agent(eval_dir: Path, folder: str) -> AgentResult:
-    agent = AgentResult(folder)
+def _read_agent(eval_dir: Path, folder: str, closed: list[MMRoleError]) -> AgentResult:
+    agent = AgentResult(folder, problems=list(closed))
     for split, kind in FILES:
         path = reviews_path(eval_dir, split, folder, kind)
-        if not path.exists():
-            continue
         try:
+            if not is_there(path):
+                continue
             agent.files[split, kind] = read_reviews(path)
         except MMRoleError as error:
-            agent.problems.append(error)
+            if str(error) not in map(str, agent.problems):  # a closed folder is told once
+                agent.problems.append(error)
             agent.unreadable.append((split, kind))
     return agent
 

@@ -17,7 +17,7 @@ from data_utils.fingerprint import adapter_base, checkpoint_fingerprint, checkpo
 from data_utils.schema import Row
 from data_utils.weight_files import weight_problems
 from eval.backends.native import NativeBackend
-from eval.backends.preflight import device_problems
+from eval.backends.preflight import device_problems, generation_problems
 from eval.backends.protocol import Backend
 from eval.flag_types import positive
 from eval.inputs import Input, Selection
@@ -164,6 +164,12 @@ def check_run(
         raise_problems(wrong)
     try:
         wrong += weight_problems(options.model_path)
+        wrong += generation_problems(
+            options.model_path,
+            greedy=options.no_random and not getattr(options, "retries", 0),  # what is asked again is sampled
+            limit=options.max_new_tokens,
+            batched=options.batch_size != 1,
+        )
         settings = make_settings()
     except MMRoleError as error:
         raise ProblemsError([*wrong, error]) from error
@@ -178,7 +184,7 @@ def print_options(options: argparse.Namespace, settings: Settings) -> None:
     if is_adapter(options.model_path):
         told["base model"] = str(adapter_base(options.model_path))
     for name, value in told.items():
-        print(f"  {name}: {json.dumps(value, ensure_ascii=False)}")
+        print(f"  {name}: {json.dumps(value, ensure_ascii=False)}", flush=True)
 
 
 def print_report(

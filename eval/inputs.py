@@ -9,10 +9,11 @@ from pathlib import Path
 
 from data_utils.errors import MMRoleError
 from data_utils.image_files import find_image
+from data_utils.presence import SHOWN, UnreadableError, is_file, is_folder, listed
 from data_utils.schema import Record, Row, read_rows
 from eval.journals import journal_path
 
-SHOWN_JSON = "[!.]*.json"  # macOS puts a hidden ._x.json beside each x.json on foreign disks
+SHOWN_JSON = f"{SHOWN}.json"
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def json_sources(input_dir: Path, output_dir: Path, input_file: str | None = Non
     """The `.json` files of a folder but hidden ones, or the one that is named, each with its output of the same name.
 
     Raises:
-        MMRoleError: If the folder or file is not there, or the folder holds none.
+        MMRoleError: If the folder or file is not there or may not be read, or the folder holds none.
     """
-    if not input_dir.is_dir():
+    if not is_folder(input_dir):
         raise MMRoleError("there is no such input folder", input_dir, "--input_dir", "check the path")
-    names = [input_file] if input_file else sorted(path.name for path in input_dir.glob(SHOWN_JSON))
+    names = [input_file] if input_file else [path.name for path in listed(input_dir, SHOWN_JSON)]
     if not names:
         raise MMRoleError("the input folder holds no .json file", input_dir, "--input_dir", "check the path")
     return [Source(input_dir / name, output_dir / Path(name).name) for name in names]
@@ -93,18 +94,16 @@ def read_inputs(
     """
     inputs: list[Input] = []
     problems: list[MMRoleError] = []
-    has_images = selection.image_dir.is_dir()
-    if not has_images:
-        fix = "give the folder that holds the images with --image_dir, or the data set's with --data_root"
-        problems.append(MMRoleError("there is no such image folder", selection.image_dir, "--image_dir", fix))
+    no_images = _image_dir_problem(selection.image_dir)
+    problems += [no_images] if no_images else []
     missing: list[str] = []
     for source in sources:
-        if source.output.is_file() and not journal_path(source.output).is_file() and not selection.overwrite:
+        if not selection.overwrite and _was_made_elsewhere(source.output):
             inputs.append(Input(source))
             continue
         rows, wrong = read_rows(source.input, record)
         problems += wrong
-        if has_images and not wrong:
+        if not (no_images or wrong):
             inputs.append(_select(source, rows, selection, problems, missing))
     if missing:
         problems.append(_missing_images(missing, selection.image_dir))
@@ -127,9 +126,26 @@ def output_problems(sources: Sequence[Source]) -> list[MMRoleError]:
                     "choose another output folder",
                 )
             )
-        elif source.output.is_dir():
+        elif _is_writable(source.output.parent) and source.output.is_dir():
             problems.append(MMRoleError("the output is a folder", source.output, fix="choose another output folder"))
     return problems + [_unwritable(folder) for folder in _folders(sources) if not _is_writable(folder)]
+
+
+def _image_dir_problem(image_dir: Path) -> MMRoleError | None:
+    try:
+        if is_folder(image_dir):
+            return None
+    except UnreadableError as error:
+        return error
+    fix = "give the folder that holds the images with --image_dir, or the data set's with --data_root"
+    return MMRoleError("there is no such image folder", image_dir, "--image_dir", fix)
+
+
+def _was_made_elsewhere(output: Path) -> bool:
+    try:
+        return is_file(output) and not is_file(journal_path(output))
+    except UnreadableError:
+        return False  # `output_problems` tells it
 
 
 def _select(
@@ -143,6 +159,10 @@ def _select(
         if selection.needs_image(row):
             try:
                 image = find_image(selection.image_dir, row["image"], follow_links=selection.follow_links)
+            except UnreadableError as error:  # one closed folder keeps many images from being found
+                if str(error) not in map(str, problems):
+                    problems.append(error)
+                continue
             except MMRoleError as error:
                 where = f"{source.input}, row {number}, sample {row['id']}"
                 problems.append(MMRoleError(error.what, error.value, where, error.fix))
@@ -173,9 +193,12 @@ def _folders(sources: Sequence[Source]) -> list[Path]:
 
 
 def _is_writable(folder: Path) -> bool:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:  # a folder above it may not be entered
+        return False
 
 
 def _unwritable(folder: Path) -> MMRoleError:

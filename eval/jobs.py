@@ -162,7 +162,7 @@ def _work(team: Team, job: Job, share: Sequence[Missing], times: Mapping[int, in
     def work() -> None:
         run_share(share, files, job.settings, backend, times=times, process=team.rank, unit_name=job.unit_name)
 
-    return in_child(work, team.show_life, team.named(team.rank)) if share else []
+    return in_child(work, team.show_life, team.named(team.rank), team.launcher) if share else []
 
 
 def _heard(team: Team, rank: int) -> list[Problem]:

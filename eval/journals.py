@@ -8,7 +8,6 @@ one does whose model cannot be loaded, changes nothing.
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_utils.files import JournalContent, check_settings, read_journal
+from data_utils.presence import listed
 
 FILE_KEY = ""  # a journal's lines about the result file itself; no unit has an empty key
 TIMES = "times_begun_anew"  # in the info of a journal
@@ -27,13 +27,18 @@ def journal_path(target: Path) -> Path:
 
 
 def part_journals(target: Path) -> list[Path]:
-    """Further journals of a result file, of processes that worked on it together: `<name>.part-*.journal`."""
-    return sorted(target.parent.glob(f"{glob.escape(target.stem)}.part-*.journal"))
+    """Further journals of a result file, of processes that worked on it together: `<name>.journal.part-<process>`.
+
+    No result file has a journal of such a name, whatever it is called itself.
+    """
+    start = f"{journal_path(target).name}.part-"
+    return [path for path in listed(target.parent) if path.name.startswith(start) and path.name[len(start) :].isdigit()]
 
 
 def part_journal(target: Path, process: int) -> Path:
     """The further journal of one of them."""
-    return target.with_name(f"{target.stem}.part-{process}.journal")
+    path = journal_path(target)
+    return path.with_name(f"{path.name}.part-{process}")
 
 
 def times_begun_anew(path: Path) -> int | None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_utils.errors import MMRoleError
-from data_utils.files import JournalContent, published_json, read_json, sha256_of
+from data_utils.files import JournalContent, published_json, read_json
+from data_utils.presence import sha256_of
 from data_utils.schema import Row
 from eval.journals import FILE_KEY, journal_path, known_of
 
@@ -145,7 +146,7 @@ class State(Enum):
     FINISHED = "finished already, left alone"
     FOREIGN = "made elsewhere (there is no journal beside it), left alone; --overwrite would replace it"
     CHANGED = "changed by someone since it was made, left alone; --overwrite would replace it"
-    LARGER = "has more rows than asked for now, left alone; --overwrite would replace it"
+    LARGER = "has rows that are not asked for now, left alone; --overwrite would replace it"
 
 
 @dataclass
@@ -211,18 +212,33 @@ def _state(
     made = content.entries.get(FILE_KEY, {"sha256": [], "rows": 0})
     if current not in [*made["sha256"], content.info.get("replaces")]:
         return State.CHANGED
-    if current in made["sha256"]:
-        _check_same_input(file)
-    return State.LARGER if made["rows"] > file.rows and current == made["sha256"][-1] else State.OPEN
+    if current not in made["sha256"]:
+        return State.OPEN
+    there = [str(row["id"]) for row in read_json(file.target)]
+    _check_same_input(file, there)
+    return State.LARGER if current == made["sha256"][-1] and set(there) - _asked(file) else State.OPEN
 
 
-def _check_same_input(file: ResultFile) -> None:
+class _Blank(dict[str, Outcome]):
+    def __missing__(self, key: str) -> Outcome:
+        return Outcome("", None, 0)
+
+
+def _asked(file: ResultFile) -> set[str]:
+    """The ids of the rows that the file will have: a limit, or an image that came, may choose others than before."""
+    return {str(row["id"]) for row in file.assemble(_Blank())}
+
+
+def _check_same_input(file: ResultFile, there: Sequence[str]) -> None:
     """Refuses to replace a file that was made from another input.
 
+    Args:
+        file: What is to be made.
+        there: Ids of the rows that stand in it.
+
     Raises:
-        MMRoleError: If rows of the file are not those of the present input.
+        MMRoleError: If some are not those of the present input.
     """
-    there = [str(row["id"]) for row in read_json(file.target)]
     strangers = [name for name in there if file.input_ids is not None and name not in file.input_ids]
     if strangers:
         raise MMRoleError(

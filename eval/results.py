@@ -20,6 +20,7 @@ from eval.review_prompt import is_reviewable
 from eval.scores import ScoreReading, read_record
 
 ZERO_DENOMINATOR = "model B scored 0, so the ratio is undefined"
+_LEAST_DENOMINATOR = 1e-6  # what is less was mended by a bad hand, and would swallow the mean
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def read_reviews(path: Path) -> FileResult:
     Raises:
         MMRoleError: If the file cannot be read, is no JSON or no list of rows.
     """
-    rows = read_json(path)
+    rows = read_json(path, nan=True)  # the published rule reads such scores and its writer wrote them
     if not isinstance(rows, list):
         raise _not_rows(path, type(rows).__name__, "the whole file")
     strangers = [number for number, row in enumerate(rows, 1) if not isinstance(row, Mapping)]
@@ -152,9 +153,7 @@ def _ratio(reading: ScoreReading) -> tuple[float, str]:
     if reading.pair is None:
         return math.nan, reading.reason
     a, b = reading.pair
-    # A tiny denominator (5e-324) would overflow to inf and swallow the mean.
-    ratio = a / b if b else math.nan
-    return (ratio, "") if math.isfinite(ratio) else (math.nan, ZERO_DENOMINATOR)
+    return (a / b, "") if b >= _LEAST_DENOMINATOR else (math.nan, ZERO_DENOMINATOR)
 
 
 def _has_answer(row: Mapping[str, Any]) -> bool:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_utils.errors import MMRoleError
-from data_utils.files import Journal, make_folder, published_json, sha256_of, write_bytes
+from data_utils.files import Journal, make_folder, published_json, write_bytes
+from data_utils.presence import sha256_of
 from eval.backends.protocol import Backend, Request, Result
 from eval.journals import (
     FILE_KEY,

@@ -20,13 +20,16 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from data_utils.errors import MMRoleError, ProblemsError, run_main, shown
+from data_utils.streams import go_on_unread
 from eval.progress import unshare_progress_bars
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-STATUS_FILE = "MMROLE_STATUS_FILE"
+STATUS_FILE, LAUNCHER = "MMROLE_STATUS_FILE", "MMROLE_LAUNCHER"  # as scripts/launch.sh sets them
 _MEETING = timedelta(minutes=10)  # until all processes are there
 _BEAT = 2.0  # seconds between two signs of life
 _LOST_AFTER = 60.0  # seconds without one
@@ -50,12 +53,14 @@ class Team:
         rank: This process's number; 0 leads.
         size: How many there are.
         local_rank: Its number on its node.
+        launcher: The process that started it.
     """
 
     store: Store
     rank: int
     size: int
     local_rank: int
+    launcher: int
 
     def tell(self, key: str, value: Any) -> None:
         """Tells something to whoever asks for it.
@@ -112,8 +117,12 @@ class Team:
 
 
 def local_rank() -> int | None:
-    """This process's number on its node, which is its GPU's; None if it runs alone."""
-    return int(os.environ["LOCAL_RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    """This process's number on its node, which is its GPU's; None if it runs alone.
+
+    Only torchrun says it; what runs a cluster's jobs may set WORLD_SIZE and RANK for each node before.
+    """
+    place = os.environ.get("LOCAL_RANK")
+    return int(place) if place is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def is_first() -> bool:
@@ -123,7 +132,7 @@ def is_first() -> bool:
 
 def local_size() -> int:
     """How many processes of the run this node has."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return 1 if local_rank() is None else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
 
 
 def join_team() -> Team | None:
@@ -135,6 +144,8 @@ def join_team() -> Team | None:
     place = local_rank()
     if place is None:
         return None
+    launcher, met = os.getppid(), threading.Event()
+    threading.Thread(target=_end_with_launcher, args=(launcher, met), daemon=True).start()
     from torch.distributed import DistError, rendezvous
 
     try:
@@ -143,15 +154,31 @@ def join_team() -> Team | None:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         fix = "start the same script on every node, with the same NNODES, MASTER_ADDR and MASTER_PORT"
         raise MMRoleError(f"the processes of this run do not find each other: {error}", address, fix=fix) from error
-    return Team(store, rank, size, place)
+    finally:
+        met.set()
+    return Team(store, rank, size, place, launcher)
+
+
+def _end_with_launcher(launcher: int, met: threading.Event) -> None:
+    """Ends this process if its launcher goes before all have met: who waits for them can do nothing else."""
+    while not met.wait(_BEAT):
+        if _is_gone(launcher):
+            os._exit(USER_ERROR)
+
+
+def _is_gone(launcher: int) -> bool:
+    """Whether torchrun is gone, which was this process's parent when it looked; or even before that."""
+    named = os.environ.get(LAUNCHER, "")
+    return os.getppid() != launcher or (named.isdigit() and not psutil.pid_exists(int(named)))
 
 
 def run_script(main: Callable[[], int | None]) -> int:
     """Runs an entry script's main as `run_main` does, and leaves the exit status for the shell script that asks for it.
 
     From torchrun it is hidden then: that makes every status a 1 and adds a page of its own, also where only a review
-    could not be read.
+    could not be read. Nobody needs to read what is printed.
     """
+    go_on_unread()
     try:
         status = run_main(main)
     except SystemExit as error:  # argparse's
@@ -165,13 +192,14 @@ def run_script(main: Callable[[], int | None]) -> int:
     return 0
 
 
-def in_child(work: Callable[[], None], meanwhile: Callable[[], None], name: str) -> list[Problem]:
+def in_child(work: Callable[[], None], meanwhile: Callable[[], None], name: str, launcher: int) -> list[Problem]:
     """Does something in a child process, which ends when this one does.
 
     Args:
         work: What.
         meanwhile: Called every two seconds until it is done.
         name: Who this is, for the message if it dies.
+        launcher: The process that started this one; when that is gone, nothing is gone on with.
 
     Returns:
         What went wrong; empty if it ended well.
@@ -179,14 +207,13 @@ def in_child(work: Callable[[], None], meanwhile: Callable[[], None], name: str)
     context = multiprocessing.get_context("fork")  # quick, and `work` need not be pickled
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(work, sender), daemon=True)
-    launcher = os.getppid()
     _flush()
     child.start()
     sender.close()
     try:
         while not wait([child.sentinel], _BEAT):
             meanwhile()
-            if os.getppid() != launcher:
+            if _is_gone(launcher):
                 raise MMRoleError("the launcher is gone", name, fix=_AGAIN)
         child.join()
         told = _received(receiver)
@@ -239,7 +266,7 @@ def _end_with_parent() -> None:
 
 
 def _send(sender: Connection, problems: list[Problem]) -> None:
-    sender.send_bytes(json.dumps(problems[:_MOST], ensure_ascii=False).encode())
+    sender.send_bytes(json.dumps(problems[:_MOST], ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 def _received(receiver: Connection) -> list[Problem]:
@@ -251,5 +278,5 @@ def _received(receiver: Connection) -> list[Problem]:
 
 def _flush() -> None:
     """What stands in buffers now would be written by the child as well."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the caller has closed it
+        stream.flush()

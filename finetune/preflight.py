@@ -10,8 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from data_utils.errors import MMRoleError, ProblemsError, shown
-from data_utils.files import sha256_of
 from data_utils.fingerprint import checkpoint_fingerprint
+from data_utils.presence import sha256_of
 from data_utils.schema import Row, TrainSample, read_rows
 from data_utils.supervised import SupervisedDataset
 from finetune.arguments import Options

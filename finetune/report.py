@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -80,7 +81,10 @@ def write_report(folders: Sequence[Path], facts: Mapping[str, Any], history: Seq
     for folder in folders:
         write_json(folder / TRAINING, {**facts, "log": logged})
         if logged:
-            draw_curves(folder / CURVES, logged)
+            try:
+                draw_curves(folder / CURVES, logged)
+            except (ImportError, ValueError, RuntimeError) as error:  # no picture is worth the weights
+                warnings.warn(f"{CURVES} could not be drawn: {error}", stacklevel=2)
 
 
 def draw_curves(file: Path, logged: Sequence[Mapping[str, Any]]) -> None:

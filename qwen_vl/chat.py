@@ -9,6 +9,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qwen_vl.images import QwenVLImageProcessor
+from qwen_vl.settings import MAX_NEW_TOKENS, first
 from qwen_vl.tokenization import IMAGE_TAGS, VISION_TAGS, QwenVLTokenizer, picture_label
 
 MAX_WINDOW_SIZE = 6144  # tokens
@@ -71,7 +72,10 @@ def build_context(
     head = _message(tokenizer, "system", _piece(tokenizer, system, _USER_TAGS))
     turns: list[Context] = []
     size = len(head.ids)
-    for past_query, answer in reversed(list(history or ())):
+    for past in reversed(list(history or ())):
+        if not isinstance(past, Sequence) or len(past) != 2:
+            raise ValueError(f"a turn of the history is a pair (query, answer), not {past!r}")
+        past_query, answer = past
         turn = _join(
             _newline(tokenizer),
             _message(tokenizer, "user", _piece(tokenizer, past_query, _USER_TAGS)),
@@ -118,6 +122,8 @@ def _piece(tokenizer: QwenVLTokenizer, content: Query, tags: frozenset[str]) -> 
                 "picture inside another tag. Write <img>path</img> on its own, or give a list of elements."
             )
         return Context(content, ids, images)
+    if not isinstance(content, Sequence):
+        raise ValueError(f"a text or a list of elements is needed, not {content!r}")
     return _list_piece(tokenizer, content)
 
 
@@ -256,7 +262,7 @@ class ChatMixin:
         max_window_size: int | None,
         generation_kwargs: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        window = max_window_size or getattr(self.generation_config, "max_window_size", None) or MAX_WINDOW_SIZE
+        window = first(max_window_size, getattr(self.generation_config, "max_window_size", None), MAX_WINDOW_SIZE)
         context = build_context(tokenizer, query, history, system, window)
         limit = self.config.max_position_embeddings
         if len(context.ids) >= limit:
@@ -272,7 +278,10 @@ class ChatMixin:
             inputs["pixel_values"] = pixels.to(self.device)
         # published: after <|im_end|> or <|im_start|> nothing but <|endoftext|> follows: the answer ends there.
         stops = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
-        return inputs, {"eos_token_id": stops, "pad_token_id": tokenizer.eod_id, **generation_kwargs}
+        settings: dict[str, Any] = {"eos_token_id": stops, "pad_token_id": tokenizer.eod_id}
+        if self.generation_config.max_new_tokens is None and "generation_config" not in generation_kwargs:
+            settings["max_new_tokens"] = MAX_NEW_TOKENS  # as the engine does; generate() would end after 20
+        return inputs, {**settings, **generation_kwargs}
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import torch
 
 from qwen_vl.blocks import Block, CacheShape
 from qwen_vl.features import image_key
-from qwen_vl.sampling import RequestGenerator, SamplingSettings
+from qwen_vl.sampling import RequestGenerator
+from qwen_vl.settings import SamplingSettings
 from qwen_vl.vision import QUERIES
 
 BLOCK_ROWS = 128  # of a block that is made anew: more would lie about half empty, fewer cost calls

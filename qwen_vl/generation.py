@@ -7,7 +7,6 @@ bfloat16 the rounding of a matrix product depends on its shape), whatever shares
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,20 +23,14 @@ from qwen_vl.memory import ALONE, free_bytes, is_out_of_memory
 from qwen_vl.modeling import QwenVLForCausalLM
 from qwen_vl.prefixes import MOST_ROWS, group_by_prefix
 from qwen_vl.requests import Request, Result, Statistics
-from qwen_vl.sampling import RequestGenerator, SamplingSettings, choose
+from qwen_vl.sampling import RequestGenerator, choose
+from qwen_vl.settings import MAX_NEW_TOKENS, TOP_K, SamplingSettings, check_limit, first, unknown_settings
 from qwen_vl.tokenization import QwenVLTokenizer
 
 __all__ = ["BatchGenerator", "Request", "Result", "Statistics"]
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 50  # what generate() takes where neither request nor checkpoint says
-# What else a checkpoint's settings may ask of generate(): it would change the texts, and is not known here.
-UNKNOWN_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "num_beams", "min_p")
-UNKNOWN_SETTINGS += ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "bad_words_ids", "sequence_bias")
-UNKNOWN_SETTINGS += ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
-UNKNOWN_SETTINGS += ("min_length", "min_new_tokens", "guidance_scale", "exponential_decay_length_penalty")
-NEUTRAL = (None, 0, 1, 1.0)  # these change nothing
 SEEDS = range(-(2**63), 2**64)
 NO_NUMBERS = "the model computed NaN or infinity: its weights are damaged, or the dtype is too narrow (not bfloat16)"
 
@@ -71,8 +64,7 @@ class BatchGenerator:
         share_prefixes: bool = True,
     ) -> None:
         gpu = model.device.type == "cuda"
-        unknown = {name: getattr(model.generation_config, name, None) for name in UNKNOWN_SETTINGS}
-        if unknown := {name: value for name, value in unknown.items() if value not in NEUTRAL}:
+        if unknown := unknown_settings(model.generation_config.to_dict()):
             raise ValueError(f"generation_config.json asks for {unknown}, which the batched engine does not know")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows = max_rows or (512 if gpu else 256)
@@ -130,16 +122,14 @@ class BatchGenerator:
 
     def _row(self, request: Request, number: int) -> Row:
         settings, config, tokenizer = self.model.generation_config, self.model.config, self.tokenizer
-        window = getattr(settings, "max_window_size", None) or MAX_WINDOW_SIZE
+        window = first(getattr(settings, "max_window_size", None), MAX_WINDOW_SIZE)
         context = build_context(tokenizer, request.query, request.history, request.system, window)
         if len(context.ids) >= config.max_position_embeddings:
             raise ValueError(
                 f"the prompt has {len(context.ids)} tokens, and the model has {config.max_position_embeddings} "
                 "positions for prompt and answer"
             )
-        limit = _first(request.max_new_tokens, settings.max_new_tokens, 512)
-        if not isinstance(limit, int) or limit < 1:
-            raise ValueError(f"max_new_tokens is {limit}; it must be a whole number, 1 or more")
+        limit = check_limit(first(request.max_new_tokens, settings.max_new_tokens, MAX_NEW_TOKENS))
         if not isinstance(request.seed, int) or request.seed not in SEEDS:
             raise ValueError(f"seed is {request.seed}; it must be a whole number of 64 bits")
         stops = request.stop_ids
@@ -154,10 +144,10 @@ class BatchGenerator:
             images=context.images,
             alpha=ntk_alpha(len(ids), config.seq_length) if config.use_dynamic_ntk else 1.0,
             sampling=SamplingSettings(
-                do_sample=bool(_first(request.do_sample, settings.do_sample, False)),
-                temperature=_first(request.temperature, settings.temperature, 1.0),
-                top_k=_first(request.top_k, settings.top_k, TOP_K),
-                top_p=_first(request.top_p, settings.top_p, 1.0),
+                do_sample=bool(first(request.do_sample, settings.do_sample, False)),
+                temperature=first(request.temperature, settings.temperature, 1.0),
+                top_k=first(request.top_k, settings.top_k, TOP_K),
+                top_p=first(request.top_p, settings.top_p, 1.0),
             ),
             generator=RequestGenerator(request.seed, self.model.device),
             limit=limit,
@@ -336,7 +326,3 @@ class BatchGenerator:
         if left < self.shape.token_bytes * config.seq_length:
             logger.warning("little memory is left beside the model: requests are answered one at a time")
         return max(int(left / self.shape.token_bytes), 1)
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S cached and new tokens, C width, V vocabulary, N images.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from qwen_vl.folder import copy_code_files
 from qwen_vl.language import DecoderLayer, RMSNorm, logn_factors, ntk_alpha, rotary_frequencies, rotary_tables
 from qwen_vl.loss import LanguageHead, supervised_mean
 from qwen_vl.vision import QUERIES, Resampler, VisionTransformer, sincos_positions
+
+_OF_A_LAYER = re.compile(r"transformer\.(h|visual\.transformer\.resblocks)\.\d+\.")
 
 
 class QwenVLPreTrainedModel(PreTrainedModel):
@@ -213,13 +216,18 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         """transformers' `from_pretrained`, which must find every weight: it would draw a missing one at random.
 
         Raises:
-            ValueError: Weights are missing; names them.
+            ValueError: Weights are missing, or there are some of layers that the config does not have; names them.
         """
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"the checkpoint {path} lacks {len(missing)} of {len(model.state_dict())} weights: "
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download it again, or save it again."
+            )
+        if further := sorted(name for name in info["unexpected_keys"] if _OF_A_LAYER.match(name)):
+            raise ValueError(
+                f"the checkpoint {path} has {len(further)} weights of layers that its config.json does not have: "
+                f"{', '.join(further[:5])}{', ...' if len(further) > 5 else ''}. Download config.json again."
             )
         return (model, info) if output_loading_info else model
 

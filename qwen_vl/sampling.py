@@ -3,39 +3,14 @@
 Shapes: n requests, V rows of the head (ids without a token among them), U ids that have one.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from qwen_vl.settings import SamplingSettings
+
 CANDIDATES = 64  # kept tokens that the quick road can hold; top-p 0.3 rarely leaves more than a few
 MARGIN = 1e-4  # of probability mass: nearer to the limit than this, rounding could decide, and the exact road is taken
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How a request's tokens are chosen.
-
-    Attributes:
-        do_sample: False takes the most likely token.
-        temperature: Divides the logits, above 0.
-        top_k: Keep so many tokens; 0 keeps all.
-        top_p: Keep the most likely tokens up to this mass; 1 keeps all.
-    """
-
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (for greedy use do_sample=False)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (keep all) or more")
 
 
 class RequestGenerator:

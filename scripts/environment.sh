@@ -8,3 +8,5 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 PYTHON=$(bash "$ROOT/scripts/setup.sh" --interpreter)
 # First, so that an active environment with another copy of the project runs this one.
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# A notebook hands down a backend that only it has; charts are files here.
+export MPLBACKEND=agg

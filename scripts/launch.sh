@@ -7,7 +7,16 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+# count NAME: the setting must be a whole number from 1
+count() {
+  if [[ ! ${!1} =~ ^[1-9][0-9]{0,3}$ ]]; then
+    printf 'error\nproblem: %s\nvalue:   %s\nwhere:   %s\nto do:   %s\n' "this must be a whole number from 1 to 9999" \
+      "${!1}" "$1" "set $1 to such a number, or leave it away" >&2
+    exit 2
+  fi
+}
 NNODES=${NNODES:-1}
+count NNODES
 count_gpus() {
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9GM]' || true # numbers, GPU-… or MIG-…
@@ -17,6 +26,7 @@ count_gpus() {
 }
 GPUS=$(count_gpus)
 PROCESSES=${PROCESSES:-$((GPUS > 0 ? GPUS : 1))}
+count PROCESSES
 
 # spread PROGRAM FLAG…: in one process, or in PROCESSES of them on each node, under torchrun
 spread() {
@@ -30,7 +40,9 @@ spread() {
       --master_addr "${MASTER_ADDR:?the address of node 0}" --master_port "${MASTER_PORT:-29500}")
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > PROCESSES ? $(nproc) / PROCESSES : 1))}
-  "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$PROCESSES" "$@"
+  # By this number its processes see that it has been killed, which may be before they could look for themselves.
+  (export MMROLE_LAUNCHER=$BASHPID &&
+    exec "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$PROCESSES" "$@")
 }
 
 # launch PROGRAM FLAG…: the same, with the program's own exit status, which it leaves in a file: torchrun makes all of

@@ -59,7 +59,7 @@ def check(adapter: Path, base_model: Path | None, output_dir: Path) -> Path:
     if not adapter.is_dir():
         raise MMRoleError("there is no such folder", adapter, "adapter", "give the folder that training has made")
     base = base_model or adapter_base(adapter)
-    problems = checkpoint_problems(base)
+    problems = checkpoint_problems(base, flag="--base_model")
     if not problems and "quantization_config" in read_json(base / "config.json"):
         fix = "give the unquantized base (bfloat16) with --base_model"
         problems.append(MMRoleError("an adapter cannot be merged into quantized weights", base, "--base_model", fix))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import inference
-from data_utils.errors import MMRoleError, ProblemsError
+from data_utils.errors import MMRoleError, ProblemsError, run_main
+from tests.closed import close
 from tests.conftest import ROOT
 from tests.fake_backend import FakeBackend, fake_answer, flags, make_model, make_world, results, sample, write_rows
 
@@ -243,7 +244,7 @@ def test_another_input_of_the_same_name_is_refused(world, tmp_path, capsys):
     assert "made from another input: 3 of its 3 rows" in problems_of(told("in2"))
     assert (tmp_path / "out/x.json").read_bytes() == made
     assert inference.main(told("in1", "--limit", 1), FakeBackend()) == 0
-    assert "has more rows than asked for now" in capsys.readouterr().out
+    assert "has rows that are not asked for now" in capsys.readouterr().out
     assert (tmp_path / "out/x.json").read_bytes() == made
     assert inference.main(told("in2", "--overwrite"), FakeBackend()) == 0
     assert [row["id"] for row in json.loads((tmp_path / "out/x.json").read_text())] == ["x", "y"]
@@ -424,3 +425,33 @@ def test_two_real_samples(shared, tiny_a, tmp_path):
     assert len(rows) == 2
     assert all(row["conversations"][1]["answer"] for row in rows)
     assert not list(Path(tmp_path).glob("*.ttf"))
+
+
+def test_closed_images_are_told_once_and_are_not_missing(world, monkeypatch):
+    close(monkeypatch, world / "images")
+    with pytest.raises(MMRoleError) as told:
+        inference.main(flags(world), FakeBackend())
+    assert str(told.value).count("cannot read: Permission denied") == 1
+    assert "missing" not in str(told.value)
+
+
+def test_a_closed_input_folder_is_not_an_empty_one(world, tmp_path, monkeypatch):
+    close(monkeypatch, world / "data")
+    with pytest.raises(MMRoleError, match="cannot read: Permission denied"):
+        inference.main(flags(world, "--input_dir", world / "data", "--output_dir", tmp_path / "out"), FakeBackend())
+
+
+def test_nobody_needs_to_read_what_is_printed(world):
+    command = [sys.executable, "-u", "-m", "tests.fake_backend", "inference", *flags(world)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    run.stdout.close()
+    assert run.wait(60) == 0
+    assert sorted(results(world / "eval")) == sorted(FILES)
+
+
+def test_an_output_folder_whose_name_is_no_utf_8(world, tmp_path, capsys):
+    folder = os.fsdecode(bytes(tmp_path) + b"/g \xff")
+    for more in (["--limit", "1"], []):
+        told = flags(world, "--eval_dir", folder, *more)
+        assert run_main(lambda told=told: inference.main(told, FakeBackend())) == 0
+    assert sorted(results(Path(folder))) == sorted(FILES)

@@ -70,14 +70,14 @@ class NativeBackend:
                 disable_progress_bar()
             try:
                 model, tokenizer = qwen_vl.load(self.model_path, dtype=self.dtype, device=device)
+                if self.batch_size == 1:
+                    self._engine = OneByOne(model, tokenizer)
+                    return self._engine
+                self._engine = BatchGenerator(
+                    model, tokenizer, max_batch_tokens=self.max_batch_tokens, max_rows=self.batch_size
+                )
             except Exception as error:
                 raise self._unloadable(error, device) from error
-            if self.batch_size == 1:
-                self._engine = OneByOne(model, tokenizer)
-                return self._engine
-            self._engine = BatchGenerator(
-                model, tokenizer, max_batch_tokens=self.max_batch_tokens, max_rows=self.batch_size
-            )
             if model.device.type == "cpu" and self.max_batch_tokens is None:
                 # What the engine found free is free only once, for all processes of this machine.
                 self._engine.max_batch_tokens = max(self._engine.max_batch_tokens // self.local_size, 1)

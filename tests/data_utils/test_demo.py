@@ -206,3 +206,9 @@ def share_of(picture: Image.Image, colour: tuple[int, int, int]) -> float:
     """The share of pixels that have nearly this colour."""
     apart = np.abs(np.asarray(picture, dtype=int) - np.array(colour)).max(axis=-1)
     return float((apart < 8).mean())
+
+
+def test_a_file_is_no_folder_for_a_world(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MMRoleError, match="a file, not a folder"):
+        main([str(tmp_path / "file")])

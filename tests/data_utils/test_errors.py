@@ -1,8 +1,12 @@
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 
 from data_utils.errors import MMRoleError, ProblemsError, raise_problems, run_main, shown
+from tests.conftest import ROOT
 
 
 def test_the_four_parts_are_labelled():
@@ -78,3 +82,10 @@ def test_run_main_after_ctrl_c(capsys):
 
     assert run_main(main) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_names_that_stdout_cannot_show_are_escaped(tmp_path):
+    code = "from data_utils.errors import run_main; run_main(lambda: print('评测 \\udcff'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert done.stdout == b"\\u8bc4\\u6d4b \\udcff\n", done.stderr

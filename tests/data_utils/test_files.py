@@ -9,7 +9,8 @@ import pytest
 
 from data_utils import files
 from data_utils.errors import MMRoleError
-from data_utils.files import Journal, published_json, read_journal, read_json, sha256_of, write_json, write_text
+from data_utils.files import Journal, published_json, read_journal, read_json, write_json, write_text
+from data_utils.presence import sha256_of
 from data_utils.row_files import write_rows
 
 SETTINGS = {"model": "abc", "seed": 0}
@@ -317,3 +318,13 @@ def test_sha256_of_what_is_no_file(tmp_path):
     with pytest.raises(MMRoleError, match="cannot read the file") as caught:
         sha256_of(tmp_path / ("x" * 300))
     assert caught.value.fix
+
+
+def test_a_journal_knows_paths_that_are_no_utf_8(tmp_path):
+    info = {"names": {"model": "/m \udcff"}}
+    with Journal.open(tmp_path / "x.journal", SETTINGS, info) as journal:
+        journal.add("a", 1)
+        with pytest.raises(UnicodeEncodeError):
+            journal.add("b", "half \ud800")
+    content = read_journal(tmp_path / "x.journal")
+    assert (content.info, content.entries) == (info, {"a": 1})

@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from data_utils.fingerprint import checkpoint_fingerprint, checkpoint_problems
+from tests.closed import close
 
 
 @pytest.fixture
@@ -103,3 +104,27 @@ def test_an_index_must_not_lead_out_of_the_folder(folder):
 
 def test_use_lora_needs_an_adapter(folder):
     assert "--use_lora" in str(checkpoint_problems(folder, use_lora=True)[0])
+
+
+@pytest.mark.parametrize("base", ["Qwen/Qwen-VL-Chat", "../adapter"])
+def test_an_adapter_whose_base_is_none(tmp_path, base):
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (problem,) = checkpoint_problems(adapter)
+    assert "names a base model that is no checkpoint folder here" in problem.what
+    assert problem.where == adapter / "adapter_config.json"
+    assert "base_model_name_or_path" in problem.fix and "--model_path" not in str(problem)
+
+
+def test_an_incomplete_base_is_not_given_with_a_flag(folder, tmp_path):
+    (folder / "qwen.tiktoken").unlink()
+    (problem,) = checkpoint_problems(make_adapter(tmp_path / "adapter", folder))
+    assert problem.where == folder
+    assert "base_model_name_or_path in" in problem.fix and "--model_path" not in str(problem)
+
+
+def test_a_closed_folder_is_not_incomplete(folder, tmp_path, monkeypatch):
+    adapter = make_adapter(tmp_path / "adapter", folder)
+    close(monkeypatch, folder)
+    for checkpoint in (folder, adapter):
+        (problem,) = checkpoint_problems(checkpoint)
+        assert (problem.what, problem.value) == ("cannot read: Permission denied", folder)

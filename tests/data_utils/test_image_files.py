@@ -2,6 +2,7 @@ import pytest
 
 from data_utils.errors import MMRoleError
 from data_utils.image_files import find_image
+from tests.closed import close
 
 
 @pytest.fixture
@@ -38,3 +39,10 @@ def test_the_image_folder_itself_may_be_a_link(folder):
     link = folder.parent / "linked"
     link.symlink_to(folder)
     assert find_image(link, "a/1.png") == link / "a" / "1.png"
+
+
+def test_a_closed_folder_is_not_an_empty_one(folder, monkeypatch):
+    close(monkeypatch, folder / "a")
+    with pytest.raises(MMRoleError, match="cannot read: Permission denied"):
+        find_image(folder, "a/1.png")
+    assert find_image(folder, "b/1.png") is None

@@ -42,6 +42,7 @@ def test_a_good_row_has_no_problems():
         (changed(conversations=SAMPLE["conversations"][::-1]), "conversations.0.from: "),
         (changed(conversations=[{"from": "user", "value": 3}, SAMPLE["conversations"][1]]), "conversations.0.value: "),
         (changed(role="\ud83d"), "half of a surrogate pair"),
+        (changed(note={"of mine": ["\ud83d"]}), "half of a surrogate pair"),
         ("not a row", "the row: "),
     ],
 )

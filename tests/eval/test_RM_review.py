@@ -12,6 +12,7 @@ from eval import RM_review
 from eval.metrics import METRIC_NAMES
 from eval.review_prompt import SYSTEM, review_prompts
 from eval.scores import read_record
+from tests.closed import close
 from tests.conftest import ROOT
 from tests.fake_backend import FakeBackend, fake_review, flags, make_world, results, sample, write_rows
 
@@ -290,3 +291,18 @@ def test_a_real_row(shared, tiny_a, tmp_path):
     assert list(row["rm_review"]) == list(METRIC_NAMES)
     assert all(record["review"] and record["failure"] for record in row["rm_review"].values())
     assert "8 failed: no [Scores] marker" in done.stderr
+
+
+def test_agents_may_be_named_one_by_one(world):
+    RM_review.main(flags(world, "--agent", "one", "--agent", "two"), FakeBackend(good))
+    assert {name.split("/")[1] for name in results(world / "eval") if "reviews" in name} == {"one", "two"}
+
+
+@pytest.mark.parametrize("shut", [".", "in-test_answers", "in-test_answers/one"])
+def test_closed_answers_are_not_missing_ones(world, monkeypatch, shut):
+    close(monkeypatch, world / "eval" / shut)
+    with pytest.raises(MMRoleError) as told:
+        RM_review.main(flags(world), FakeBackend(good))
+    assert "cannot read: Permission denied" in str(told.value) and str(world / "eval" / shut) in str(told.value)
+    if shut.endswith("one"):
+        assert RM_review.main(flags(world, "--agent", "two"), FakeBackend(good)) == 0

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_utils.errors import MMRoleError
-from eval.agents import FILES, ranked, read_agents
+from eval.agents import FILES, ranked, read_agents, unexplained_csvs
+from tests.closed import close
 from tests.eval.made_reviews import link_published, made_row, review_path, write_agent, write_rows
 
 
@@ -110,3 +111,33 @@ def test_all_failed_has_no_number_and_does_not_crash(tmp_path: Path) -> None:
     write_agent(tmp_path, "made", [made_row(0, (5, 0))])
     (agent,) = read_agents(tmp_path)
     assert agent.complete and math.isnan(agent.paper_scores()[-1])
+
+
+def test_a_closed_folder_is_told_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_agent(tmp_path, "open", [made_row()])
+    write_agent(tmp_path, "shut", [made_row()])
+    close(monkeypatch, tmp_path / "in-test_reviews" / "shut")
+    sound, shut = read_agents(tmp_path)
+    assert sound.complete and not sound.problems
+    assert [len(shut.files), len(shut.unreadable)] == [3, 3]
+    (problem,) = shut.problems
+    assert problem.value == tmp_path / "in-test_reviews" / "shut"
+    (csv := tmp_path / "in-test_results" / "shut" / "comment_test.csv").parent.mkdir(parents=True)
+    csv.write_text("")
+    assert unexplained_csvs(tmp_path) == []
+
+
+def test_a_closed_split_is_told_with_every_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_agent(tmp_path, "a", [made_row()])
+    write_agent(tmp_path, "b", [made_row()])
+    close(monkeypatch, tmp_path / "in-test_reviews")
+    for agent in read_agents(tmp_path):
+        assert len(agent.files) == 3 and not agent.complete
+        assert [problem.value for problem in agent.problems] == [tmp_path / "in-test_reviews"]
+
+
+def test_a_closed_evaluation_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_agent(tmp_path / "eval", "a", [made_row()])
+    close(monkeypatch, tmp_path / "eval")
+    with pytest.raises(MMRoleError, match="cannot read: Permission denied"):
+        read_agents(tmp_path / "eval")

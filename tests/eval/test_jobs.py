@@ -24,9 +24,9 @@ TEXTS = 6 * ROWS
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """A dead process is missed after seconds instead of a minute."""
+    """A dead process is missed after seconds instead of a minute; not so few that a busy machine seems dead."""
     monkeypatch.setattr(team, "_BEAT", 0.1)
-    monkeypatch.setattr(team, "_LOST_AFTER", 3.0)
+    monkeypatch.setattr(team, "_LOST_AFTER", 15.0)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def answer_with(world, size, *more, backend=None, script=inference, reply=fake_a
 
 def asked(world, process):
     """The requests that a process has journalled, as whole lines."""
-    journals = (world / "eval").rglob(f"*.part-{process}.journal")
+    journals = (world / "eval").rglob(f"*.journal.part-{process}")
     return sum(path.read_bytes().count(b"\n") - 1 for path in journals)
 
 
@@ -87,7 +87,7 @@ def test_reviews_with_retries(tmp_path):
     run = answer_with(together, 3, script=RM_review, reply=fake_review)
     assert run.wait()[0] == status
     assert results(together / "eval") == results(alone / "eval")
-    for journal in (together / "eval").rglob("*.part-*.journal"):
+    for journal in (together / "eval").rglob("*.journal.part-*"):
         rows = [json.loads(line)["key"].split(": ")[1] for line in journal.read_text().splitlines()[1:]]
         assert all(len({k for k in rows if k == row}) == 1 and rows.count(row) >= 8 for row in rows)
 
@@ -175,7 +175,7 @@ def test_nodes_without_a_shared_folder_are_told(world):
     assert run.wait()[0] == 2
     assert "were made by other processes and cannot be found here" in run.output()
     assert "all nodes must see the same results folder" in run.output()
-    assert list((world / "eval1").rglob("*.journal"))
+    assert list((world / "eval1").rglob("*.journal.part-*"))
 
 
 def test_errors_before_loading_are_told_once(world):
@@ -294,17 +294,19 @@ def test_a_full_disk_is_told_and_the_rest_goes_on(world, expected):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_whose_keeper_dies_hangs_nobody(world, expected, rank):
+def test_a_process_whose_keeper_dies_hangs_nobody(world, expected, rank, monkeypatch):
     """As on a node that is switched off: the child ends with its parent, and the others within seconds."""
 
     def slow(request):
-        time.sleep(0.05)
+        time.sleep(0.3)
         return fake_answer(request)
 
-    run = answer_with(world, 3, reply=slow)
-    wait_for(lambda: asked(world, rank) > 1)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(team, "_LOST_AFTER", 3.0)
+        run = answer_with(world, 3, reply=slow)
+    wait_for(run, lambda: asked(world, rank) > 1)
     kill(run.pids[rank])
-    statuses = run.wait(20)
+    statuses = run.wait(60)
     assert statuses[rank] == -signal.SIGKILL
     told = "process 2 of 3 has not been heard of" if rank == 1 else "has lost the first one"
     assert told in run.output()
@@ -325,7 +327,7 @@ def test_a_child_that_dies_while_it_draws_a_bar_stops_nobody_elses():
             kind.get_lock().acquire()
         kill(os.getpid())
 
-    ((what, *_),) = team.in_child(work, lambda: None, "process 2 of 3")
+    ((what, *_),) = team.in_child(work, lambda: None, "process 2 of 3", os.getppid())
     assert what.startswith("process 2 of 3 was killed by signal 9")
     drawing = threading.Thread(target=lambda: [kind(total=1, file=io.StringIO()).close() for kind in kinds])
     drawing.daemon = True
@@ -334,15 +336,17 @@ def test_a_child_that_dies_while_it_draws_a_bar_stops_nobody_elses():
     assert not drawing.is_alive()
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(run, condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        if time.monotonic() > end:
+            run.kill_all()
+            raise AssertionError(f"it did not happen:\n{run.output()}")
         time.sleep(0.002)
 
 
 @pytest.mark.slow
-def test_killed_at_30_random_moments(tmp_path, expected):
+def test_killed_at_30_random_moments(tmp_path, expected, monkeypatch):
     """kill -9 of one worker, of one that keeps it, or of all; then any number of processes goes on."""
     chance = random.Random(1)
     kills = number = 0
@@ -355,6 +359,7 @@ def test_killed_at_30_random_moments(tmp_path, expected):
         world = make_world(tmp_path / f"world{number}", rows=ROWS)
         number += 1
         while list(results(world / "eval").values()) != list(expected.values()):
+            monkeypatch.setattr(team, "_LOST_AFTER", 3.0 if kills < 30 else 15.0)
             run = answer_with(world, chance.choice([2, 3]), reply=slow)
             if kills < 30:
                 time.sleep(chance.uniform(0.05, 0.6))

@@ -150,7 +150,7 @@ def test_killed_and_resumed_by_another_number_of_processes(made, world, seed):
     journalled = chance.choice([0, 2, 5])
     run = together(world, 3, "--batch_size", 2, make_backend=Slow)
     end = time.monotonic() + 60
-    while sum(p.read_bytes().count(b"\n") - 1 for p in world.rglob("*.part-*.journal")) < journalled:
+    while sum(p.read_bytes().count(b"\n") - 1 for p in world.rglob("*.journal.part-*")) < journalled:
         assert time.monotonic() < end
         time.sleep(0.002)
     time.sleep(chance.uniform(0, 0.3))

@@ -100,8 +100,9 @@ def test_no_valid_ratio_gives_nan(tmp_path: Path) -> None:
     assert csv_bytes(read_reviews(write_rows(tmp_path / "b.json", []))).endswith(b"\r\n0" + b",nan" * 8 + b"\r\n")
 
 
-def test_a_denominator_next_to_zero_does_not_swallow_the_mean(tmp_path: Path) -> None:
-    rows = [made_row(0, (5, 10)), made_row(1, (10, 5e-324))]
+@pytest.mark.parametrize("least", [5e-324, 1e-300, 1e-7, math.nan, -math.inf])
+def test_a_score_of_no_sense_costs_its_own_row_alone(tmp_path: Path, least: float) -> None:
+    rows = [made_row(0, (5, 10)), made_row(1, (10, least))]
     assert np.array_equal(read_reviews(write_rows(tmp_path / "a.json", rows)).means, np.full(8, 0.5))
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from data_utils.errors import MMRoleError
 from data_utils.files import published_json, read_journal
+from eval.journals import journal_path, part_journal, part_journals
 from eval.progress import Progress
 from eval.result_files import ResultFile, Settings, State, Unit, inspect
 from eval.runs import derive_seed, run_files
@@ -198,12 +199,12 @@ def test_journals_of_several_processes_count_together(tmp_path):
     file.journal.parent.mkdir(parents=True)
     file.journal.write_bytes(header + lines[0])
     failed = json.dumps({"key": "row0", "value": {"prompt": file.units[0].prompt, "attempt": 0, "error": "x"}})
-    file.journal.with_suffix(".part-1.journal").write_bytes(header + failed.encode() + b"\n" + lines[2])
+    file.journal.with_suffix(".journal.part-1").write_bytes(header + failed.encode() + b"\n" + lines[2])
     _, backend = run(file)
     assert [request.text for request in backend.requests] == ["ask row1", "ask row3"]
     assert file.target.read_bytes() == alone.target.read_bytes()
     other = header.replace(b"abc", b"xyz")
-    file.journal.with_suffix(".part-2.journal").write_bytes(other + lines[0])
+    file.journal.with_suffix(".journal.part-2").write_bytes(other + lines[0])
     with pytest.raises(MMRoleError, match="different settings"):
         run(file)
     run(file, overwrite=True)
@@ -220,7 +221,7 @@ class Unloadable(FakeBackend):
 OTHER = Settings({"model": "xyz"}, {"names": {"model": "/b"}})
 
 
-@pytest.mark.parametrize("name", ["x.journal", "x.part-0.journal"])
+@pytest.mark.parametrize("name", ["x.journal", "x.journal.part-0"])
 def test_a_run_without_a_text_locks_nobody_to_its_settings(tmp_path, name):
     file = make_file(tmp_path)
     with pytest.raises(MMRoleError, match="cannot be loaded"):
@@ -239,7 +240,7 @@ def test_overwrite_destroys_nothing_before_the_first_text(tmp_path):
     file = make_file(tmp_path)
     run(file)
     header, *lines = file.journal.read_bytes().splitlines(keepends=True)
-    file.target.with_name("x.part-1.journal").write_bytes(header + lines[0])
+    file.target.with_name("x.journal.part-1").write_bytes(header + lines[0])
     before = folder_of(file)
     with pytest.raises(MMRoleError, match="cannot be loaded"):
         run(file, Unloadable(), settings=OTHER, overwrite=True)
@@ -263,7 +264,7 @@ def test_what_overwrite_replaces_counts_no_longer_after_its_first_text(tmp_path)
 
     file, straight = make_file(tmp_path / "a"), make_file(tmp_path / "b")
     run(file)
-    file.journal.rename(file.target.with_name("x.part-1.journal"))
+    file.journal.rename(file.target.with_name("x.journal.part-1"))
     with pytest.raises(KeyboardInterrupt):
         run(file, Dying(lambda request: "new"), settings=OTHER, overwrite=True)
     _, backend = run(file, FakeBackend(lambda request: "new"), settings=OTHER)
@@ -278,7 +279,7 @@ def test_overwrite_replaces_damaged_journals(tmp_path, content):
     file = make_file(tmp_path)
     run(file)
     file.journal.write_bytes(content)
-    file.target.with_name("x.part-1.journal").write_bytes(content)
+    file.target.with_name("x.journal.part-1").write_bytes(content)
     assert len(run(file, overwrite=True)[1].requests) == 3
     assert run(file)[0].state is State.FINISHED
 
@@ -338,6 +339,28 @@ def test_rows_of_the_same_input_may_become_more_or_fewer(tmp_path):
     run(rows_of(tmp_path, everything, everything))
     assert len(json.loads((tmp_path / "out/x.json").read_bytes())) == 3
     assert run(rows_of(tmp_path, everything[:1], everything))[0].state is State.LARGER
+
+
+def test_other_rows_of_the_same_input_push_nothing_out(tmp_path):
+    """As with a limit and images that came later."""
+    everything = ["a0", "a1", "a2"]
+    run(rows_of(tmp_path, everything[1:], everything))
+    made = (tmp_path / "out/x.json").read_bytes()
+    report, backend = run(rows_of(tmp_path, everything[:2], everything))
+    assert report.state is State.LARGER
+    assert backend.requests == [] and (tmp_path / "out/x.json").read_bytes() == made
+
+
+def test_names_that_look_like_a_part_of_another_file(tmp_path):
+    """`x.part-1.json` and `x.journal.json` beside `x.json`, in all of which several processes work."""
+    targets = [tmp_path / f"{name}.json" for name in ("x", "x.part-1", "x.journal", "x.journal.part-1")]
+    journals = [journal_path(target) for target in targets]
+    parts = [part_journal(target, process) for target in targets for process in range(3)]
+    assert len({*targets, *journals, *parts}) == 4 + 4 + 12
+    for path in (*targets, *journals, *parts):
+        path.write_text("{}")
+    assert {part for target in targets for part in part_journals(target)} == set(parts)
+    assert all(len(part_journals(target)) == 3 for target in targets)
 
 
 def test_an_error_at_a_further_attempt_leaves_the_text_before(tmp_path):

@@ -1,8 +1,10 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from finetune import report
 from finetune.report import Throughput, versions, write_report
 
 
@@ -20,6 +22,16 @@ def test_report_and_curves(tmp_path: Path) -> None:
             assert picture.format == "PNG"
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 3
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_curve_that_cannot_be_drawn_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ImportError("no matplotlib here")
+
+    monkeypatch.setattr(report, "draw_curves", broken)
+    with pytest.warns(UserWarning, match=r"loss\.png could not be drawn: no matplotlib here"):
+        write_report([tmp_path], {"state": "finished"}, [{"step": 1, "loss": 1.0}])
+    assert json.loads((tmp_path / "training.json").read_text())["state"] == "finished"
 
 
 def test_no_curve_without_a_step(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A model small enough for every test: byte vocabulary, width 128, training length 32, so NTK shows early."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def small_model(**changes: object) -> QwenVLForCausalLM:
     model = QwenVLForCausalLM(small_config(initializer_range=0.15, **changes)).eval()
     model.generation_config.update(do_sample=False, max_new_tokens=8, pad_token_id=RANKS, eos_token_id=RANKS)
     return model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Work this small is slower on several threads, by far where other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,40 @@ def test_generation_ends_at_a_stop(tokenizer: QwenVLTokenizer, stop: str) -> Non
     model.lm_head.forward = answer
     assert model.chat(tokenizer, "q", do_sample=False, max_new_tokens=4)[0] == "AB"
     assert len(calls) == 3
+
+
+def test_without_a_limit_an_answer_may_have_what_the_released_settings_give(
+    tokenizer: QwenVLTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the engine; generate() alone would end after 20 tokens."""
+    model, asked = small_model(), []
+
+    def generate(**settings: Any) -> torch.Tensor:
+        asked.append(settings.get("max_new_tokens"))
+        return settings["input_ids"]
+
+    monkeypatch.setattr(model, "generate", generate)
+    model.chat(tokenizer, "q")
+    model.generation_config.max_new_tokens = None
+    model.chat(tokenizer, "q")
+    model.chat(tokenizer, "q", max_new_tokens=3)
+    assert asked == [None, 512, 3]
+
+
+@pytest.mark.parametrize(
+    "history", [[{"role": "user", "content": "a"}], [("a", None)], [("a",)], [(5, "b")], ["abc"], [None]]
+)
+def test_history_of_something_else(model: QwenVLForCausalLM, tokenizer: QwenVLTokenizer, history: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"history is a pair|a text or a list of elements"):
+        model.chat(tokenizer, "q", history=history)
+
+
+def test_no_window_keeps_no_history(tokenizer: QwenVLTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = small_model(), []
+    monkeypatch.setattr(model, "generate", lambda **settings: asked.append(settings) or settings["input_ids"])
+    model.chat(tokenizer, "q", history=[("a", "b")], max_window_size=0)
+    model.chat(tokenizer, "q")
+    assert asked[0]["input_ids"].equal(asked[1]["input_ids"])
 
 
 def test_stream_grows_and_ends_as_the_whole_text(model: QwenVLForCausalLM, tokenizer: QwenVLTokenizer) -> None:

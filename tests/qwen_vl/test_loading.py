@@ -121,6 +121,18 @@ def test_missing_weights_are_never_drawn_at_random(base: Path) -> None:
         qwen_vl.load(base)
 
 
+@pytest.mark.parametrize("part", ["decoder", "vision tower"])
+def test_layers_that_the_config_leaves_out(base: Path, part: str) -> None:
+    config = json.loads((base / "config.json").read_text())
+    if part == "decoder":
+        config["num_hidden_layers"] -= 1
+    else:
+        config["visual"]["layers"] -= 1
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"weights of layers that its config.json does not have: transformer\."):
+        qwen_vl.load(base)
+
+
 def test_vocabulary_of_another_length(base: Path) -> None:
     """As one cut at the end of a line: its ranks have no gap, and every special token has another number."""
     with (base / "qwen.tiktoken").open("a") as vocabulary:
