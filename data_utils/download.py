@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data_utils.download_coco import COCO_FOLDER, IMAGE_BYTES, fetch_coco, missing_coco, referenced_coco
 from data_utils.errors import MMRoleError, run_main
+from data_utils.files import write_error
 from data_utils.image_files import image_name_problem
 from data_utils.transfer import Retries, Source, StoppedError, failures, fetch_file, first_line, in_parallel
 
@@ -156,6 +157,7 @@ def fetch_repo(repo: HubRepo, folder: Path, workers: int, retries: Retries) -> t
     missing = _missing(repo, folder, workers)
     come, size = sum(_come(file, folder) for file in missing), sum(file.size for file in missing)
     check_space(folder, size - come)
+    keep_changed(missing, folder)
     with tqdm(
         desc=repo.name, total=size, initial=come, unit="B", unit_scale=True, disable=None, mininterval=0.5
     ) as bar:
@@ -174,6 +176,24 @@ def remove_leftovers(repo: HubRepo, folder: Path) -> None:
         for path in place.glob("*.part"):
             if _PART.fullmatch(path.name) and path not in wanted:
                 path.unlink(missing_ok=True)
+
+
+def keep_changed(missing: Sequence[HubFile], folder: Path) -> None:
+    """Keeps JSON files that are there and are not the hub's beside their places: somebody may have worked on them.
+
+    A file that is being fetched never stands in its place half-way.
+
+    Raises:
+        MMRoleError: One cannot be kept; nothing is fetched then.
+    """
+    for path in [folder / file.path for file in missing if file.path.endswith(".json")]:
+        kept = path.with_name(f"{path.name}.before")
+        try:
+            if path.is_file() and path.stat().st_size:
+                shutil.copy2(path, kept)
+                print(f"{path} is not the hub's (any more); what is there is kept as {kept.name}")
+        except OSError as error:
+            raise write_error(kept, error, "nothing was fetched over it") from error
 
 
 def bytes_to_come(repo: HubRepo, folder: Path) -> int:

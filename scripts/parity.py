@@ -29,6 +29,7 @@ from rich.table import Table
 
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import read_json, write_text
+from eval.flag_types import positive
 from qwen_vl.loading import ADAPTER_CONFIG
 
 HERE = Path(__file__).resolve().parent
@@ -159,12 +160,12 @@ def run_side(name: str, command: Sequence[str], work: Path, environ: Mapping[str
     status = subprocess.run(  # noqa: S603 - a list, no shell
         command, cwd=work, env=environ, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False
     ).returncode
-    if status:
+    if status or not all((work / f"{name}{kind}").is_file() for kind in (".json", ".npz")):
         raise MMRoleError(
             f"the {name} side did not come to its end (its own lines above say why)",
             f"exit status {status}" + (" (killed: out of memory?)" if status in (-9, 137) else ""),
             " ".join(command),
-            "with too little memory: --dtype bfloat16, or fewer --lengths",
+            "mend what its last lines name; with too little memory: --dtype bfloat16, or fewer --lengths",
         )
     content = json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
     return Side(content["facts"], content["values"], np.load(work / f"{name}.npz"))
@@ -301,7 +302,7 @@ def run(options: argparse.Namespace, work: Path, console: Console) -> tuple[list
         command = [*guard.launcher, python, str(HERE / "reference" / "run.py"), *arguments]
         sides["released"] = run_side("reference", command, work, released_environment(work))
         sides["released"].facts["guard"] = guard.told  # said here: the code could say anything
-        allowed = options.tolerance or ALLOWED[sides["released"].facts["dtype"]]
+        allowed = ALLOWED[sides["released"].facts["dtype"]] if options.tolerance is None else options.tolerance
         rows = compare(cases, sides["ours"], sides["released"], allowed)
     show(rows, sides, console)
     return rows, sides
@@ -367,9 +368,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="default: float32, which decides; in the others rounding alone may turn a close choice of a token",
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="*", default=LENGTHS, help=f"of the long prompts, in tokens (default: {LENGTHS})"
+        "--lengths",
+        type=positive,
+        nargs="*",
+        default=LENGTHS,
+        help=f"tokens of the long prompts (default: {LENGTHS})",
     )
-    parser.add_argument("--new_tokens", type=int, default=24, help="of every text that is compared (default: 24)")
+    parser.add_argument("--new_tokens", type=positive, default=24, help="of every text that is compared (default: 24)")
     parser.add_argument("--tolerance", type=float, help=f"of vision and logits, in deviations (default: {ALLOWED})")
     parser.add_argument("--report", type=Path, metavar="FILE", help="also write the table there, as JSON")
     return parser.parse_args(arguments)

@@ -149,6 +149,14 @@ def test_an_adapters_base_is_found_from_the_work_folder(
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_side_that_ends_early(tmp_path: Path, status: int) -> None:
+    """Whatever its exit status: code that is run may end the process as it likes."""
+    command = [sys.executable, "-c", f"raise SystemExit({status})"]
+    with pytest.raises(MMRoleError, match="did not come to its end"):
+        parity.run_side("reference", command, tmp_path, os.environ)
+
+
 def test_flag_must_be_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parity.main([str(stand_in.write(tmp_path / "same")), "--i_trust"])
