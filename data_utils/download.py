@@ -115,6 +115,10 @@ def list_repo(
     for file in files:
         if image_name_problem(file.path):
             raise MMRoleError("the hub lists a path that leads elsewhere", file.path, name, "use another mirror")
+        if not isinstance(file.size, int) or file.size < 0:
+            raise MMRoleError(
+                "the hub lists a size that is none", f"{file.path}: {file.size!r}", name, "use another mirror"
+            )
     return HubRepo(name, kind, commit, tuple(file for file in files if wanted(file.path)), endpoint)
 
 
