@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_utils.errors import MMRoleError, raise_problems, run_main
+from data_utils.presence import SHOWN, is_file, is_folder, listed
 from data_utils.prompts import (
     CURIOUS_HUMAN,
     HUMAN,
@@ -151,10 +152,16 @@ def iterate_samples(
 
 
 def dialogue_files(data_root: str | Path, split: str, kind: str) -> list[Path]:
-    """Gives the files of ``dialogues/<split>/<kind>``, those of a folder or one file, in order of file name."""
+    """Gives the files of ``dialogues/<split>/<kind>``: the single file first, then a folder's in order of file name.
+
+    Published splits have the one or the other; new dialogues beside a published single file make a folder.
+
+    Raises:
+        UnreadableError: a folder may not be read.
+    """
     place = Path(data_root) / "dialogues" / split / kind
     single = place.with_name(f"{kind}.json")
-    return sorted(place.glob("*.json")) if place.is_dir() else [single] if single.is_file() else []
+    return [*([single] if is_file(single) else []), *listed(place, f"{SHOWN}.json")]
 
 
 def iterate_dialogues(data_root: str | Path, split: str, kind: str) -> Iterator[dict[str, Any]]:
@@ -166,7 +173,7 @@ def iterate_dialogues(data_root: str | Path, split: str, kind: str) -> Iterator[
     """
     place = Path(data_root) / "dialogues" / split / kind
     files = dialogue_files(data_root, split, kind)
-    if not files and not place.is_dir():
+    if not files and not is_folder(place):
         raise MMRoleError(
             "no dialogues", value=f"{kind} ({split})", where=str(place), fix="check the data root, or download the data"
         )
@@ -205,7 +212,7 @@ def tested_dialogues(data_root: str | Path) -> frozenset[str]:
     for path in paths_of_tests(data_root):
         rows, wrong = read_rows(path, Named)
         ids += [row["id"] for row in rows]
-        problems += wrong if path.is_file() else [_no_test_file(path)]
+        problems += wrong if is_file(path) else [_no_test_file(path)]
     raise_problems(problems)
     return frozenset(map(dialogue_id, ids))
 

@@ -5,7 +5,8 @@
     python -m data_utils.build DATA_ROOT --reviews FOLDER    RM_data/{train/RM-train_23k,test/RM-test_320}.json
 
 Training samples come from the in-distribution dialogues, without those that a test sample of data/test was drawn from.
---test builds the samples that data/test names; without data/test, one turn of each out-of-distribution dialogue, drawn.
+--test builds the samples that data/test names; without its six files, one turn of each out-of-distribution dialogue,
+drawn.
 --reviews takes reviewed rows of any reviewer, as eval/RM_review.sh writes them (<split>-test_reviews/<agent>/*.json).
 """
 
@@ -14,12 +15,12 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data_utils.build import KINDS, SPLITS, build_sample, dialogue_id, iterate_samples, speaker
+from data_utils.build import KINDS, SPLITS, build_sample, dialogue_id, iterate_samples, paths_of_tests, speaker
 from data_utils.build_reviews import (
     PUBLISHED_REVIEWS,
     PUBLISHED_VALIDATION,
@@ -32,8 +33,9 @@ from data_utils.build_reviews import (
 from data_utils.errors import MMRoleError, raise_problems, shown
 from data_utils.files import write_error
 from data_utils.image_files import images_below
+from data_utils.presence import is_file, is_folder
 from data_utils.prompts import HUMAN
-from data_utils.row_files import first_problems, write_rows
+from data_utils.row_files import first_problems, write_row_files, write_rows
 from data_utils.schema import Named, Row
 from data_utils.sources import Sources
 
@@ -65,16 +67,25 @@ def training_rows(sources: Sources, *, sane_partner: bool = False, counts: Count
                 sources.problems.append(error)
 
 
-def test_rows(sources: Sources, split: str, kind: str, *, sane_partner: bool, seed: int) -> tuple[list[Row], list[str]]:
+def test_rows(
+    sources: Sources, named: Sequence[Path], split: str, kind: str, *, sane_partner: bool, seed: int
+) -> tuple[list[Row], list[str]]:
     """The test samples of a split and kind.
+
+    Args:
+        sources: Where they come from.
+        named: The roots whose data/test names the samples; see `Sources.whole_tests`.
+        split: Of the dialogues.
+        kind: Of the dialogues.
+        sane_partner: The partner is the dialogue's other speaker, instead of the published rule.
+        seed: Of the turns that are drawn.
 
     Returns:
         Those that data/test names, in its order, and the ids of those whose dialogue is not here. Without data/test,
         one drawn turn of each out-of-distribution dialogue, and no ids.
     """
-    paths = [root / "data" / "test" / split / f"{kind}_test.json" for root in sources.roots]
-    wanted = [row["id"] for path in paths if path.is_file() for row in sources.rows(path, Named)]
-    named = any((root / "data" / "test").is_dir() for root in sources.roots)
+    paths = [root / "data" / "test" / split / f"{kind}_test.json" for root in named]
+    wanted = list(dict.fromkeys(row["id"] for path in paths for row in sources.rows(path, Named)))
     ids = {dialogue_id(name) for name in wanted}
     dialogues = {d["id"]: d for d in sources.dialogues(split, kind) if not named or d["id"] in ids}
     if not named:
@@ -115,7 +126,7 @@ def _build_training(options: argparse.Namespace) -> None:
     out = options.out or options.data_root / TRAIN_FILE
     counts: Counter[str] = Counter()
     rows = training_rows(sources, sane_partner=options.sane_partner, counts=counts)
-    if not any((root / "data" / "test").is_dir() for root in sources.roots):
+    if not any(is_folder(root / "data" / "test") for root in sources.roots):
         print("no data/test here: no dialogue is held out")
     with_bar = tqdm(rows, "training samples", disable=None, unit=" samples")
     total = write_rows(out, _some(with_bar, sources), sources.problems)
@@ -166,23 +177,33 @@ def _build_tests(options: argparse.Namespace) -> None:
         )
     sources = Sources([options.data_root, *options.extra_root])
     sources.compare_images()
-    built = {
-        (split, kind): test_rows(sources, split, kind, sane_partner=options.sane_partner, seed=options.seed)
-        for split in SPLITS
-        for kind in KINDS
-    }
-    absent = [name for _, names in built.values() for name in names]
-    over = [root for root in sources.roots if options.out.resolve() == (root / "data" / "test").resolve()]
-    if absent and over and not sources.problems:
-        fix = "choose another folder, or bring in the dialogues"
-        problem = f"{len(absent):,} test samples would be lost, whose dialogues are not here"
-        sources.problems.append(MMRoleError(problem, absent[:5], "--out", fix))
+    named = sources.whole_tests(options.out)
+    files: dict[str, list[Row]] = {}  # all six: a test set has none missing, and [] where it has no rows
+    absent: list[str] = []
+    for split in SPLITS:
+        for kind in KINDS:
+            rows, names = test_rows(sources, named, split, kind, sane_partner=options.sane_partner, seed=options.seed)
+            files[f"{split}/{kind}_test.json"] = rows
+            absent += names
+    if not sources.problems:
+        _keep_tests(sources, options.out, files)
     raise_problems(first_problems(sources.problems))
-    for (split, kind), (rows, _) in built.items():  # all six: a test set has none missing, and [] where it has no rows
-        write_rows(options.out / split / f"{kind}_test.json", rows)
-    print(f"{sum(len(rows) for rows, _ in built.values()):,} test samples written to {options.out.resolve()}")
+    total = write_row_files(options.out, files)
+    print(f"{total:,} test samples written to {options.out.resolve()}")
     if absent:
         print(f"{len(absent):,} of data/test left out, their dialogues are not here: {shown(', '.join(absent[:3]))} …")
+
+
+def _keep_tests(sources: Sources, out: Path, files: Mapping[str, Sequence[Row]]) -> None:
+    """That samples of a root's test set would be lost when files are written over it is a problem."""
+    over = [root for root in sources.roots if out.resolve() == (root / "data" / "test").resolve()]
+    there = [path for path in paths_of_tests(over[0]) if is_file(path)] if over else []
+    built = {row["id"] for rows in files.values() for row in rows}
+    lost = [row["id"] for path in there for row in sources.rows(path, Named) if row["id"] not in built]
+    if lost and not sources.problems:
+        problem = f"{len(lost):,} test samples would be lost, whose dialogues are not here or that are not drawn again"
+        fix = "choose another folder, bring in the dialogues, or draw with the same --seed"
+        sources.problems.append(MMRoleError(problem, lost[:5], "--out", fix))
 
 
 def _build_reviews(options: argparse.Namespace) -> None:

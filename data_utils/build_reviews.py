@@ -5,11 +5,12 @@ from __future__ import annotations
 import pkgutil
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_utils.build import ReviewPrompts, reward_model_samples
-from data_utils.errors import MMRoleError, raise_problems
+from data_utils.errors import MMRoleError, raise_problems, shown
 from data_utils.row_files import first_problems, write_rows
 from data_utils.schema import ReviewedRow, Row, read_rows
 
@@ -75,16 +76,32 @@ def write_reviews(
 
 
 def named_function(name: str) -> ReviewPrompts:
-    """The function that `module:function` names.
+    """The function that `module:function` names; when it is called, what it gives is checked.
 
     Raises:
         MMRoleError: There is none.
     """
     try:
-        return pkgutil.resolve_name(name)
+        function = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         fix = f"give it as module:function ({error})"
         raise MMRoleError("no such function", name, "--review_prompts", fix) from error
+
+    def checked(row: Mapping[str, Any]) -> Mapping[str, tuple[str, str]]:
+        fix = "name a function that takes a reviewed row and gives {metric: (system, text)}"
+        try:
+            found = function(row)
+        except TypeError as error:  # it takes something else, or is no function
+            raise MMRoleError(f"it makes no prompts: {error}", name, "--review_prompts", fix) from error
+        if not isinstance(found, Mapping) or not all(map(_is_prompt, found.values())):
+            raise MMRoleError(f"it makes no prompts, but {shown(repr(found))}", name, "--review_prompts", fix)
+        return found
+
+    return checked
+
+
+def _is_prompt(prompt: object) -> bool:
+    return isinstance(prompt, tuple | list) and len(prompt) == 2 and all(isinstance(part, str) for part in prompt)
 
 
 def _review_samples(reviews: Sequence[tuple[str, Row]], prompts: ReviewPrompts) -> Iterator[Row]:

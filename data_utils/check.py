@@ -15,17 +15,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_utils.build import SPLITS, Characters
 from data_utils.check_dialogues import check_annotations, check_dialogues, read_characters
 from data_utils.check_samples import LengthMeter, check_reward_model, check_tests, check_training
-from data_utils.errors import MMRoleError, run_main
+from data_utils.errors import MMRoleError, raise_problems, run_main
 from data_utils.examination import COCO, Examination, image_files
 from data_utils.files import write_text
 from data_utils.findings import Report
 from data_utils.image_files import clashing_images
+from data_utils.sources import root_problems
 from qwen_vl import QwenVLImageProcessor, QwenVLTokenizer
 
 PARTS = ("dialogues", "profiles", "data", "RM_data")
@@ -52,13 +53,14 @@ def check_roots(
         Each root with its report.
 
     Raises:
-        MMRoleError: A folder is not there, or holds nothing of a data root.
+        MMRoleError: A folder is not there, holds nothing of a data root, or is given twice.
     """
     roots = [data_root, *extra_roots]
     for root in roots:
         if not any((root / part).is_dir() for part in PARTS):
             fix = f"choose a folder that holds {', '.join(PARTS)}"
             raise MMRoleError("the folder holds no data", None if root.is_dir() else "not there", root, fix)
+    raise_problems(root_problems(roots))
     profiles: dict[str, str] = {}
     scripts: dict[str, str] = {}
     everybody = Characters(profiles, scripts)
@@ -73,7 +75,7 @@ def check_roots(
         for image, other in clashing_images(examination.root, roots[:number]):
             examination.report.add("clashing_image", f"images/{image}", detail=f"another one in {other}")
     tested = {name for examination in all_of_them for name in examination.tested}
-    ids: dict[tuple[str, str], str] = {}
+    ids: dict[tuple[str, str], tuple[Path, str]] = {}
     for examination in all_of_them:
         examination.tested = tested
         examination.ids = ids = {**ids, **examination.ids}
@@ -162,8 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there, as JSON")
     parser.add_argument("--decode", action="store_true", help="decode every image that is referred to")
     parser.add_argument("--tokenizer", type=Path, metavar="CHECKPOINT", help="measure training samples in its tokens")
-    parser.add_argument("--max_length", type=int, default=3072, help="tokens the trainer keeps (%(default)s)")
-    parser.add_argument("--examples", type=int, default=5, help="how many to show of each finding (%(default)s)")
+    parser.add_argument("--max_length", type=_at_least(1), default=3072, help="tokens the trainer keeps (%(default)s)")
+    parser.add_argument(
+        "--examples", type=_at_least(0), default=5, help="how many to show of each finding (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     meter = _meter(options.tokenizer, options.max_length) if options.tokenizer else None
     reports = check_roots(
@@ -173,6 +177,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text(options.json, as_json(reports))
     _show(as_text(reports))
     return exit_status(reports)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """What reads a flag's whole number."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 def _show(text: str) -> None:

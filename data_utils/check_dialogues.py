@@ -9,7 +9,8 @@ from typing import Any
 
 from data_utils.build import KINDS, SPLITS, dialogue_files, speaker
 from data_utils.check_samples import check_rebuilt
-from data_utils.examination import COCO, Examination, image_files
+from data_utils.errors import MMRoleError
+from data_utils.examination import COCO, UNREADABLE, Examination, image_files
 from data_utils.prompts import HUMAN
 from data_utils.schema import Annotation, Dialogue, Profiles, Roles, Row, validate_value
 
@@ -64,14 +65,23 @@ def check_annotations(examination: Examination) -> None:
             report.add("duplicate_id", name, image, "the image is annotated twice")
         seen.add(image)
         if examination.find_image(image) is None:
-            other = there.get(image.casefold())
-            kind = "missing_coco" if image.startswith(COCO) else "unknown_image"
-            report.add("misnamed_image" if other else kind, name, image, f"there is {other}" if other else "")
+            _report_unfound(examination, name, image, there.get(image.casefold()))
         blank = [key for key in INFORMATION if row[key] != row[key].strip()]
         if blank:
             report.add("scene_blanks", name, f"{image}, {', '.join(blank)}", row[blank[0]][-20:])
         for key in INFORMATION:
             examination.check_text(name, f"{image}, {key}", row[key])
+
+
+def _report_unfound(examination: Examination, name: str, image: str, other: str | None) -> None:
+    """Reports an annotated image that is not there; `other` is what has its name in whatever case."""
+    kind = "missing_coco" if image.startswith(COCO) else "unknown_image"
+    if other is not None and other != image:
+        examination.report.add("misnamed_image", name, image, f"there is {other}")
+    elif (examination.root / "images" / image).is_symlink():
+        examination.report.add(kind, name, image, "its link leads nowhere")
+    else:
+        examination.report.add(kind, name, image)
 
 
 def check_dialogues(examination: Examination) -> None:
@@ -97,7 +107,11 @@ def check_dialogues(examination: Examination) -> None:
 
 def _files(examination: Examination, split: str, kind: str) -> list[Path]:
     """The files of a split's dialogues of a kind; none is a word in the report."""
-    files = dialogue_files(examination.root, split, kind)
+    try:
+        files = dialogue_files(examination.root, split, kind)
+    except MMRoleError as error:  # a folder that may not be read
+        examination.report.add("unreadable_file", f"dialogues/{split}/{kind}", detail=error.what)
+        return []
     if not files:
         examination.report.absent.append(f"dialogues/{split}/{kind}")
     return files
@@ -161,7 +175,7 @@ def _collect_answers(
 
 def _values(examination: Examination, path: Path, form: Any) -> Mapping[str, Any]:
     found = examination.read(path)
-    if found is None:
+    if found is UNREADABLE:
         return {}
     problems = validate_value(found, form, path)
     for problem in problems:

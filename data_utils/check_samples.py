@@ -10,6 +10,7 @@ from pathlib import Path
 from data_utils.build import KINDS, SPLITS, build_sample, dialogue_id
 from data_utils.errors import MMRoleError
 from data_utils.examination import Examination
+from data_utils.presence import is_folder
 from data_utils.prompts import picture_line
 from data_utils.schema import Named, RewardSample, Row, TestSample, TrainSample, validate_row
 from qwen_vl.tokenization import IMAGE_SPAN, QwenVLTokenizer
@@ -66,15 +67,14 @@ class LengthMeter:
 def check_tests(examination: Examination) -> None:
     """Looks at the test files, and remembers of which dialogues they are."""
     root, report = examination.root, examination.report
-    if not (root / "data" / "test").is_dir():
+    folders = [root / "data" / "test" / split for split in SPLITS]
+    if not any(map(is_folder, folders)):
         report.absent.append("data/test")
         return
-    for split in SPLITS:
-        folder = root / "data" / "test" / split
-        if not folder.is_dir():
-            report.absent.append(f"data/test/{split}")
-            continue
-        for path in sorted({*folder.glob("*.json"), *(folder / f"{kind}_test.json" for kind in KINDS)}):
+    for folder in folders:  # if there is one, all six files must be
+        for path in sorted(
+            {*examination.files(examination.name(folder)), *(folder / f"{kind}_test.json" for kind in KINDS)}
+        ):
             for row in examination.rows(path, TestSample, "test sample"):
                 _check_test(examination, examination.name(path), row)
 
@@ -127,7 +127,7 @@ def check_reward_model(examination: Examination, meter: LengthMeter | None) -> N
 
 
 def _files(examination: Examination, folder: str) -> list[Path]:
-    files = sorted((examination.root / folder).glob("*.json"))
+    files = examination.files(folder)
     if not files:
         examination.report.absent.append(folder)
     return files

@@ -13,12 +13,14 @@ from data_utils.errors import MMRoleError
 from data_utils.files import read_json
 from data_utils.findings import Report
 from data_utils.image_files import find_image, leads_outside
+from data_utils.presence import SHOWN, listed
 from data_utils.schema import Record, Row, validate_row
 from qwen_vl.tokenization import SPECIAL_TOKENS
 
 SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COCO = "COCO/"
+UNREADABLE = object()  # instead of a file's content, which may be null
 _LEFTOVER = re.compile(r"\{[A-Za-z_]+\}")
 
 
@@ -35,7 +37,7 @@ class Examination:
         wanted: Test samples by the id of their dialogue.
         images: Who first refers to an image: file and id.
         trained: Images of dialogues that training samples are made of.
-        ids: Where an id was seen first, by kind of record.
+        ids: The root and the file in which an id was seen first, by kind of record.
     """
 
     root: Path
@@ -46,20 +48,28 @@ class Examination:
     wanted: dict[str, list[tuple[str, Row]]] = field(default_factory=dict)
     images: dict[str, tuple[str, str]] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
-    ids: dict[tuple[str, str], str] = field(default_factory=dict)
+    ids: dict[tuple[str, str], tuple[Path, str]] = field(default_factory=dict)
 
     def name(self, path: Path) -> str:
         """A file's name as findings show it."""
         return path.relative_to(self.root).as_posix()
 
     def read(self, path: Path) -> Any:
-        """A JSON file's content, or None if it cannot be read, which is a finding."""
+        """A JSON file's content, or `UNREADABLE` if it cannot be read, which is a finding."""
         try:
             return read_json(path)
         except MMRoleError as error:
             detail = ", ".join(str(part) for part in (error.what, error.value) if part and str(part) != str(path))
             self.report.add("unreadable_file", self.name(path), _place(error, path), detail)
-            return None
+            return UNREADABLE
+
+    def files(self, folder: str) -> list[Path]:
+        """The JSON files of a folder, in order; that it may not be read is a finding."""
+        try:
+            return listed(self.root / folder, f"{SHOWN}.json")
+        except MMRoleError as error:
+            self.report.add("unreadable_file", folder, detail=error.what)
+            return []
 
     def rows(self, path: Path, record: type[Record], sort: str) -> Iterator[Row]:
         """The rows of a file that are as they should be; all others, and ids that come again, are findings.
@@ -70,7 +80,7 @@ class Examination:
             sort: Within what ids must differ; empty where rows have none.
         """
         rows = self.read(path)
-        if rows is None:
+        if rows is UNREADABLE:
             return
         if not isinstance(rows, list):
             self.report.add(
@@ -86,8 +96,10 @@ class Examination:
             if sort:
                 key = (sort, row["id"])
                 if key in self.ids:
-                    self.report.add("duplicate_id", self.name(path), row["id"], f"also in {self.ids[key]}")
-                self.ids.setdefault(key, self.name(path))
+                    root, file = self.ids[key]
+                    other = f" of {root}" if root != self.root else ""
+                    self.report.add("duplicate_id", self.name(path), row["id"], f"also in {file}{other}")
+                self.ids.setdefault(key, (self.root, self.name(path)))
             yield row
 
     def problem(self, path: Path, problem: MMRoleError) -> None:

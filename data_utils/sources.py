@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_utils.build import SPLITS, Characters, dialogue_files, tested_dialogues
+from data_utils.build import SPLITS, Characters, dialogue_files, paths_of_tests, tested_dialogues
 from data_utils.errors import MMRoleError, ProblemsError, raise_problems
 from data_utils.image_files import clashing_images
+from data_utils.presence import is_file, is_folder
 from data_utils.schema import Dialogue, Profiles, Roles, Row, read_rows, read_value
 
 _MOST_NAMES = 20
@@ -26,13 +27,15 @@ class Sources:
         problems: What was found wrong so far; whoever reads dialogues raises them when all are read.
 
     Raises:
-        ProblemsError: Files of characters are missing or wrong, or two roots have different ones of one name, with
-            everything that is.
+        ProblemsError: Roots are not there or given twice; files of characters are missing or wrong, or two roots have
+            different ones of one name, with everything that is.
     """
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = list(roots)
-        self.problems: list[MMRoleError] = []
+        self.problems: list[MMRoleError] = root_problems(self.roots)
+        raise_problems(self.problems)
+        self._places: dict[str, Path] = {}  # the file of each dialogue that was read
         self.roles: dict[str, dict[str, list[str]]] = {}
         profiles: dict[str, str] = {}
         scripts: dict[str, str] = {}
@@ -52,7 +55,7 @@ class Sources:
         profiles: dict[str, str] = {}
         scripts: dict[str, str] = {}
         for split, folder in ((split, root / "profiles" / split) for split in SPLITS):
-            if not folder.is_dir():
+            if not is_folder(folder):
                 continue
             profiles.update(self._value(folder / "profiles.json", Profiles))
             for script, names in self._value(folder / "roles.json", Roles).items():
@@ -61,9 +64,20 @@ class Sources:
         return profiles, scripts
 
     def dialogues(self, split: str, kind: str) -> Iterator[Row]:
-        """The dialogues of all roots; a file that is wrong goes to `problems`."""
-        for path in (path for root in self.roots for path in dialogue_files(root, split, kind)):
-            yield from self.rows(path, Dialogue)
+        """The dialogues of all roots; a file that is wrong goes to `problems`, and so do ids that come again."""
+        for path in (path for root in self.roots for path in self._files(root, split, kind)):
+            rows = self.rows(path, Dialogue)
+            places = {row["id"]: self._places.setdefault(row["id"], path) for row in rows}
+            for other in dict.fromkeys(place for place in places.values() if place != path):
+                self.problems.append(_again(path, other, [name for name, place in places.items() if place == other]))
+            yield from rows
+
+    def _files(self, root: Path, split: str, kind: str) -> list[Path]:
+        try:
+            return dialogue_files(root, split, kind)
+        except MMRoleError as error:  # a folder that may not be read
+            self.problems.append(error)
+            return []
 
     def rows(self, path: Path, record: Any) -> list[Row]:
         """The rows of a file; there are none if it is wrong, which goes to `problems`."""
@@ -75,12 +89,27 @@ class Sources:
         """The dialogues that test samples of any root were drawn from; what is wrong with these goes to `problems`."""
         found: set[str] = set()
         for root in self.roots:
-            if (root / "data" / "test").is_dir():
+            if is_folder(root / "data" / "test"):
                 try:
                     found |= tested_dialogues(root)
                 except ProblemsError as error:
                     self.problems += error.problems
         return frozenset(found)
+
+    def whole_tests(self, out: Path) -> list[Path]:
+        """The roots that have a test set, all six files of it; one that is not whole goes to `problems`.
+
+        Args:
+            out: Where test files are written: a test set that is not whole there may be made whole.
+        """
+        whole = []
+        for root in self.roots:
+            absent = [path for path in paths_of_tests(root) if not is_file(path)]
+            if not absent:
+                whole.append(root)
+            elif len(absent) < len(paths_of_tests(root)) and out.resolve() != (root / "data" / "test").resolve():
+                self.problems.append(_not_whole(root, absent))
+        return whole
 
     def compare_images(self) -> None:
         """Whether an image of a root is another picture in an earlier one, where it would be shown; see `problems`."""
@@ -93,6 +122,22 @@ class Sources:
         value, problems = read_value(path, form)
         self.problems += problems
         return value
+
+
+def root_problems(roots: Sequence[Path]) -> list[MMRoleError]:
+    """The roots that are not there, and those that are given twice, under whatever names."""
+    problems = []
+    there: list[Path] = []
+    for root in roots:
+        same = next((other for other in there if other.samefile(root)), None) if is_folder(root) else None
+        if not is_folder(root):
+            problems.append(MMRoleError("there is no such data root", root, fix="check the path"))
+        elif same:
+            fix = "give each data root once: every sample would come twice"
+            problems.append(MMRoleError("a data root is given twice", root, f"it is {same}", fix))
+        else:
+            there.append(root)
+    return problems
 
 
 def _two_of_one_name(
@@ -116,6 +161,24 @@ def _two_of_one_name(
             fix,
         )
     ]
+
+
+def _again(path: Path, other: Path, names: Sequence[str]) -> MMRoleError:
+    return MMRoleError(
+        f"{len(names):,} dialogue(s) of two files have the same id",
+        _some_of(names),
+        f"{path} and {other}",
+        "give each an id of its own, or take those of one file out",
+    )
+
+
+def _not_whole(root: Path, absent: Sequence[Path]) -> MMRoleError:
+    return MMRoleError(
+        f"a test set has six files, and {len(absent)} of this one are missing",
+        [str(path.relative_to(root)) for path in absent],
+        root,
+        "fetch or build the test files anew, or move those that are there away to draw new ones",
+    )
 
 
 def _some_of(names: Sequence[str]) -> list[str]:

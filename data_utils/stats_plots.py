@@ -22,6 +22,7 @@ COLOUR_OF = {"comment": COLOURS[0], "human-role": COLOURS[1], "inter-role": COLO
 DPI = 150
 _LONGEST_NAME = 28
 _SHOWN_PERCENT = 99.7
+_FEW = 1_000  # of so few samples each is shown
 _CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei")
 # What stands for the published Chinese names where no installed font has their characters.
 _ENGLISH = {"西游记": "Journey to the West", "成龙历险记": "Jackie Chan Adventures", "中国唐代": "China, Tang dynasty"}
@@ -119,8 +120,9 @@ def _lengths(card: Card) -> Figure | None:
             k: np.concatenate([getattr(v, side) for (_, kind), v in card.samples.items() if kind == k and v.prompts])
             for k in kinds
         }
-        # A few very long ones would squeeze the rest; they are left out, and the axis says so.
-        end = max(1.0, *(float(np.percentile(v, _SHOWN_PERCENT)) for v in values.values()))
+        # A few very long ones of many would squeeze the rest; they are left out, and the axis says so.
+        shown = {k: 100 if len(v) < _FEW else _SHOWN_PERCENT for k, v in values.items()}
+        end = max(1.0, *(float(np.percentile(v, shown[k])) for k, v in values.items()))
         bins = np.linspace(0, end, 60)
         for kind in kinds:
             shares = np.full(len(values[kind]), 100 / len(values[kind]))
@@ -143,8 +145,10 @@ def _images(card: Card) -> Figure | None:
         return None
     names, used, present = zip(*rows, strict=True)
     figure, axes = _new(6.4, 0.24 * len(rows) + 0.9)
-    axes.barh(names, used, color="#CCCCCC", height=0.7, label="referred to, missing here")
-    axes.barh(names, present, color=COLOURS[0], height=0.7, label="referred to, here")
+    places = range(len(rows))  # and not the names: two of them, shortened, may be the same
+    axes.barh(places, used, color="#CCCCCC", height=0.7, label="referred to, missing here")
+    axes.barh(places, present, color=COLOURS[0], height=0.7, label="referred to, here")
+    axes.set_yticks(places, names)
     axes.set_xscale("symlog", linthresh=10)
     axes.set_xlim(0, 5 * max(used))
     for row, value in enumerate(used):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from data_utils.build import KINDS as BUILT_KINDS
 from data_utils.check import as_json, as_text, check_roots, exit_status, main
 from data_utils.check_samples import LengthMeter
 from data_utils.demo import draw_world, write_world
@@ -22,6 +23,7 @@ from data_utils.findings import KINDS, SEVERITIES
 from data_utils.supervised import preprocess
 from eval.review_prompt import review_prompts
 from qwen_vl import QwenVLTokenizer
+from tests.closed import close
 
 # MMRole-Data's published snapshot. Two numbers are not as MMROLE_DATA.md has them, and were counted again by hand: 216
 # are the turns with blanks at their edges, in 128 dialogues; and the five images that nothing refers to are not
@@ -221,6 +223,32 @@ def test_wrong_top_level_types(world: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", [TEST, TRAIN, "images/annotations.json", "profiles/in-distribution/roles.json"])
+def test_null_is_no_list_and_no_object(world: Path, name: str) -> None:
+    (world / name).write_text("null", encoding="utf-8")
+    fields = check_roots(world, examples=50)[0][1].findings["wrong_field"].examples
+    assert name in {example["file"] for example in fields}
+
+
+def test_a_split_without_its_test_files(world: Path, clean: Path) -> None:
+    shutil.rmtree(world / "data/test/out-of-distribution")
+    report = check_roots(world)[0][1]
+    missing = [example["file"] for example in report.findings["unreadable_file"].examples]
+    assert missing == [f"data/test/out-of-distribution/{kind}_test.json" for kind in BUILT_KINDS]
+    shutil.rmtree(world / "data/test/in-distribution")
+    report = check_roots(world)[0][1]
+    assert "unreadable_file" not in report.findings and "data/test" in report.absent
+
+
+@pytest.mark.parametrize("folder", [COMMENTS, "data/train", "data/test/in-distribution"])
+def test_a_folder_that_may_not_be_read_is_not_taken_for_absent(
+    world: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close(monkeypatch, world / folder)
+    found = check_roots(world, examples=50)[0][1].findings["unreadable_file"].examples
+    assert {"file": folder, "name": "", "detail": "cannot read: Permission denied"} in found
+
+
 def remove_coco_image(root: Path) -> None:
     path = sorted((root / COMMENTS).glob("*_COCO.json"))[0]
     (root / "images" / json.loads(path.read_text(encoding="utf-8"))[0]["image"]).unlink()
@@ -279,6 +307,15 @@ def test_annotations(world: Path, clean: Path) -> None:
 
     change(world, "images/annotations.json", edit)
     assert new_counts(world, clean) == {"misnamed_image": 1, "scene_blanks": 1, "duplicate_id": 1}
+
+
+def test_annotated_image_whose_link_leads_nowhere(world: Path, clean: Path) -> None:
+    (world / "images/Gone").mkdir()
+    (world / "images/Gone/01.jpg").symlink_to("nowhere.jpg")
+    change(world, "images/annotations.json", lambda rows: rows.append({**rows[0], "image": "Gone/01.jpg"}))
+    found = new_counts(world, clean)
+    assert found["unknown_image"] == 1 and "misnamed_image" not in found
+    assert check_roots(world)[0][1].findings["unknown_image"].examples[0]["detail"] == "its link leads nowhere"
 
 
 def test_leak_between_test_and_train(world: Path, clean: Path) -> None:
@@ -362,7 +399,11 @@ def test_extra_root_uses_the_characters_and_images_of_the_first(world: Path, tmp
     assert set(check_roots(extra)[0][1].counts()) >= {"unknown_speaker"}
     own["id"] = dialogue["id"]
     (extra / COMMENTS / "a.json").write_text(json.dumps([own]), encoding="utf-8")
-    assert "duplicate_id" in check_roots(world, [extra])[1][1].counts()
+    again = check_roots(world, [extra])[1][1].findings["duplicate_id"].examples
+    assert [(e["name"], e["detail"].startswith(f"also in {COMMENTS}/")) for e in again] == [(own["id"], True)]
+    assert again[0]["detail"].endswith(f".json of {world}")
+    with pytest.raises(MMRoleError, match="given twice"):
+        check_roots(world, [extra, extra / "dialogues" / ".."])
 
 
 def test_report_as_text_and_json(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,6 +428,13 @@ def test_all_kinds_have_a_known_severity() -> None:
 def test_folder_that_is_no_data_root(tmp_path: Path) -> None:
     with pytest.raises(MMRoleError, match="holds no data"):
         check_roots(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["--max_length", "-5"], ["--max_length", "0"], ["--examples", "-1"]])
+def test_numbers_that_cannot_be(world: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(world), *flags])
+    assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
 def test_command_line_status(tmp_path: Path) -> None:

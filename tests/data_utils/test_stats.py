@@ -249,6 +249,28 @@ def test_longest_samples_are_not_piled_up_in_the_last_bin(monkeypatch: pytest.Mo
     assert heights[-3] < 1.2 * heights[3]  # the last bin's against the first's
 
 
+def test_all_of_few_samples_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(unit="tokens", scripts=[("in-distribution", "x", "other", ["a"])])
+    card.samples["training", "comment"] = Lengths([*range(100), 5_000], [10] * 101)
+    figures = []
+    monkeypatch.setattr(stats_plots, "_png", lambda figure: figures.append(figure) or b"")
+    stats_plots.draw_plots(card)
+    prompts, _ = next(figure.axes for figure in figures if len(figure.axes) == 2)
+    assert prompts.get_xlabel() == "tokens"
+
+
+def test_sources_whose_short_names_are_the_same_have_bars_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{'a' * 40} {number}" for number in range(2)]
+    card = Card(unit="tokens", scripts=[("in-distribution", "x", "other", ["a"])])
+    card.images = {name: (5 - place, 3, 0, 5) for place, name in enumerate(names)}
+    figures = []
+    monkeypatch.setattr(stats_plots, "_png", lambda figure: figures.append(figure) or b"")
+    stats_plots.draw_plots(card)
+    (axes,) = figures[-1].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [f"{'a' * 27}…"] * 2
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in axes.containers[0]] == [(0, 5), (1, 4)]
+
+
 def test_names_that_no_font_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats_plots, "_families", lambda: ["DejaVu Sans"])
     assert stats_plots.label("西游记", 4) == "Journey to the West"
