@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from data_utils.build import SPLITS, Characters, build_sample
-from data_utils.errors import MMRoleError, raise_problems, run_main
+from data_utils.errors import MMRoleError, raise_problems, run_main, shown
 from data_utils.files import make_folder, read_json, write_bytes, write_json
 from data_utils.image_files import PLAIN_IMAGE, file_name_problem
 from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, prompt_language
@@ -36,6 +36,8 @@ QUESTIONS = {
     "Chinese": ("请谈谈你对这张图片的看法。", "这张图片让你想起了什么？"),
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_TEXTS = (".txt", ".md")
+_NOT_OURS = (".db", ".ini")  # which systems put beside pictures
 _PLAIN_GREY = (160, 160, 160)
 
 
@@ -86,9 +88,9 @@ class _Root:
         self.annotations: list[Row] = rows
         self.problems += problems
 
-    def lists(self, split: str, name: str) -> bool:
-        """Whether a character has a profile in a split."""
-        return name in self._read(self.folder / "profiles" / split / "profiles.json", Profiles)
+    def names(self, split: str) -> Collection[str]:
+        """Who has a profile in a split."""
+        return self._read(self.folder / "profiles" / split / "profiles.json", Profiles)
 
     def _read(self, path: Path, form: Any) -> dict[str, Any]:
         found, problems = read_value(path, form) if path.is_file() else ({}, [])
@@ -108,8 +110,20 @@ def read_folder(folder: Path) -> tuple[str, list[Picture]]:
         raise MMRoleError("no profile.txt or profile.md", None, folder, fix)
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     texts = {path: path.with_suffix(".txt") for path in images}
-    pictures = [Picture(path, _text(text) if text.is_file() else "") for path, text in texts.items()]
+    abouts = {path: text for path, text in texts.items() if text.is_file() and text not in profiles}
+    pictures = [Picture(path, _text(abouts[path]) if path in abouts else "") for path in images]
+    _tell_of_others(folder, {profiles[0], *images, *abouts.values()})
     return _text(profiles[0]), pictures
+
+
+def _tell_of_others(folder: Path, used: Collection[Path]) -> None:
+    """Says what else lies in a character's folder and is not used."""
+    for path in sorted(folder.iterdir()):
+        if path in used or path.name.startswith(".") or path.suffix.lower() in _NOT_OURS:
+            continue
+        why = "no picture has this name" if path.suffix.lower() in _TEXTS else f"not {', '.join(IMAGE_SUFFIXES)}"
+        why = "profile.txt is used" if path.name == "profile.md" else why
+        print(f"passed over: {shown(path)} ({why})", file=sys.stderr, flush=True)
 
 
 def add_character(root: Path, character: NewCharacter, questions: Sequence[str] = ()) -> Path:
@@ -183,17 +197,27 @@ def _character_problems(place: _Root, character: NewCharacter, questions: Sequen
     other = [script for script, names in place.roles.items() if character.name in names and script != character.script]
     if other:
         problems.append(MMRoleError("the character is of another script", other[0], place.roles_file, "give that one"))
-    elsewhere = [split for split in SPLITS if split != character.split and place.lists(split, character.name)]
+    others = {split: place.names(split) for split in SPLITS if split != character.split}
+    elsewhere = [split for split, names in others.items() if character.name in names]
     if elsewhere:
         where = place.folder / "profiles" / elsewhere[0]
         problems.append(MMRoleError("the character is of the other split", elsewhere[0], where, "give that --split"))
+    stem = _file_name(character.name)
+    everybody = {name for names in (place.profiles, *others.values()) for name in names}
+    alike = sorted(name for name in everybody if _file_name(name) == stem and name != character.name)
+    if alike:
+        what = f"another character's files have this name: {alike[0]}"
+        problems.append(MMRoleError(what, character.name, "--name", "choose another name"))
     if not character.profile.strip():
         problems.append(MMRoleError("the profile is empty", None, "--profile", "write down who the character is"))
     abouts = [text for picture in character.pictures for text in (picture.about, picture.place, picture.who)]
-    for text in (character.profile, *questions, *abouts):
+    for text in (character.name, character.script, character.profile, *questions, *abouts):
         token = next((token for token in SPECIAL_TOKENS if token in text), None)
         if token:
             problems.append(MMRoleError("a text holds a token that training reads as a mark", token, fix="reword it"))
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            what = "a text is not UTF-8, or holds half of a surrogate pair"
+            problems.append(MMRoleError(what, text, fix="write it anew, in a terminal that is set to UTF-8"))
     for picture in character.pictures:
         try:
             QwenVLImageProcessor().load(picture.path)
@@ -240,7 +264,7 @@ def _file_name(name: str) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise MMRoleError("the text cannot be read", str(error), path, "choose a file of UTF-8 text") from None
 

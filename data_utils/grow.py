@@ -13,83 +13,39 @@ for again, and never kept. Stopped, or out of budget, the same command goes on l
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from tqdm import tqdm
 
 from data_utils.build import KINDS, SPLITS
 from data_utils.errors import MMRoleError, run_main
-from data_utils.files import Journal, make_folder
+from data_utils.files import make_folder, read_journal
 from data_utils.grow_checks import UnusableError
 from data_utils.grow_client import Budget, BudgetSpentError, Endpoint, NoAnswerError, Settings
-from data_utils.grow_files import JOURNAL, forget, write_dialogues, write_profile
+from data_utils.grow_files import JOURNAL, write_dialogues, write_profile
+from data_utils.grow_journal import GrowthJournal, Record, again
 from data_utils.grow_plan import (
     DialoguePlan,
     ProfilePlan,
+    check_images,
+    not_utf8,
     plan_dialogues,
     plan_person,
     plan_profile,
 )
+from data_utils.grow_templates import Templates
 
 PROMPTS = Path(__file__).parent / "grow_prompts"
 INTERRUPTED = 130
-_SEPARATOR = "\n---\n"
 
 Plan = DialoguePlan | ProfilePlan
-
-
-class Templates:
-    """The prompt templates of a folder: system message and text, parted by a line of three hyphens.
-
-    Raises:
-        MMRoleError: A file is missing or is not of this form.
-    """
-
-    NAMES = ("profile_from_text", "profile_from_facts", "profile_summary", *KINDS)
-    QUESTIONS = ("questions_English", "questions_Chinese")
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        texts = {name: self._read(name) for name in (*self.NAMES, *self.QUESTIONS)}
-        self.hash = hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
-        self.questions = {name.partition("_")[2]: texts[name].split("\n") for name in self.QUESTIONS}
-        self._parts = {name: texts[name].partition(_SEPARATOR) for name in self.NAMES}
-        for name, (_, separator, _) in self._parts.items():
-            if not separator:
-                raise MMRoleError("a template has no line ---", None, folder / f"{name}.txt", "put one before the text")
-
-    def fill(self, name: str, values: dict[str, str]) -> tuple[str, str]:
-        """System message and text of a template, with the values put in.
-
-        Raises:
-            MMRoleError: The template names a value that there is none of.
-        """
-        system, _, text = self._parts[name]
-        try:
-            return Template(system).substitute(values), Template(text).substitute(values)
-        except (KeyError, ValueError) as error:
-            raise MMRoleError(
-                "a template cannot be filled", str(error), self.folder / f"{name}.txt",
-                f"use these: {', '.join('$' + value for value in sorted(values))}; write a dollar sign as $$",
-            ) from None  # fmt: skip
-
-    def _read(self, name: str) -> str:
-        path = self.folder / f"{name}.txt"
-        try:
-            return path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MMRoleError(
-                "a template cannot be read", str(error), path, "copy it from data_utils/grow_prompts"
-            ) from None
 
 
 @dataclass
@@ -97,18 +53,19 @@ class Outcome:
     """What became of a run."""
 
     done: int = 0
-    failed: int = 0
+    failed: dict[str, str] = field(default_factory=dict)  # why, by key
     left: int = 0  # when the budget was spent
+    left_since: str = ""  # what went wrong with one of those
 
     def told(self, budget: Budget) -> str:
         """A line for the user."""
-        parts = [f"{self.done} grown", f"{self.failed} failed", f"{self.left} left for want of budget"]
+        parts = [f"{self.done} grown", f"{len(self.failed)} failed", f"{self.left} left for want of budget"]
         return f"{', '.join(parts)}; {budget.requests:,} requests, {budget.tokens:,} tokens"
 
 
 def grow(
     plans: Sequence[Plan],
-    journal: Journal,
+    journal: GrowthJournal,
     endpoint: Endpoint,
     templates: Templates,
     *,
@@ -155,11 +112,11 @@ Futures = Mapping[Future[dict[str, Any]], Plan]
 class _Keeper:
     """Journals what was written, or why it cannot be kept."""
 
-    def __init__(self, journal: Journal, endpoint: Endpoint) -> None:
+    def __init__(self, journal: GrowthJournal, endpoint: Endpoint) -> None:
         self.outcome = Outcome()
         self.fatal: BaseException | None = None
         self._journal, self._endpoint = journal, endpoint
-        self._answers = {text for entry in journal.entries.values() for text in _answers(entry.get("grown", {}))}
+        self._answers = {text: key for key, record in journal.records().items() for text in _answers(record)}
         self._seen: set[Future[dict[str, Any]]] = set()
 
     def collect(self, finished: Iterable[Future[dict[str, Any]]], futures: Futures) -> None:
@@ -185,23 +142,26 @@ class _Keeper:
         self.collect(as_completed(futures), futures)
 
     def _keep(self, future: Future[dict[str, Any]], key: str) -> None:
+        if key in self._journal.kept:
+            return  # Ctrl-C came right after it
         try:
             record = future.result()
-            if self._journal.entries.get(key) == {"grown": record}:
-                return  # Ctrl-C came right after it
-            self._refuse(record)
-        except BudgetSpentError:
+            self._refuse(key, record)
+        except BudgetSpentError as error:
             self.outcome.left += 1
+            self.outcome.left_since = self.outcome.left_since or self._endpoint.scrub(str(error))
         except UnusableError as error:
-            self._journal.add(key, {"failed": self._endpoint.scrub(str(error))})
-            self.outcome.failed += 1
+            self.outcome.failed[key] = self._endpoint.scrub(str(error))
+            self._journal.fail(key, self.outcome.failed[key])
         else:
-            self._journal.add(key, {"grown": record})
-            self._answers.update(_answers(record))
+            for answer in _answers(self._journal.record(key) or {}):
+                self._answers.pop(answer, None)
+            self._journal.keep(key, record)
+            self._answers.update(dict.fromkeys(_answers(record), key))
             self.outcome.done += 1
 
-    def _refuse(self, record: Mapping[str, Any]) -> None:
-        if self._answers.intersection(_answers(record)):
+    def _refuse(self, key: str, record: Record) -> None:
+        if any(self._answers.get(answer, key) != key for answer in _answers(record)):
             raise UnusableError("another dialogue has the same answer, word for word")
         if self._endpoint.holds_key(repr(record)):  # written in a way that only reading it as JSON brought to light
             raise UnusableError("the answer holds the key for the endpoint")
@@ -221,12 +181,14 @@ def _write(plan: Plan, endpoint: Endpoint, templates: Templates, tries: int) -> 
             return plan.write(endpoint.ask, templates.fill)
         except NoAnswerError as error:  # it was asked often enough
             raise UnusableError(str(error)) from None
+        except BudgetSpentError as error:
+            raise BudgetSpentError(str(error) or problem) from None
         except UnusableError as error:
             problem = str(error)
     raise UnusableError(problem)
 
 
-def _answers(record: Mapping[str, Any]) -> list[str]:
+def _answers(record: Record) -> list[str]:
     """What a dialogue ends with: in a comment, all that the character says."""
     return [record["dialogue"]["conversations"][-1]["value"]] if "dialogue" in record else []
 
@@ -234,60 +196,72 @@ def _answers(record: Mapping[str, Any]) -> list[str]:
 def run(options: argparse.Namespace) -> int:
     """Runs a command; 1 if something failed or was left for want of budget."""
     templates = Templates(options.prompts)
-    wanted = options.plan(options, templates)  # all that is wrong with them is told before anything is written
+    by = {"model": options.model, "temperature": options.temperature, "templates": templates.hash}
+    path = options.root / options.place / JOURNAL
+    _check(options, templates, path, by)  # all that is wrong is told before anything is written
     budget = Budget(options.max_requests, options.max_tokens_total)
     settings = Settings(options.model, options.base_url, options.max_tokens, options.temperature)
     endpoint = Endpoint(settings, budget)
-    with _open_journal(options, templates) as journal:
-        options.write(options.root, _as_planned(wanted, journal))  # what a run that was killed could not
-        plans = [plan for plan in options.plan(options, templates) if _wanted(plan, journal, options)]
+    make_folder(path.parent, "nothing was started")
+    # A file of dialogues is grown by one model with one set of templates; profiles are written one by one.
+    alike = options.place == "dialogues"
+    with GrowthJournal.open(path, by, alike=alike, overwrite=options.overwrite) as journal:
+        _write_files(options, journal)  # what a run that was killed could not
+        planned = options.plan(options, templates, journal.again(overwrite=options.overwrite))
+        wanted = journal.wants((plan.key for plan in planned), overwrite=options.overwrite)
+        plans = [plan for plan in planned if plan.key in wanted]
+        if options.overwrite:
+            journal.grow_again(wanted)
         try:
             outcome = grow(plans, journal, endpoint, templates, tries=options.tries, workers=options.workers)
         finally:
-            options.write(options.root, _as_planned(wanted, journal))
-        failed = {plan.key: journal.entries.get(plan.key, {}).get("failed") for plan in plans}
+            _write_files(options, journal, [plan.key for plan in plans])
     print(outcome.told(budget))
-    for key, reason in [(key, reason) for key, reason in failed.items() if reason][:10]:
-        print(f"  failed: {key}: {endpoint.scrub(reason)}")
+    for key, reason in list(outcome.failed.items())[:10]:
+        print(f"  failed: {key}: {reason}")
+    if outcome.left_since:
+        print(f"  left after this: {outcome.left_since}")
     if outcome.failed or outcome.left:
-        print("  the same command asks for the missing ones again")
+        without = " without --overwrite" if options.overwrite else ""
+        print(f"  the same command{without} asks for the missing ones again")
     return 1 if outcome.failed or outcome.left else 0
 
 
-def _open_journal(options: argparse.Namespace, templates: Templates) -> Journal:
-    """A file of dialogues is grown by one model with one set of templates; profiles are written one by one."""
-    path = options.root / options.place / JOURNAL
-    make_folder(path.parent, "nothing was started")
-    alike = options.place == "dialogues"
-    by = {"model": options.model, "temperature": options.temperature, "templates": templates.hash}
-    if options.overwrite and alike:
-        forget(options.root, path)
-    return Journal.open(path, by if alike else {}, by, overwrite=options.overwrite and alike)
+def _check(options: argparse.Namespace, templates: Templates, path: Path, by: Mapping[str, Any]) -> None:
+    """Plans all and reads the images that will be sent; writes nothing."""
+    content = read_journal(path)
+    entries = content.entries if content is not None else {}
+    once_more = again(entries, by, overwrite=options.overwrite)
+    plans = options.plan(options, templates, once_more)
+    check_images(plan for plan in plans if plan.key in once_more or "grown" not in entries.get(plan.key, {}))
 
 
-def _as_planned(plans: Sequence[Plan], journal: Journal) -> dict[str, Any]:
-    """A journal's entries in the order of the plans, whichever was finished first; those of earlier plans before."""
-    place = {plan.key: number for number, plan in enumerate(plans)}
-    return dict(sorted(journal.entries.items(), key=lambda entry: place.get(entry[0], -1)))
+def _write_files(options: argparse.Namespace, journal: GrowthJournal, order: Sequence[str] = ()) -> None:
+    """Writes what was grown and never written, in the order of the plans, whichever was finished first."""
+    place = {key: number for number, key in enumerate(order)}
+    entries = dict(sorted(journal.unwritten().items(), key=lambda entry: place.get(entry[0], -1)))
+    for name in options.write(options.root, entries):
+        told = f"another profile of {name} is there, and stays; --overwrite has it grown again and replaced"
+        print(told, file=sys.stderr, flush=True)
+    journal.wrote(entries)
 
 
-def _wanted(plan: Plan, journal: Journal, options: argparse.Namespace) -> bool:
-    return "grown" not in journal.entries.get(plan.key, {}) or options.overwrite
-
-
-def _plan_profile(options: argparse.Namespace, _: Templates) -> list[ProfilePlan]:
+def _plan_profile(options: argparse.Namespace, *_: Any) -> list[ProfilePlan]:
     return [plan_profile(options.root, options.split, options.name, options.script, options.text)]
 
 
-def _plan_person(options: argparse.Namespace, _: Templates) -> list[ProfilePlan]:
+def _plan_person(options: argparse.Namespace, *_: Any) -> list[ProfilePlan]:
     return plan_person(options.root, options.split, options.facts)
 
 
-def _plan_dialogues(options: argparse.Namespace, templates: Templates) -> list[DialoguePlan]:
+def _plan_dialogues(
+    options: argparse.Namespace, templates: Templates, once_more: Mapping[str, Record]
+) -> list[DialoguePlan]:
     return plan_dialogues(
         options.root, options.source or options.root, options.split, templates.questions,
         characters=options.characters, partner=options.partner, kinds=options.kinds, images=options.images,
         most=options.images_per_character, seed=options.seed,
+        again={key: record["dialogue"]["id"] for key, record in once_more.items()},
     )  # fmt: skip
 
 
@@ -330,7 +304,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, help="default: the model's own")
     command.add_argument("--tries", type=int, default=3, help="answers asked for until one is usable (%(default)s)")
     command.add_argument("--workers", type=int, default=4, help="requests at once (%(default)s)")
-    command.add_argument("--overwrite", action="store_true", help="throw away the dialogues grown here, or the profile")
+    command.add_argument("--overwrite", action="store_true", help="grow anew, in place of what was grown before")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -340,6 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise MMRoleError("a number must be at least 1", value, f"--{name}", "give a larger number")
+    if not_utf8(options.model):
+        raise MMRoleError("the model's name is not UTF-8 text", options.model, "--model", "correct it")
     return run(options)
 
 

@@ -23,7 +23,7 @@ _CHARACTERS_PER_TOKEN = 2  # few, so that the reckoning errs on the safe side; C
 
 
 class BudgetSpentError(Exception):
-    """The budget does not allow for another request."""
+    """The budget does not allow for another request; says what went wrong before, if anything did."""
 
 
 class NoAnswerError(Exception):
@@ -51,6 +51,9 @@ class Budget:
         Raises:
             BudgetSpentError: The budget does not allow for it.
         """
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            told = f"a request reserves {tokens:,} tokens (--max_tokens and its prompt), more than --max_tokens_total"
+            raise BudgetSpentError(f"{told} {self.max_tokens:,}")
         with self._changed:
             while True:
                 if self.max_requests is not None and self.requests >= self.max_requests:
@@ -158,6 +161,8 @@ class Endpoint:
             except _BusyError as error:
                 problem, asked_wait = self.scrub(str(error)), error.wait
                 continue
+            except BudgetSpentError as error:
+                raise BudgetSpentError(str(error) or problem) from None
             if self.holds_key(text):
                 raise UnusableError("the answer holds the key for the endpoint")
             return text
@@ -208,8 +213,11 @@ class Endpoint:
             return self._client.chat.completions.create(model=self._settings.model, messages=messages, **options)
         except openai.APIStatusError as error:
             raise self._refused(error) from None
-        except (openai.OpenAIError, ValueError) as error:  # no connection, or an answer that is not JSON
-            raise _BusyError(f"{type(error).__name__}: {error}") from None
+        except openai.OpenAIError as error:  # no connection
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            raise _BusyError(f"{type(error).__name__}: {error}{cause}") from None
+        except ValueError as error:
+            raise _BusyError(f"the endpoint's answer is not JSON; is --base_url right? ({error})") from None
 
     def _refused(self, error: Any) -> Exception:
         status, text = error.status_code, self.scrub(str(error))
@@ -251,7 +259,7 @@ def _read(answer: Any, reckoned: int) -> tuple[str, int]:
     try:
         choice = answer.choices[0]
         text, finished = choice.message.content, choice.finish_reason
-    except (AttributeError, TypeError, IndexError):
+    except (AttributeError, TypeError, LookupError):
         raise _BusyError("the endpoint's answer is no chat completion") from None
     text = text if isinstance(text, str) else ""
     total = getattr(getattr(answer, "usage", None), "total_tokens", None)

@@ -23,8 +23,10 @@ from data_utils.grow_checks import (
     read_detailed_profile,
     read_summary,
     read_turns,
+    text_problem,
 )
-from data_utils.grow_files import IN_ID, JOURNAL, dialogues_there, file_name, profiles_of, sort_of
+from data_utils.grow_files import JOURNAL, file_name, profiles_of
+from data_utils.grow_ids import Ids, dialogue_key
 from data_utils.image_files import file_name_problem, find_image
 from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, Role, prompt_language
 from data_utils.schema import Annotation, read_rows
@@ -131,11 +133,6 @@ class DialoguePlan:
         }  # fmt: skip
 
 
-def dialogue_key(split: str, kind: str, name: str, image: str) -> str:
-    """What identifies a dialogue: there is one of each kind for a character and an image."""
-    return f"{split}/{kind}/{name}/{image}"
-
-
 def plan_profile(root: Path, split: str, name: str, script: str, text_file: Path) -> ProfilePlan:
     """Plans a profile from a raw text.
 
@@ -143,13 +140,13 @@ def plan_profile(root: Path, split: str, name: str, script: str, text_file: Path
         MMRoleError: The text cannot be read or is empty, the name cannot name a file, or it has a profile already.
     """
     try:
-        text = text_file.read_text(encoding="utf-8").strip()
+        text = text_file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise MMRoleError("the text cannot be read", str(error), text_file, "choose a file of UTF-8 text") from None
     if not text:
         raise MMRoleError("the text is empty", None, text_file, "write down what is known about the character")
     plan = ProfilePlan(split, name, script, text=text)
-    _check_new(root, plan)
+    _check_new(root, [plan])
     return plan
 
 
@@ -157,19 +154,24 @@ def plan_person(root: Path, split: str, facts_file: Path) -> list[ProfilePlan]:
     """Plans the profiles of people who might exist, from a JSON file with the facts of one or of several.
 
     Raises:
-        MMRoleError: The file is not of this form, or someone has a profile already.
+        MMRoleError: The file is not of this form, two have one name, or someone has a profile already.
     """
     found = read_json(facts_file)
     people = found if isinstance(found, list) else [found]
-    plans = []
+    if not people:
+        raise MMRoleError("there are no facts", None, facts_file, 'give {"name": "...", ...}, or a list of such')
+    plans, problems = [], []
     for person in people:
         if not isinstance(person, dict) or not isinstance(person.get("name"), str):
-            raise MMRoleError(
-                "facts without a name", person, facts_file, 'give {"name": "...", ...}, or a list of such'
-            )
+            fix = 'give {"name": "...", ...}, or a list of such'
+            problems.append(MMRoleError("facts without a name", person, facts_file, fix))
+            continue
         facts = json.dumps(person, ensure_ascii=False, indent=4)
+        if not_utf8(facts):
+            problems.append(MMRoleError("facts hold half of a surrogate pair", facts, facts_file, "correct that text"))
         plans.append(ProfilePlan(split, person["name"], HYPOTHETICAL_CHARACTERS, facts=facts))
-        _check_new(root, plans[-1])
+    raise_problems(problems)
+    _check_new(root, plans)
     return plans
 
 
@@ -185,8 +187,11 @@ def plan_dialogues(
     images: Sequence[str] | None,
     most: int | None,
     seed: int,
+    again: Mapping[str, str],
 ) -> list[DialoguePlan]:
     """Plans dialogues: one of each kind for each character and image; those that are in `root` already are left out.
+
+    No id of `root` or `source` is given again, so that both can be built from together.
 
     Args:
         root: The data root they are written to.
@@ -199,6 +204,7 @@ def plan_dialogues(
         images: Names below `images`, or None for all in the folder named after the character's script.
         most: At most so many images for each character, drawn.
         seed: What is drawn from.
+        again: Keys of dialogues to be grown once more, though they are there, and their ids.
 
     Raises:
         MMRoleError: A name is unknown or cannot name a file, an image is not there, there is nobody to talk with, or
@@ -206,11 +212,13 @@ def plan_dialogues(
     """
     cast, roles = _cast(source, split, characters)
     annotations = _annotations(source)
-    present = dialogues_there(root, split, kinds)
+    if images is not None:
+        raise_problems(_image_problems(source, images))
+    ids = Ids(root, source, split, kinds, again)
     plans: list[DialoguePlan] = []
     for role in roles:
         name = role.name
-        names = sorted(images if images is not None else _script_images(source, role.script))
+        names = sorted(set(images) if images is not None else _script_images(source, role.script))
         rng = random.Random(f"{seed}/{name}")  # noqa: S311 - draws images, keeps no secret
         chosen = names if most is None or most >= len(names) else sorted(rng.sample(names, most))
         if not chosen:
@@ -218,18 +226,32 @@ def plan_dialogues(
                 "no images", role.script, source / "images", f"give --images for {name}, or put some there"
             )
         for kind in kinds:
-            there = present.get((kind, name), {})
-            new = [image for image in chosen if image not in there.values()]
-            numbers = _free_numbers(there, len(new))
-            for image, number in zip(new, numbers, strict=True):
+            for image in chosen:
+                dialogue_id = ids.of(kind, name, image)
+                if dialogue_id is None:
+                    continue
                 draw = random.Random(f"{seed}/{name}/{kind}/{image}")  # noqa: S311
                 other = _partner(cast, role, partner, draw) if kind == "inter-role" else None
                 question, turns = draw.choice(questions[prompt_language(role.script)]), draw.choice(TURNS)
-                dialogue_id = f"{file_name(name)}_{IN_ID[kind]}_{sort_of(image)}_{number}"
                 path, information = _image(source, image), annotations.get(image, {})
                 plan = DialoguePlan(split, kind, dialogue_id, image, path, role, other, information, question, turns)
                 plans.append(plan)
     return plans
+
+
+def check_images(plans: Iterable[DialoguePlan | ProfilePlan]) -> None:
+    """Reads the images that will be sent.
+
+    Raises:
+        ProblemsError: Some cannot be read, with all of them.
+    """
+    problems = []
+    for path in dict.fromkeys(plan.path for plan in plans if isinstance(plan, DialoguePlan)):
+        try:
+            image_url(path)
+        except MMRoleError as error:
+            problems.append(error)
+    raise_problems(problems)
 
 
 def image_url(path: Path) -> str:
@@ -253,21 +275,40 @@ def image_url(path: Path) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def _check_new(root: Path, plan: ProfilePlan) -> None:
-    """Refuses a name that cannot be used, and to replace a profile that was not grown here."""
-    raise_problems(_name_problems({plan.name: "the character's name", plan.script: "the script"}))
-    there = {folder: profiles_of(folder) for folder in (root / "profiles" / split for split in SPLITS)}
+def _check_new(root: Path, plans: Sequence[ProfilePlan]) -> None:
+    """Refuses names that cannot be used or would share files, and to replace a profile that was not grown here."""
+    names = {name: what for p in plans for name, what in ((p.name, "the character's name"), (p.script, "the script"))}
+    problems = _name_problems(names)
+    if any(plan.name.casefold() == HUMAN for plan in plans):
+        problems.append(MMRoleError("human is who talks with characters", None, "the name", "choose another name"))
+    raise_problems(problems)
+    there = {folder: profiles_of(folder)[0] for folder in (root / "profiles" / split for split in SPLITS)}
     journal = read_journal(root / "profiles" / JOURNAL)
-    if journal is not None and plan.key in journal.entries:
-        return
-    for folder, (profiles, _) in there.items():
-        if plan.name in profiles:
-            raise MMRoleError("there is a profile already", plan.name, folder, "choose another name or data root")
+    entries = journal.entries if journal is not None else {}
+    places = {name: folder for folder, profiles in there.items() for name in profiles}
+    for plan in plans:
+        if plan.name in places and "grown" not in entries.get(plan.key, {}):
+            fix = "choose another name or data root"
+            problems.append(MMRoleError("there is a profile already", plan.name, places[plan.name], fix))
+        alike = [name for name in places if file_name(name) == file_name(plan.name) and name != plan.name]
+        if alike:
+            fix = "choose another name"
+            problems.append(MMRoleError(f"another character's files have this name: {alike[0]}", plan.name, root, fix))
+    stems = [file_name(plan.name) for plan in plans]
+    twice = sorted({plan.name for plan in plans if stems.count(file_name(plan.name)) > 1})
+    if twice:
+        problems.append(MMRoleError("several have the same name", twice, "the facts", "give each a name of its own"))
+    raise_problems(problems)
+
+
+def not_utf8(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which is also how bytes come that are not UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _name_problems(names: Mapping[str, str | Path]) -> list[MMRoleError]:
     """Why names, which come with where they are from, cannot be parts of files' names."""
-    found = {name: file_name_problem(name) for name in names}
+    found = {name: file_name_problem(name) or text_problem(name) for name in names}
     return [
         MMRoleError(f"a name that cannot name a file: {problem}", name, names[name], "choose another name")
         for name, problem in found.items()
@@ -280,7 +321,7 @@ def _cast(source: Path, split: str, wanted: Sequence[str] | None) -> tuple[Chara
     cast = load_characters(source, [split])
     roles: list[Role] = []
     problems: list[MMRoleError] = []
-    for name in wanted or sorted(cast.scripts):
+    for name in dict.fromkeys(wanted or sorted(cast.scripts)):
         try:
             roles.append(cast.role(name))
         except MMRoleError as error:
@@ -289,12 +330,6 @@ def _cast(source: Path, split: str, wanted: Sequence[str] | None) -> tuple[Chara
     names = [name for role in roles for name in (role.name, role.script)]
     raise_problems([*problems, *_name_problems(dict.fromkeys(names, place))])
     return cast, roles
-
-
-def _free_numbers(there: Iterable[str], count: int) -> range:
-    numbers = [int(number) for number in (name.rpartition("_")[2] for name in there) if number.isdigit()]
-    first = max(numbers, default=-1) + 1
-    return range(first, first + count)
 
 
 def _partner(cast: Characters, role: Role, wanted: str | None, draw: random.Random) -> Role:
@@ -310,10 +345,23 @@ def _partner(cast: Characters, role: Role, wanted: str | None, draw: random.Rand
 
 
 def _image(source: Path, name: str) -> Path:
+    if not_utf8(name):
+        raise MMRoleError("an image's name is not UTF-8 text", name, source / "images", "rename the file")
     path = find_image(source / "images", name, follow_links=True)
     if path is None:
         raise MMRoleError("no such image", name, source / "images", "put it there, or correct --images")
     return path
+
+
+def _image_problems(source: Path, names: Iterable[str]) -> list[MMRoleError]:
+    """Why images cannot be used, as far as their names tell."""
+    problems = []
+    for name in names:
+        try:
+            _image(source, name)
+        except MMRoleError as error:
+            problems.append(error)
+    return problems
 
 
 def _script_images(source: Path, script: str) -> list[str]:

@@ -34,9 +34,11 @@ def file_name_problem(name: str) -> str | None:
     """Why a character's or a script's name cannot be a part of file names, or None."""
     if not name.strip() or name != name.strip():
         return "it is empty or has blanks at its edges"
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        return "it is not UTF-8 text, or holds half of a surrogate pair"
     if "/" in name or "\\" in name or name.startswith("."):
         return "it holds / or \\ or begins with a full stop"
-    if len(name.encode("utf-8", errors="replace")) > _LONGEST_NAME:
+    if len(name.encode("utf-8")) > _LONGEST_NAME:
         return f"it is longer than {_LONGEST_NAME} bytes"
     return image_name_problem(name)
 

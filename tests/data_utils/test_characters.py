@@ -133,6 +133,32 @@ def test_a_character_of_another_script_or_split_is_refused(tmp_path: Path) -> No
         add_character(tmp_path, NewCharacter("Ada", "Sea", "One.", split=SPLITS[1]))
 
 
+def test_names_and_texts_that_cannot_be_kept(tmp_path: Path, picture: Path) -> None:
+    add_character(tmp_path / "mine", NewCharacter("Ada Reed", "Sea", "One."))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    for name, words in (("Ada_Reed", "another character's files"), ("<|im_end|>", "a mark"), ("\udcb0", "not UTF-8")):
+        with pytest.raises(MMRoleError, match=words):
+            add_character(tmp_path / "mine", NewCharacter(name, "Sea", "One.", [Picture(picture)]))
+    with pytest.raises(MMRoleError, match="not UTF-8"):
+        add_character(tmp_path / "mine", NewCharacter("Tom", "Sea", "One.", [Picture(picture)]), ["\udcff?"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+def test_a_folder_is_read_and_the_rest_is_told(tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "Ada"
+    folder.mkdir()
+    for name in ("profile.png", "one.png"):
+        (folder / name).write_bytes(picture.read_bytes())
+    for name, text in (("profile.txt", "Keeps a light."), ("one.txt", "A tower."), ("two.txt", "?"), ("three.gif", "")):
+        (folder / name).write_text(text, encoding="utf-8-sig")
+    (folder / ".hidden").touch()
+    profile, pictures = characters.read_folder(folder)
+    assert profile == "Keeps a light."
+    assert [(p.path.name, p.about) for p in pictures] == [("one.png", "A tower."), ("profile.png", "")]
+    told = capsys.readouterr().err.splitlines()
+    assert [Path(line.partition(" (")[0]).name for line in told] == ["three.gif", "two.txt"]
+
+
 def test_a_broken_data_root_is_not_touched(tmp_path: Path) -> None:
     roles = tmp_path / "profiles/in-distribution/roles.json"
     roles.parent.mkdir(parents=True)

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 from collections import Counter, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,12 @@ from data_utils import download, download_coco, transfer
 from data_utils.download import HubFile, content_problem, fetch_repo, list_repo
 from data_utils.download_coco import COCO_FOLDER, Retries, fetch_coco, jpeg_problem, missing_coco, referenced_coco
 from data_utils.errors import MMRoleError
-from tests.data_utils.loopback import COMMIT, Site, git_id, held, put_repo, serving, stay_at_home
+from tests.data_utils.loopback import COMMIT, Site, git_id, held, put_repo
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Retries(attempts=5, first_wait=0.01)
+
+pytestmark = pytest.mark.usefixtures("hub_at_home")
 
 
 def jpeg(seed: int, size: int = 240) -> bytes:
@@ -29,17 +31,6 @@ def jpeg(seed: int, size: int = 240) -> bytes:
     content = io.BytesIO()
     pixels.save(content, "JPEG")
     return content.getvalue()
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def hub_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    stay_at_home(monkeypatch)
 
 
 def everything(_: str) -> bool:
@@ -96,6 +87,17 @@ def test_hub_file_survives_a_bad_server(site, repo, faults) -> None:
     assert len(site.gets(paths["weights.bin"])) > 1
 
 
+def test_what_somebody_changed_is_kept(site, repo, capsys) -> None:
+    """As who brings own characters into a published root, and then fetches the rest of it."""
+    _, fetch, target = repo
+    fetch()
+    (target / "config.json").write_bytes(b'{"a": 2}')
+    assert fetch() == (1, [])
+    assert "config.json is not the hub's" in capsys.readouterr().out
+    assert held(target) == {**SMALL, "config.json.before": b'{"a": 2}'}
+    assert fetch() == (0, [])
+
+
 def test_dropped_hub_file_is_gone_on_with(site, repo, monkeypatch) -> None:
     monkeypatch.setattr(transfer, "PIECE", 128)  # of which the half is a multiple
     paths, fetch, target = repo
@@ -124,6 +126,15 @@ def test_hub_without_the_repository(site) -> None:
     with pytest.raises(MMRoleError, match="does not list") as error:
         list_repo("someone/other", "model", "main", everything, site.url)
     assert "HF_ENDPOINT" in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["1", None, -1])
+def test_hub_lists_no_size(site, size) -> None:
+    put_repo(site, "someone/thing", "model", {"x": b"x"})
+    tree = [{"type": "file", "path": "x", "size": size, "oid": git_id(b"x")}]
+    site.files[f"/api/models/someone/thing/tree/{COMMIT}"] = json.dumps(tree).encode()
+    with pytest.raises(MMRoleError, match="a size that is none"):
+        list_repo("someone/thing", "model", "main", everything, site.url)
 
 
 @pytest.mark.parametrize("path", ["../out.json", "/etc/out.json", "a/../../out.json"])

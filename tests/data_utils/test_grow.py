@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_utils import grow_client
+from data_utils import grow, grow_client
 from data_utils.build import Characters, iterate_samples, load_characters
 from data_utils.demo import draw_world, write_world
 from data_utils.errors import MMRoleError, run_main
@@ -269,13 +270,23 @@ def test_second_run_asks_for_nothing_and_more_images_go_on(
     assert len(site.asked) == count + 2
 
 
-def test_killed_before_the_files_were_written(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+def test_killed_before_the_files_were_written(
+    site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Path, entries: dict[str, Any]) -> list[str]:
+        if entries:
+            raise KeyboardInterrupt
+        return []
+
     name = min(cast.profiles)
     coco = sorted(f"COCO/train2017/{p.name}" for p in (demo / "images/COCO/train2017").glob("*.jpg"))
     flags = ["--characters", name, "--kinds", "comment", "--images"]
-    grow_dialogues(site, demo, tmp_path, *flags, *coco[:2])
-    for path in (tmp_path / "dialogues").rglob("*.json"):
-        path.unlink()  # the journal alone is left
+    monkeypatch.setattr(grow, "write_dialogues", killed)
+    with pytest.raises(KeyboardInterrupt):
+        grow_dialogues(site, demo, tmp_path, *flags, *coco[:2])
+    monkeypatch.undo()
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    assert dialogues_of(tmp_path) == []  # the journal alone is left
     grow_dialogues(site, demo, tmp_path, *flags, *coco[2:3])
     rows = dialogues_of(tmp_path)
     assert sorted(row["image"] for row in rows) == coco[:3]
@@ -404,29 +415,41 @@ def test_a_word_for_a_key_may_be_said(site: Site, monkeypatch: pytest.MonkeyPatc
     assert "picture" in Endpoint(Settings("m", site.url), Budget()).ask("s", "u")
 
 
-def interrupt_after(site: Site, count: int, answer: Callable[[dict[str, Any]], str]) -> None:
-    """Ctrl-C when so many requests have come; they are answered a while after it."""
+def interrupt_after(
+    site: Site, count: int, answer: Callable[[dict[str, Any]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C when so many requests have come; they are answered when `grow` waits for the last ones because of it."""
     arrived, lock = [], threading.Lock()
-    sent = threading.Event()
+    interrupted, sent = threading.Event(), threading.Event()
 
     def interrupt() -> None:
+        interrupted.set()
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        threading.Timer(0.5, sent.set).start()
+
+    def wait_for(futures: Collection[Future[Any]]) -> Iterator[Future[Any]]:
+        if interrupted.is_set():
+            sent.set()
+        return as_completed(futures)
 
     def wait_and_answer(request: dict[str, Any]) -> str:
         with lock:
             arrived.append(request)
             if len(arrived) == count:
                 threading.Timer(0.3, interrupt).start()
-        assert sent.wait(30)
+        assert sent.wait(120)
         return answer(request)
 
+    monkeypatch.setattr(grow, "as_completed", wait_for)
     site.answer = wait_and_answer
 
 
-def test_interrupt_keeps_what_is_under_way(site: Site, demo: Path, tmp_path: Path, cast: Characters, capsys) -> None:
+def test_interrupt_keeps_what_is_under_way(
+    site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4", "--workers", "2"]
-    interrupt_after(site, 2, lambda request: f"I see it, and say {hash(text_of(request))} to {id(request)}.")
+    interrupt_after(
+        site, 2, lambda request: f"I see it, and say {hash(text_of(request))} to {id(request)}.", monkeypatch
+    )
     with pytest.raises(KeyboardInterrupt):
         grow_dialogues(site, demo, tmp_path, *flags)
     assert len(site.asked) == len(dialogues_of(tmp_path)) == 2
@@ -436,9 +459,11 @@ def test_interrupt_keeps_what_is_under_way(site: Site, demo: Path, tmp_path: Pat
     assert len(site.asked) == len(dialogues_of(tmp_path)) == 4
 
 
-def test_interrupt_asks_for_nothing_again(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+def test_interrupt_asks_for_nothing_again(
+    site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4", "--workers", "2"]
-    interrupt_after(site, 2, lambda _: "As an AI, I see nothing.")
+    interrupt_after(site, 2, lambda _: "As an AI, I see nothing.", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         grow_dialogues(site, demo, tmp_path, *flags)
     assert len(site.asked) == 2
@@ -462,7 +487,7 @@ def test_second_interrupt_gives_up(site: Site, demo: Path, tmp_path: Path, cast:
 
     def answer(_: dict[str, Any]) -> str:
         come.set()
-        over.wait(60)
+        over.wait(240)
         return "Too late."
 
     site.answer = answer
@@ -471,12 +496,12 @@ def test_second_interrupt_gives_up(site: Site, demo: Path, tmp_path: Path, cast:
     run = subprocess.Popen(
         [sys.executable, "-m", "data_utils.grow", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    assert come.wait(60)
-    run.send_signal(signal.SIGINT)
-    assert "waiting for 1 answer(s)" in next(line for line in run.stderr if "waiting" in line)
-    run.send_signal(signal.SIGINT)
     try:
-        assert run.wait(20) == 130
+        assert come.wait(240)
+        run.send_signal(signal.SIGINT)
+        assert "waiting for 1 answer(s)" in next(line for line in run.stderr if "waiting" in line)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
         assert "interrupted" in run.stderr.read()
     finally:
         over.set()
@@ -654,10 +679,11 @@ def test_ids_go_on_after_the_highest(site: Site, demo: Path, tmp_path: Path, cas
     grow_dialogues(site, demo, tmp_path, *flags, coco[0])
     (path,) = (tmp_path / "dialogues").rglob("*.json")
     (row,) = read_json(path)
-    again = {**row, "id": row["id"].replace("_0", "_1")}  # about the same image, and before it in the file
+    head, _, number = row["id"].rpartition("_")
+    again = {**row, "id": f"{head}_{int(number) + 1}"}  # about the same image, and before it in the file
     path.write_text(json.dumps([again, row]), encoding="utf-8")
     assert grow_dialogues(site, demo, tmp_path, *flags, coco[1]) == 0
-    assert sorted(row["id"][-2:] for row in dialogues_of(tmp_path)) == ["_0", "_1", "_2"]
+    assert [row["id"] for row in dialogues_of(tmp_path)] == [f"{head}_{int(number) + i}" for i in (1, 0, 2)]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".x", " ", "a\nb"])

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from data_utils.download_coco import COCO_FOLDER, fetch_coco
 from data_utils.errors import MMRoleError
 from data_utils.transfer import Retries, Source, StoppedError, fetch_file, in_parallel
 from tests.conftest import ROOT
-from tests.data_utils.loopback import Site, git_id, held, put_repo, serving, stay_at_home
+from tests.data_utils.loopback import Site, git_id, held, put_repo, serving
 
 NAME, FOLDER = download.WEIGHTS["reward-model"]
 WEIGHTS = os.urandom(100) * 10_007
@@ -32,16 +32,7 @@ FILES = {"config.json": b'{"a": 1}', "model.safetensors": WEIGHTS}
 PART = f"model.safetensors.{hashlib.sha256(WEIGHTS).hexdigest()[:12]}.part"
 QUICK = Retries(attempts=3, first_wait=0.01)
 
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def hub_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    stay_at_home(monkeypatch)
+pytestmark = pytest.mark.usefixtures("hub_at_home")
 
 
 @pytest.fixture
@@ -108,7 +99,7 @@ def test_interrupted_download_ends_at_once_and_keeps_what_came(
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 5  # a second, and what a busy machine takes to end a process; the server's is 120
+    assert time.monotonic() - begun < 30  # a second, or what a busy machine takes to end a process; the server's is 120
     assert process.returncode == 130
     assert "what was finished is kept" in errors
     there = size_of(tmp_path / FOLDER / PART)
