@@ -7,30 +7,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from qwen_vl import QwenVLTokenizer
 from tests.conftest import ROOT
-from tests.qwen_vl.conftest import RANKS, small_model
+from tests.processes import run_group
+from tests.qwen_vl.conftest import RANKS, one_thread, small_model  # noqa: F401 - the fixture, for these tests too
 
 SCRIPT = ROOT / "finetune" / "finetune.py"
 SECONDS = 240
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Work this small is slower on several threads, by far where other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -108,16 +99,15 @@ def flags(base: Path, data: Data, tmp_path: Path) -> Callable[..., list[str]]:
 
 def command(words: list[str], *, processes: int = 1) -> list[str]:
     """How the trainer is started as processes of their own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]  # as scripts/launch.sh
+    launcher += ["--nproc_per_node", str(processes)]
     return [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *words]
 
 
 def run(words: list[str], *, processes: int = 1, seconds: int = SECONDS, **more: Any) -> subprocess.CompletedProcess:
     """Runs the real command line; a run that hangs fails."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **more.pop("environ", {})}
-    return subprocess.run(
-        command(words, processes=processes), env=environ, capture_output=True, text=True, timeout=seconds, **more
-    )
+    return run_group(command(words, processes=processes), seconds, env=environ, **more)
 
 
 def report(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def train(shared: Path, base: Path, tmp_path: Path, *more: str, processes: int =
     words += ["--save_strategy", "no", "--learning_rate", "1e-3", "--weight_decay", "0.05", "--adam_beta2", "0.95"]
     words += ["--warmup_ratio", "0.1", "--lr_scheduler_type", "cosine", "--logging_steps", "1", "--report_to", "none"]
     words += ["--model_max_length", "1280", "--lazy_preprocess", "True", "--sequential", "--disable_tqdm", "True"]
-    done = run([*words, *more], processes=processes, seconds=280, cwd=shared / "golden")
+    done = run([*words, *more], processes=processes, seconds=580, cwd=shared / "golden")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("old spellings") == 1
     return out

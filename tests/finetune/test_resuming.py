@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from finetune.finetune import main
 from finetune.resuming import steps_in_all
 from finetune.trainer import SupervisedTrainer
 from tests.conftest import ROOT
-from tests.finetune.conftest import Data, command, losses, report, run
+from tests.finetune.conftest import SECONDS, Data, losses, report, run
+from tests.processes import run_group
 
 Flags = Callable[..., list[str]]
 FOUR = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -183,6 +182,19 @@ def test_a_save_that_is_not_whole_ends_the_run_and_gets_no_name(
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+from finetune import finetune, trainer
+
+def check_saved(folder, expected):
+    if folder.name == "checkpoint-3":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.check_saved = check_saved
+finetune.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [None, "zero3"], ids=["plain", "zero3"])
 def test_killed_in_a_save_it_resumes_from_the_last_whole_checkpoint(
@@ -194,14 +206,8 @@ def test_killed_in_a_save_it_resumes_from_the_last_whole_checkpoint(
     assert run(words).returncode == 0
     four = losses(out)
     shutil.rmtree(out)
-    process = subprocess.Popen(command(words), start_new_session=True, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not (out / ".saving" / "checkpoint-3").exists():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = run_group([sys.executable, "-c", KILLED_IN_A_SAVE, *words], SECONDS, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert (out / ".saving" / "checkpoint-3").exists()
     done = run([*words, "--resume_from_checkpoint", "auto"])
@@ -232,6 +238,6 @@ def test_sharded_runs_resume_too_but_not_with_fewer_processes(flags: Flags, tmp_
     assert losses(out) == pytest.approx(four, rel=1e-6)
     assert (out / "model.safetensors").read_bytes() == weights
     next(out.glob("checkpoint-4/global_step4/*zero_pp_rank_1_*optim_states.pt")).unlink()
-    done = run(flags(**more, resume_from_checkpoint=out / "checkpoint-4"), processes=2, seconds=60)  # its optimizer
+    done = run(flags(**more, resume_from_checkpoint=out / "checkpoint-4"), processes=2, seconds=200)  # its optimizer
     assert done.returncode != 0
     assert done.stderr.count("this checkpoint is not whole") == 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 import qwen_vl
 from tests.conftest import ROOT
 from tests.finetune.conftest import SECONDS, Data, losses, report
+from tests.processes import free_port, run_group
 
 SCRIPTS = {
     "finetune_ds": ("3.0", 3072, 3, False),
@@ -21,30 +22,23 @@ SCRIPTS = {
 }
 
 
-def start(name: str, base: Path, data: Data, out: Path, *flags: str, **settings: str) -> subprocess.Popen:
+def run(name: str, base: Path, data: Data, out: Path, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "MODEL_PATH": str(base), "DATA_ROOT": str(data.root), "DATA_PATH": str(data.file)}
     environ |= {"OUTPUT_DIR": str(out), "GLOBAL_BATCH": "4", "MICRO_BATCH": "1", **settings}
-    return subprocess.Popen(
-        ["bash", str(ROOT / "finetune" / f"{name}.sh"), "--disable_tqdm", "True", *flags],
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd="/",
-    )
+    command = ["bash", ROOT / "finetune" / f"{name}.sh", "--disable_tqdm", "True", *flags]
+    return run_group(command, SECONDS, env=environ, stderr=subprocess.STDOUT, cwd="/")
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, output[-3000:]
-    return output
+def output_of(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_has_the_papers_settings_and_runs(name: str, base: Path, data: Data, tmp_path: Path) -> None:
     epochs, length, stage, lora = SCRIPTS[name]
-    output = finish(start(name, base, data, tmp_path / "out", "--max_steps", "2"))
+    output = output_of(run(name, base, data, tmp_path / "out", "--max_steps", "2"))
     assert "4 samples a step: micro-batch 1 x accumulation 4 x 1 process(es)" in output
     options = report(tmp_path / "out")["options"]
     wanted = {"learning_rate": 1e-5, "weight_decay": 0.05, "adam_beta2": 0.95, "warmup_steps": 0.01, "bf16": True}
@@ -58,28 +52,25 @@ def test_script_has_the_papers_settings_and_runs(name: str, base: Path, data: Da
 @pytest.mark.slow
 def test_two_launches_are_two_nodes(base: Path, data: Data, tmp_path: Path) -> None:
     flags = ["--max_steps", "2", "--bf16", "False", "--sequential"]
-    finish(start("finetune_ds", base, data, tmp_path / "one", *flags))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    settings = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    nodes = [
-        start("finetune_ds", base, data, tmp_path / "two", *flags, NODE_RANK=str(rank), **settings) for rank in (0, 1)
-    ]
-    outputs = [finish(node) for node in nodes]
+    output_of(run("finetune_ds", base, data, tmp_path / "one", *flags))
+    settings = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+
+    def node(rank: str) -> subprocess.CompletedProcess[str]:
+        return run("finetune_ds", base, data, tmp_path / "two", *flags, NODE_RANK=rank, **settings)
+
+    with ThreadPoolExecutor() as pool:
+        outputs = [output_of(done) for done in pool.map(node, "01")]
     assert "micro-batch 1 x accumulation 2 x 2 process(es)" in outputs[0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def test_a_batch_that_cannot_divide_is_told_in_time(base: Path, data: Data, tmp_path: Path) -> None:
-    process = start("finetune_ds", base, data, tmp_path / "out", GLOBAL_BATCH="10", MICRO_BATCH="4")
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 2
-    assert "micro-batch 1, 2, 5, 10 with these 1 process(es)" in output
+    done = run("finetune_ds", base, data, tmp_path / "out", GLOBAL_BATCH="10", MICRO_BATCH="4")
+    assert done.returncode == 2
+    assert "micro-batch 1, 2, 5, 10 with these 1 process(es)" in done.stdout
 
 
 def test_wandb_without_a_key_is_told_in_the_first_second(base: Path, data: Data, tmp_path: Path) -> None:
-    process = start("finetune_ds", base, data, tmp_path / "out", "--report_to", "wandb", NETRC="/nowhere")
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 2
-    assert "--report_to none" in output
+    done = run("finetune_ds", base, data, tmp_path / "out", "--report_to", "wandb", NETRC="/nowhere")
+    assert done.returncode == 2
+    assert "--report_to none" in done.stdout

@@ -245,17 +245,17 @@ def test_several_processes_tell_a_problem_once(flags: Flags, base: Path, data: D
     questions = [f"<img>images/gone_{number}.png</img>" for number in range(3)]
     rows = [{"id": q, "conversations": [{"from": "user", "value": q}]} for q in questions]
     for words in (flags(data_path=data.with_rows(rows, "gone.json")), flags(max_steps="many")):
-        done = run(words, processes=2, seconds=60)
+        done = run(words, processes=2, seconds=200)
         assert done.returncode != 0
         assert done.stderr.count("error\nproblem:") + done.stderr.count("error\n3 problems:") == 1
     spoiled = shutil.copytree(base, tmp_path / "Spoiled-Chat")
     (spoiled / "generation_config.json").write_text("[]")
     (spoiled / "model.safetensors").write_bytes(b"")
-    done = run(flags(model_name_or_path=spoiled, max_steps=1), processes=2, seconds=60)
+    done = run(flags(model_name_or_path=spoiled, max_steps=1), processes=2, seconds=200)
     assert done.returncode != 0
     assert done.stderr.count("error\n2 problems:") == 1
     assert "]: Traceback" not in done.stderr  # of a rank; the launcher has one of its own
-    done = run(flags(data_path=data.root / "gone.json"), processes=2, seconds=60)
+    done = run(flags(data_path=data.root / "gone.json"), processes=2, seconds=200)
     assert all(done.stderr.count(f"an image is missing\nvalue:   images/gone_{n}.png") == 1 for n in range(3))
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.eval.test_jobs_engine import make_real_world
 from tests.fake_backend import results
+from tests.processes import free_port, run_group
 
 PRINT = "import os; print({key: os.environ.get(key) for key in ('WORLD_SIZE', 'OMP_NUM_THREADS')})"
 
@@ -18,7 +20,7 @@ def run(*lines: str, **settings: str) -> subprocess.CompletedProcess[str]:
     script = "\n".join(["set -euo pipefail", f"source {ROOT}/scripts/launch.sh", *lines])
     environ = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PROCESSES")}
     environ |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **settings}
-    return subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, timeout=120)
+    return run_group(["bash", "-c", script], 120, env=environ)
 
 
 def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
@@ -48,39 +50,55 @@ def test_several_nodes_must_be_named() -> None:
     assert "NODE_RANK: the number of this node, from 0" in done.stderr
 
 
-def start(world: Path, script: str, **settings: str) -> subprocess.Popen[str]:
-    environ = {**os.environ, "MODEL_PATH": str(world / "model"), "DATA_ROOT": str(world), **settings}
+def run_script(world: Path, script: str, settings: list[dict[str, str]]) -> list[subprocess.CompletedProcess[str]]:
+    """One launch for each of the settings, all at once."""
+    environ = {**os.environ, "MODEL_PATH": str(world / "model"), "DATA_ROOT": str(world)}
     environ |= {"EVAL_DIR": str(world / "eval"), "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", str(ROOT / script), "--max_new_tokens", "6", "--limit", "1"]
+    command = ["bash", ROOT / script, "--max_new_tokens", "6", "--limit", "1"]
     more = ["--retries", "0"] if "review" in script else []
-    return subprocess.Popen(
-        command + more, cwd="/", env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda own: run_group(command + more, 200, cwd="/", env=environ | own), settings))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_same_files_from_any_number_of_processes(tmp_path: Path, tokenizer) -> None:
     """Both scripts with the real engine under torchrun: 1 process, 3, and two nodes of one each."""
     made = {}
-    for name, settings in (("one", [{"PROCESSES": "1"}]), ("three", [{"PROCESSES": "3"}]), ("nodes", nodes())):
+    for name, size in (("one", "1"), ("three", "3"), ("nodes", None)):
         world = make_real_world(tmp_path / name, tokenizer)
         for script, status in (("inference.sh", 0), ("eval/RM_review.sh", 1)):
-            runs = [start(world, script, **more) for more in settings]
-            told = [one.communicate(timeout=200) for one in runs]
-            assert [one.returncode for one in runs] == [status] * len(runs), told
-            assert sum(out.count("model fingerprint") for out, _ in told) == 1
-            assert not any("ChildFailedError" in error for _, error in told)
+            runs = run_script(world, script, [{"PROCESSES": size}] if size else nodes())
+            assert [one.returncode for one in runs] == [status] * len(runs), runs
+            assert sum(one.stdout.count("model fingerprint") for one in runs) == 1
+            assert not any("ChildFailedError" in one.stderr for one in runs)
         made[name] = results(world / "eval")
     assert len(made["one"]) == 12
     assert made["one"] == made["three"] == made["nodes"]
 
 
 def nodes() -> list[dict[str, str]]:
-    alike = {
-        "PROCESSES": "1",
-        "NNODES": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + os.getpid() % 9999),
-    }
+    alike = {"PROCESSES": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [{**alike, "NODE_RANK": str(rank)} for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PROCESSES", "abc"), ("PROCESSES", "0"), ("NNODES", "x"), ("NNODES", "-1")]
+)
+def test_numbers_that_are_none(name: str, value: str) -> None:
+    done = run("launch x.py", **{name: value})
+    assert done.returncode == 2
+    assert f"value:   {value}\nwhere:   {name}\n" in done.stderr
+
+
+@pytest.mark.parametrize(("folder", "told"), [("a b", ["a b"]), ("other", ["a", "b"])])
+def test_an_agents_name_may_hold_a_blank(tmp_path: Path, folder: str, told: list[str]) -> None:
+    (tmp_path / "out-test_answers" / folder).mkdir(parents=True)
+    show = tmp_path / "python"
+    show.write_text('#!/bin/sh\nfor word; do echo "<$word>"; done\n')
+    show.chmod(0o755)
+    script = (ROOT / "eval" / "RM_review.sh").read_text().splitlines()
+    lines = [f'PYTHON="{show}"', *script[script.index("set -euo pipefail") + 2 :]]
+    done = run(*lines, AGENT="a b", EVAL_DIR=str(tmp_path), PROCESSES="1")
+    words = [line.strip("<>") for line in done.stdout.splitlines()]
+    assert words[words.index("--agent") + 1 :] == told, done.stderr
