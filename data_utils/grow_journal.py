@@ -94,8 +94,7 @@ class GrowthJournal:
         """The entries that were grown and never written to files."""
         written = self._journal.entries.get(_WRITTEN, {}).get("keys", {})
         grown = {key: entry for key, entry in self._journal.entries.items() if "grown" in entry}
-        new = {key for key, entry in grown.items() if key in self.kept or written.get(key) != _digest(entry["grown"])}
-        return {key: grown[key] for key in grown if key in new}
+        return {k: e for k, e in grown.items() if k in self.kept or written.get(k) != _digest(e["grown"])}
 
     def wrote(self, entries: Mapping[str, Any]) -> None:
         """Remembers that these entries were written to files."""

@@ -14,7 +14,6 @@ import pytest
 from data_utils.build import KINDS, SPLITS, dialogue_id, main, training_samples
 from data_utils.build_reviews import RM_TEST_FILE, RM_TRAIN_FILE, write_reviews
 from data_utils.check import check_roots
-from data_utils.demo import draw_world, write_world
 from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.files import published_json
 from data_utils.image_files import PLAIN_IMAGE
@@ -24,14 +23,6 @@ from eval.review_prompt import review_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "data/train/train_85k.json"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    root = tmp_path / "world"
-    write_world(draw_world(3), root)
-    (root / TRAIN).unlink()
-    return root
 
 
 def read(path: Path) -> Any:

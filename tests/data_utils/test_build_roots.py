@@ -16,7 +16,6 @@ import pytest
 from data_utils import row_files
 from data_utils.build import KINDS, SPLITS, dialogue_files, iterate_dialogues, main
 from data_utils.build_reviews import RM_TRAIN_FILE
-from data_utils.demo import draw_world, write_world
 from data_utils.errors import MMRoleError
 from data_utils.row_files import write_row_files, write_rows
 from tests.closed import close
@@ -24,14 +23,6 @@ from tests.closed import close
 TRAIN = "data/train/train_85k.json"
 TESTS = [f"{split}/{kind}_test.json" for split in SPLITS for kind in KINDS]
 OUTSIDE = "dialogues/out-of-distribution"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    root = tmp_path / "world"
-    write_world(draw_world(3), root)
-    (root / TRAIN).unlink()
-    return root
 
 
 def read(path: Path) -> Any:
