@@ -9,7 +9,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qwen_vl.images import QwenVLImageProcessor
-from qwen_vl.settings import MAX_NEW_TOKENS, first
+from qwen_vl.sampling_params import MAX_NEW_TOKENS, first
 from qwen_vl.tokenization import IMAGE_TAGS, VISION_TAGS, QwenVLTokenizer, picture_label
 
 MAX_WINDOW_SIZE = 6144  # tokens

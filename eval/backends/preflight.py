@@ -8,7 +8,7 @@ from typing import Any
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
 from data_utils.fingerprint import adapter_base, is_adapter
-from qwen_vl.settings import SamplingSettings, check_limit, unknown_settings
+from qwen_vl.sampling_params import SamplingSettings, check_limit, unknown_settings
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer, generation
-from qwen_vl.flight import Flight
+from qwen_vl.engine import engine as engine_module
+from qwen_vl.engine.sampling import RequestGenerator, SamplingSettings, choose
+from qwen_vl.engine.scheduler import Flight, common_prefix, group_by_prefix
 from qwen_vl.generation import BatchGenerator, Request, Result
-from qwen_vl.prefixes import common_prefix, group_by_prefix
-from qwen_vl.sampling import RequestGenerator, SamplingSettings, choose
 from tests.qwen_vl.conftest import small_model
 
 WORDS = (
@@ -288,7 +288,7 @@ def test_out_of_memory_between_two_draws_changes_nothing(sampler, tokenizer, req
             raise torch.OutOfMemoryError("pretended")
         return tokens
 
-    monkeypatch.setattr(generation, "choose", failing)
+    monkeypatch.setattr(engine_module, "choose", failing)
     assert _answers(list(engine.run(requests))) == expected
     assert engine.statistics.out_of_memory == 2
 

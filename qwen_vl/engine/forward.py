@@ -9,13 +9,13 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import torch
 
-from qwen_vl.blocks import Block
-from qwen_vl.features import image_key
-from qwen_vl.flight import Group, Row
+from qwen_vl.engine.attention import join, partial_attention
+from qwen_vl.engine.cache import Block
+from qwen_vl.engine.image_cache import image_key
+from qwen_vl.engine.scheduler import Group, Row
 from qwen_vl.language import Attend, logn_factors, rotary_frequencies, rotary_tables, segment_attention
 from qwen_vl.loss import LanguageHead
 from qwen_vl.modeling import QwenVLForCausalLM
-from qwen_vl.partial import join, partial_attention
 from qwen_vl.vision import QUERIES
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qwen_vl.settings import SamplingSettings
+from qwen_vl.sampling_params import SamplingSettings
 
 CANDIDATES = 64  # kept tokens that the quick road can hold; top-p 0.3 rarely leaves more than a few
 MARGIN = 1e-4  # of probability mass: nearer to the limit than this, rounding could decide, and the exact road is taken

@@ -7,11 +7,14 @@ head; g groups and n rows in flight, R the most of them that are of one group.
 from dataclasses import dataclass
 from typing import Protocol
 
+import psutil
 import torch
 import torch.nn.functional as F
 
-from qwen_vl.partial import join, partial_attention
+from qwen_vl.engine.attention import join, partial_attention
 
+ALONE = "out of memory, even alone"
+_MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 OWN_STEP = 64  # tokens by which a block's own part grows at the least
 
 
@@ -234,3 +237,15 @@ class BlockStep:
         if self.places is not None:
             out, lse = out[self.places], lse[self.places]  # (n, H, D), (n, H)
         return join(out, lse, own_out[:, :, 0], own_lse[:, :, 0])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the machine's."""
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in _MESSAGES)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes that may be used: nine tenths of what a GPU has free, half of what the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] * 0.9
+    return psutil.virtual_memory().available * 0.5

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from qwen_vl.engine.cache import ALONE, is_out_of_memory
 from qwen_vl.images import QwenVLImageProcessor
-from qwen_vl.memory import ALONE, is_out_of_memory
 
 AT_ONCE = 8  # through the vision tower
 KEPT = 64  # features of the latest images, in case another group shows them again

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen_vl.partial import join, partial_attention, written_out
+from qwen_vl.engine.attention import join, partial_attention, written_out
 
 SCALING = 0.3
 

@@ -1,0 +1,1 @@
+"""The batching engine: many requests at once through one model."""
