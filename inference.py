@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data_utils.errors import MMRoleError
 from data_utils.schema import Row, TestSample
-from eval.command_line import (
+from eval.running.flags import (
     ROOT,
     SPLITS,
     BackendFactory,
@@ -29,10 +29,10 @@ from eval.command_line import (
     run_settings,
     selection,
 )
-from eval.inputs import Input, Source, json_sources, output_problems, read_inputs
-from eval.jobs import Job, run_job
-from eval.result_files import FileReport, Outcome, ResultFile, Unit
-from eval.team import run_script
+from eval.running.inputs import Input, Source, json_sources, output_problems, read_inputs
+from eval.running.jobs import Job, run_job
+from eval.running.result_files import FileReport, Outcome, ResultFile, Unit
+from eval.running.team import run_script
 
 TEST_FILES = ("comment_test.json", "human-role_test.json", "inter-role_test.json")
 

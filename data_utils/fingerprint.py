@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
-from data_utils.presence import is_file, is_folder, listed
+from data_utils.paths import is_file, is_folder, listed
 
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
 ADAPTER_CONFIG = "adapter_config.json"

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
-from data_utils.image_files import image_name_problem
+from data_utils.images import image_name_problem
 
 Row = dict[str, Any]
 

@@ -5,6 +5,7 @@ Shapes: B samples, T tokens, N images.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,15 @@ import torch
 from torch.utils.data import Dataset
 
 from data_utils.errors import MMRoleError
-from data_utils.image_files import find_image
+from data_utils.images import find_image
+from data_utils.prompts import SYSTEM_MESSAGE
 from qwen_vl import QwenVLImageProcessor, QwenVLTokenizer
+from qwen_vl.chat import make_context
 from qwen_vl.loss import IGNORED
 from qwen_vl.tokenization import IMAGE_SPAN
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
+_NEXT_LINE = re.compile(r"(?<=\n)(?=\S)")
 
 
 def preprocess(
@@ -206,3 +210,36 @@ def _images_and_ids(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
     ids = [sample["id"] for sample in samples]
     return {"pixel_values": torch.cat(pixels), "ids": ids} if pixels else {"ids": ids}
+
+
+class LengthCounter:
+    """Counts a sample's prompt and answer: tokens as the model reads them, or characters without a tokenizer.
+
+    The tokenizer never joins what stands before and after a line's end, so that lines can be counted one by one and
+    each only once; they come again in sample after sample.
+    """
+
+    def __init__(self, tokenizer: QwenVLTokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, int] = {}
+        self._frame = 0
+        if tokenizer is not None:
+            ids = make_context(tokenizer, [{"image": "x"}, {"text": "T"}], system=SYSTEM_MESSAGE)[1]
+            self._frame = len(ids) - self.count("T")
+
+    def count(self, text: str) -> int:
+        """Tokens of a plain text, or its characters."""
+        if self._tokenizer is None:
+            return len(text)
+        return sum(map(self._line, _NEXT_LINE.split(text)))
+
+    def prompt(self, text: str) -> int:
+        """Tokens of the whole prompt: system message, picture and marks included; or characters of the text."""
+        return self._frame + self.count(text)
+
+    def _line(self, line: str) -> int:
+        known = self._known.get(line)
+        if known is None:
+            assert self._tokenizer is not None
+            known = self._known[line] = len(self._tokenizer.encode(line, allowed_special=()))
+        return known

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_utils.console import go_on_unread
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
-from data_utils.presence import SHOWN, is_file, listed
-from data_utils.streams import go_on_unread
-from eval.agents import AgentResult, csv_path, read_agents, results_folder, unexplained_csvs
-from eval.flag_types import natural
-from eval.report import AgentReport, build_report, markdown, report_json, table_csv, terminal_table
-from eval.results import csv_bytes, describe, read_reviews
+from data_utils.paths import SHOWN, is_file, listed
+from eval.results.agents import AgentResult, csv_path, read_agents, results_folder, unexplained_csvs
+from eval.results.reviews import csv_bytes, describe, read_reviews
+from eval.results.tables import AgentReport, build_report, markdown, report_json, table_csv, terminal_table
+from eval.running.flag_types import natural
 
 EVAL = Path(__file__).resolve().parent
 
@@ -167,7 +167,10 @@ def _write_report(agents: list[AgentResult], report_dir: Path, options: argparse
 
 def _radar(reports: list[AgentReport]) -> bytes:
     """The chart; agents without the paper's number are drawn, marked, by their sample means."""
-    from eval.radar import Line, radar_png  # matplotlib takes a second to import, and is not needed for CSVs alone
+    from eval.results.figures import (  # matplotlib takes a second to import, and is not needed for CSVs alone
+        Line,
+        radar_png,
+    )
 
     return radar_png(
         [

@@ -19,9 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_utils.errors import MMRoleError
-from data_utils.presence import SHOWN, is_folder, listed
+from data_utils.paths import SHOWN, is_folder, listed
 from data_utils.schema import AnswerRow, Row
-from eval.command_line import (
+from eval.judging.metrics import METRIC_NAMES
+from eval.judging.prompt import is_reviewable, review_prompts
+from eval.judging.scores import ScoreReading, read_scores, review_record
+from eval.running.flag_types import natural
+from eval.running.flags import (
     ROOT,
     SPLITS,
     BackendFactory,
@@ -33,14 +37,10 @@ from eval.command_line import (
     run_settings,
     selection,
 )
-from eval.flag_types import natural
-from eval.inputs import SHOWN_JSON, Input, Source, json_sources, output_problems, read_inputs
-from eval.jobs import Job, run_job
-from eval.metrics import METRIC_NAMES
-from eval.result_files import FileReport, Outcome, ResultFile, Unit
-from eval.review_prompt import is_reviewable, review_prompts
-from eval.scores import ScoreReading, read_scores, review_record
-from eval.team import run_script
+from eval.running.inputs import SHOWN_JSON, Input, Source, json_sources, output_problems, read_inputs
+from eval.running.jobs import Job, run_job
+from eval.running.result_files import FileReport, Outcome, ResultFile, Unit
+from eval.running.team import run_script
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

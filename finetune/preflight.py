@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from data_utils.errors import MMRoleError, ProblemsError, shown
 from data_utils.fingerprint import checkpoint_fingerprint
-from data_utils.presence import sha256_of
+from data_utils.paths import sha256_of
 from data_utils.schema import Row, TrainSample, read_rows
 from data_utils.supervised import SupervisedDataset
 from finetune.arguments import Options

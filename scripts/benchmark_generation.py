@@ -18,7 +18,7 @@ from tqdm import tqdm
 import qwen_vl
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
-from eval.review_prompt import is_reviewable, review_prompts
+from eval.judging.prompt import is_reviewable, review_prompts
 from qwen_vl.chat import build_context
 from qwen_vl.generation import BatchGenerator, Request
 

@@ -19,9 +19,9 @@ from benchmark_generation import load_or_draw
 from benchmark_machine import describe, matrix_rate, peak_bytes, reset_peak, synchronize
 from torch.utils.data import DataLoader, Sampler
 
-from data_utils.build import training_samples
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json, write_json
+from data_utils.samples import training_samples
 from data_utils.supervised import PackedCollator, PaddedCollator, SupervisedDataset
 
 WAYS = ("released", "ours")

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from eval.backends.protocol import Request, Result
-from eval.team import run_script
+from eval.backends.backend import Request, Result
+from eval.running.team import run_script
 
 SYSTEM = "You are a dedicated role-playing assistant."
 TEST_FILES = ("comment_test.json", "human-role_test.json", "inter-role_test.json")

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from eval.progress import unshare_progress_bars
-from eval.team import run_script
+from eval.running.console import unshare_progress_bars
+from eval.running.team import run_script
 
 
 class Processes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import METRIC_NAMES
+from eval.judging.metrics import METRIC_NAMES
 from tests.conftest import ROOT
 
 FILES = ("comment_test", "human-role_test", "inter-role_test")

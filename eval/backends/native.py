@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_utils.errors import MMRoleError
-from eval.backends.protocol import Request, Result
+from eval.backends.backend import Request, Result
 
 if TYPE_CHECKING:
     from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer, generation

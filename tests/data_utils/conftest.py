@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_utils.demo import draw_world, write_world
+from data_utils.demo.world import draw_world, write_world
 from tests.data_utils.loopback import Site, serving, stay_at_home
 
 

@@ -7,19 +7,11 @@ from typing import Any
 
 import pytest
 
-from data_utils.build import (
-    KINDS,
-    SPLITS,
-    Characters,
-    build_sample,
-    dialogue_id,
-    iterate_dialogues,
-    iterate_samples,
-    load_characters,
-    reward_model_samples,
-    training_samples,
-)
+from data_utils.build.reviews import reward_model_samples
 from data_utils.errors import MMRoleError
+from data_utils.layout import KINDS, SPLITS
+from data_utils.roots import Characters, dialogue_id, iterate_dialogues, load_characters
+from data_utils.samples import build_sample, iterate_samples, training_samples
 
 CHARACTERS = Characters(
     profiles={"Wren": "A fiddler.", "Bram": "A baker."},

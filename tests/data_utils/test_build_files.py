@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 
-from data_utils.build import KINDS, SPLITS, dialogue_id, main, training_samples
-from data_utils.build_reviews import RM_TEST_FILE, RM_TRAIN_FILE, write_reviews
-from data_utils.check import check_roots
+from data_utils.build.files import main
+from data_utils.build.reviews import RM_TEST_FILE, RM_TRAIN_FILE, write_reviews
+from data_utils.check.checker import check_roots
 from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.files import published_json
-from data_utils.image_files import PLAIN_IMAGE
+from data_utils.images import PLAIN_IMAGE
+from data_utils.layout import KINDS, SPLITS
+from data_utils.roots import dialogue_id
 from data_utils.row_files import write_rows
+from data_utils.samples import training_samples
 from data_utils.schema import RewardSample, validate_rows
-from eval.review_prompt import review_prompts
+from eval.judging.prompt import review_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "data/train/train_85k.json"

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from data_utils import row_files
-from data_utils.build import KINDS, SPLITS, dialogue_files, iterate_dialogues, main
-from data_utils.build_reviews import RM_TRAIN_FILE
+from data_utils.build.files import main
+from data_utils.build.reviews import RM_TRAIN_FILE
 from data_utils.errors import MMRoleError
+from data_utils.layout import KINDS, SPLITS
+from data_utils.roots import dialogue_files, iterate_dialogues
 from data_utils.row_files import write_row_files, write_rows
 from tests.closed import close
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 import inference
-from data_utils import characters
-from data_utils.build import SPLITS
-from data_utils.characters import PLAIN_IMAGE, NewCharacter, Picture, add_character, main
-from data_utils.check import check_roots
-from data_utils.demo import draw_world, write_world
+from data_utils.characters import importer as characters
+from data_utils.characters.importer import PLAIN_IMAGE, NewCharacter, Picture, add_character, main
+from data_utils.check.checker import check_roots
+from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError, ProblemsError
+from data_utils.layout import SPLITS
 from data_utils.prompts import SYSTEM_MESSAGE
 from data_utils.schema import TestSample, validate_rows
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from data_utils.build import KINDS as BUILT_KINDS
-from data_utils.check import as_json, as_text, check_roots, exit_status, main
-from data_utils.check_samples import LengthMeter
-from data_utils.demo import draw_world, write_world
+from data_utils.check.checker import as_json, as_text, check_roots, exit_status, main
+from data_utils.check.findings import KINDS, SEVERITIES
+from data_utils.check.samples import LengthMeter
+from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError
-from data_utils.findings import KINDS, SEVERITIES
+from data_utils.layout import KINDS as BUILT_KINDS
 from data_utils.supervised import preprocess
-from eval.review_prompt import review_prompts
+from eval.judging.prompt import review_prompts
 from qwen_vl import QwenVLTokenizer
 from tests.closed import close
 

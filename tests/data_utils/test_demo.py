@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_utils.build import KINDS, SPLITS, dialogue_id, iterate_dialogues, iterate_samples, load_characters
-from data_utils.demo import RM_TRAIN_FILE, ROWS_PER_AGENT, TRAIN_FILE, draw_world, main, write_world
-from data_utils.demo_pictures import COLOURS, PLACES, THINGS, TIMES, Scene, draw_scene, fitting_places
-from data_utils.demo_reviews import FAULTS, GOOD, VERDICTS
+from data_utils.demo.pictures import COLOURS, PLACES, THINGS, TIMES, Scene, draw_scene, fitting_places
+from data_utils.demo.reviews import FAULTS, GOOD, VERDICTS
+from data_utils.demo.world import RM_TRAIN_FILE, ROWS_PER_AGENT, TRAIN_FILE, draw_world, main, write_world
 from data_utils.errors import MMRoleError
+from data_utils.layout import KINDS, SPLITS
+from data_utils.roots import dialogue_id, iterate_dialogues, load_characters
+from data_utils.samples import iterate_samples
 from data_utils.schema import TestSample, TrainSample, read_rows
-from eval.metrics import METRIC_NAMES
-from eval.review_prompt import review_prompts
-from eval.scores import parse_scores
+from eval.judging.metrics import METRIC_NAMES
+from eval.judging.prompt import review_prompts
+from eval.judging.scores import parse_scores
 
 HEADINGS = {
     False: ["Brief Introduction", "Personality", "Life Story", "Main Interpersonal Relationships", "Catchphrases"],

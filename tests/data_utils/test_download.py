@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_utils import download, download_coco, transfer
-from data_utils.download import HubFile, content_problem, fetch_repo, list_repo
-from data_utils.download_coco import COCO_FOLDER, Retries, fetch_coco, jpeg_problem, missing_coco, referenced_coco
+from data_utils.download import coco as download_coco
+from data_utils.download import downloads as download
+from data_utils.download import transfer
+from data_utils.download.coco import COCO_FOLDER, Retries, fetch_coco, jpeg_problem, missing_coco, referenced_coco
+from data_utils.download.downloads import HubFile, content_problem, fetch_repo, list_repo
 from data_utils.errors import MMRoleError
 from tests.data_utils.loopback import COMMIT, Site, git_id, held, put_repo
 

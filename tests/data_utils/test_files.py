@@ -10,7 +10,7 @@ import pytest
 from data_utils import files
 from data_utils.errors import MMRoleError
 from data_utils.files import Journal, published_json, read_journal, read_json, write_json, write_text
-from data_utils.presence import sha256_of
+from data_utils.paths import sha256_of
 from data_utils.row_files import write_rows
 
 SETTINGS = {"model": "abc", "seed": 0}

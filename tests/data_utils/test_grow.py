@@ -22,13 +22,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_utils import grow, grow_client
-from data_utils.build import Characters, iterate_samples, load_characters
-from data_utils.demo import draw_world, write_world
+from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import read_json
-from data_utils.grow import PROMPTS, Templates, main
-from data_utils.grow_checks import (
+from data_utils.grow import client as grow_client
+from data_utils.grow import run as grow
+from data_utils.grow.client import Budget, BudgetSpentError, Endpoint, NoAnswerError, Settings
+from data_utils.grow.plan import image_url
+from data_utils.grow.run import PROMPTS, Templates, main
+from data_utils.grow.validation import (
     UnusableError,
     dialogue_problem,
     read_comment,
@@ -36,8 +38,8 @@ from data_utils.grow_checks import (
     read_summary,
     read_turns,
 )
-from data_utils.grow_client import Budget, BudgetSpentError, Endpoint, NoAnswerError, Settings
-from data_utils.grow_plan import image_url
+from data_utils.roots import Characters, load_characters
+from data_utils.samples import iterate_samples
 
 pytest.importorskip("openai")
 

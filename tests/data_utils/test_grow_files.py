@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from data_utils import grow
-from data_utils.build import Characters
-from data_utils.check import check_roots
+from data_utils.check.checker import check_roots
 from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.files import read_json
-from data_utils.grow import PROMPTS, Templates, main
-from data_utils.grow_client import Budget, Endpoint, NoAnswerError, Settings
+from data_utils.grow import run as grow
+from data_utils.grow.client import Budget, Endpoint, NoAnswerError, Settings
+from data_utils.grow.run import PROMPTS, Templates, main
+from data_utils.roots import Characters
 from tests.data_utils import test_grow
 from tests.data_utils.test_grow import SUMMARY, Site, dialogues_of, grow_dialogues
 

@@ -1,7 +1,7 @@
 import pytest
 
 from data_utils.errors import MMRoleError
-from data_utils.image_files import find_image
+from data_utils.images import find_image
 from tests.closed import close
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from data_utils.presence import SHOWN, UnreadableError, is_file, is_folder, is_there, listed
+from data_utils.paths import SHOWN, UnreadableError, is_file, is_folder, is_there, listed
 from tests.closed import close
 
 

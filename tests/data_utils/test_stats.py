@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_utils import stats, stats_plots
-from data_utils.build import KINDS, iterate_dialogues, load_characters, training_samples
-from data_utils.demo import draw_world, write_world
+from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError, ProblemsError
+from data_utils.layout import KINDS
 from data_utils.prompts import SYSTEM_MESSAGE
-from data_utils.stats import Card, LengthCounter, category, collect, main, markdown, write_card
-from data_utils.stats_card import CATEGORIES, Lengths
+from data_utils.roots import iterate_dialogues, load_characters
+from data_utils.samples import training_samples
+from data_utils.stats import measure as stats
+from data_utils.stats import plots as stats_plots
+from data_utils.stats.card import CATEGORIES, Lengths
+from data_utils.stats.measure import Card, LengthCounter, category, collect, main, markdown, write_card
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.chat import make_context
 from tests.conftest import ROOT

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 WORK = """
 import sys
 from tqdm import tqdm
-from data_utils.streams import go_on_unread
+from data_utils.console import go_on_unread
 go_on_unread()
 for number in range(3):
     print("told", number, "\\udcff", flush=number == 1)

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from data_utils import download, transfer
-from data_utils.download import content_problem, fetch_repo, list_repo
-from data_utils.download_coco import COCO_FOLDER, fetch_coco
+from data_utils.download import downloads as download
+from data_utils.download import transfer
+from data_utils.download.coco import COCO_FOLDER, fetch_coco
+from data_utils.download.downloads import content_problem, fetch_repo, list_repo
+from data_utils.download.transfer import Retries, Source, StoppedError, fetch_file, in_parallel
 from data_utils.errors import MMRoleError
-from data_utils.transfer import Retries, Source, StoppedError, fetch_file, in_parallel
 from tests.conftest import ROOT
 from tests.data_utils.loopback import Site, git_id, held, put_repo, serving
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.agents import FILES
-from eval.metrics import METRIC_NAMES
+from eval.judging.metrics import METRIC_NAMES
+from eval.results.agents import FILES
 
 CLEAN = (8.0, 10.0)
 

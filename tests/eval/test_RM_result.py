@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_utils.errors import MMRoleError
-from eval.agents import FILES
+from eval.results.agents import FILES
 from eval.RM_result import build_parser, main
 from tests.conftest import ROOT
 from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows

@@ -9,9 +9,9 @@ import pytest
 
 from data_utils.errors import MMRoleError
 from eval import RM_review
-from eval.metrics import METRIC_NAMES
-from eval.review_prompt import SYSTEM, review_prompts
-from eval.scores import read_record
+from eval.judging.metrics import METRIC_NAMES
+from eval.judging.prompt import SYSTEM, review_prompts
+from eval.judging.scores import read_record
 from tests.closed import close
 from tests.conftest import ROOT
 from tests.fake_backend import FakeBackend, fake_review, flags, make_world, results, sample, write_rows

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_utils.errors import MMRoleError
-from eval.agents import FILES, ranked, read_agents, unexplained_csvs
+from eval.results.agents import FILES, ranked, read_agents, unexplained_csvs
 from tests.closed import close
 from tests.eval.made_reviews import link_published, made_row, review_path, write_agent, write_rows
 

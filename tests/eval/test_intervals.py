@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.intervals import sample_means
+from eval.results.statistics import sample_means
 
 
 def made(rows: int = 60, seed: int = 3) -> np.ndarray:
@@ -66,9 +66,9 @@ def test_very_few_rows() -> None:
 
 
 def test_many_rows_are_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.intervals._BLOCK", 60 * 7)
+    monkeypatch.setattr("eval.results.statistics._BLOCK", 60 * 7)
     blocks = sample_means(made(), resamples=100)
-    monkeypatch.setattr("eval.intervals._BLOCK", 60 * 100)
+    monkeypatch.setattr("eval.results.statistics._BLOCK", 60 * 100)
     whole = sample_means(made(), resamples=100)
     np.testing.assert_allclose(blocks.low, whole.low)
     np.testing.assert_allclose(blocks.high, whole.high)

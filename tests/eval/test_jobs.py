@@ -13,7 +13,8 @@ import pytest
 from tqdm import tqdm
 
 import inference
-from eval import RM_review, team
+from eval import RM_review
+from eval.running import team
 from tests.eval.test_RM_review import make_answers
 from tests.fake_backend import FakeBackend, fake_answer, fake_review, flags, kill_at, make_model, make_world, results
 from tests.processes import Processes, kill

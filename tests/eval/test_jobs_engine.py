@@ -11,7 +11,7 @@ from PIL import Image
 
 import inference
 from eval import RM_review
-from eval.command_line import native_backend
+from eval.running.flags import native_backend
 from tests.fake_backend import TEST_FILES, flags, make_world, results, sample, write_rows
 from tests.processes import Processes, kill
 from tests.qwen_vl.conftest import small_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import METRIC_NAMES, METRICS
+from eval.judging.metrics import METRIC_NAMES, METRICS
 
 
 def test_questions_name_the_role_and_the_partner() -> None:

@@ -161,7 +161,7 @@ def test_generation_settings_of_an_adapters_base(tmp_path):
 
 
 def test_generation_settings_are_seen_without_torch():
-    code = "import eval.command_line, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import eval.running.flags, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.radar import Line, radar_png, radial_range
+from eval.results.figures import Line, radar_png, radial_range
 
 
 def picture(lines: list[Line]) -> Image.Image:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.agents import read_agents
-from eval.metrics import METRIC_NAMES
-from eval.report import COLUMNS, build_report, markdown, report_json, table_csv, terminal_table
+from eval.judging.metrics import METRIC_NAMES
+from eval.results.agents import read_agents
+from eval.results.tables import COLUMNS, build_report, markdown, report_json, table_csv, terminal_table
 from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows
 
 

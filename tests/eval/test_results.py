@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from data_utils.errors import MMRoleError
-from eval.metrics import METRIC_NAMES
-from eval.results import ZERO_DENOMINATOR, csv_bytes, describe, read_reviews, sequential_mean
-from eval.scores import ScoreReading, review_record
+from eval.judging.metrics import METRIC_NAMES
+from eval.judging.scores import ScoreReading, review_record
+from eval.results.reviews import ZERO_DENOMINATOR, csv_bytes, describe, read_reviews, sequential_mean
 from tests.eval.made_reviews import made_row, record, write_rows
 
 

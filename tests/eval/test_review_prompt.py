@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from eval.metrics import METRIC_NAMES
-from eval.review_prompt import is_reviewable, review_prompts
+from eval.judging.metrics import METRIC_NAMES
+from eval.judging.prompt import is_reviewable, review_prompts
 
 
 def made(role: str = "Ada", script: str = "The Engine", other_role: str = "a curious human") -> dict[str, Any]:

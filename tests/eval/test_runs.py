@@ -5,10 +5,10 @@ import pytest
 
 from data_utils.errors import MMRoleError
 from data_utils.files import published_json, read_journal
-from eval.journals import journal_path, part_journal, part_journals
-from eval.progress import Progress
-from eval.result_files import ResultFile, Settings, State, Unit, inspect
-from eval.runs import derive_seed, run_files
+from eval.running.console import Progress
+from eval.running.journal import journal_path, part_journal, part_journals
+from eval.running.result_files import ResultFile, Settings, State, Unit, inspect
+from eval.running.runs import derive_seed, run_files
 from tests.fake_backend import FakeBackend, write_rows
 
 SETTINGS = Settings({"model": "abc"}, {"names": {"model": "/a"}})

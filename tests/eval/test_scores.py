@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from eval.review_prompt import review_prompts
-from eval.scores import ScoreReading, parse_scores, read_record, read_scores, review_record, stored_pair
+from eval.judging.prompt import review_prompts
+from eval.judging.scores import ScoreReading, parse_scores, read_record, read_scores, review_record, stored_pair
 
 
 def test_published_rule_on_odd_texts(shared: Path) -> None:

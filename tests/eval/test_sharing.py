@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.result_files import ResultFile, Unit
-from eval.sharing import Missing, deal, expected_cost
+from eval.running.result_files import ResultFile, Unit
+from eval.running.sharing import Missing, deal, expected_cost
 
 
 def made(texts, *, reviews=8):

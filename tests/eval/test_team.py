@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from eval import team
+from eval.running import team
 from tests.processes import free_port, kill
 
 NODE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from data_utils.build import reward_model_samples, training_samples
+from data_utils.build.reviews import reward_model_samples
 from data_utils.files import read_json, write_json
-from eval.review_prompt import review_prompts
+from data_utils.samples import training_samples
+from eval.judging.prompt import review_prompts
 from tests.conftest import ROOT
 
 SAMPLES = 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_utils.demo import draw_world, write_world
+from data_utils.demo.world import draw_world, write_world
 from tests.eval.made_reviews import made_row, write_rows
 from tests.qwen_vl.conftest import small_model
 

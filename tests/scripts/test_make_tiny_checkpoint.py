@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import qwen_vl
-from data_utils.demo import draw_world, write_world
+from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError
 from qwen_vl.tokenization import SPECIAL_TOKENS
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from eval.scores import parse_scores
+from eval.judging.scores import parse_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = {

@@ -1,0 +1,150 @@
+"""Reward-model files from reviews: what trains, and the paper's 320 for validation."""
+
+from __future__ import annotations
+
+import pkgutil
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_utils.errors import MMRoleError, raise_problems, shown
+from data_utils.prompts import picture_line
+from data_utils.row_files import first_problems, write_rows
+from data_utils.schema import ReviewedRow, Row, read_rows
+
+RM_TRAIN_FILE, RM_TEST_FILE = "RM_data/train/RM-train_23k.json", "RM_data/test/RM-test_320.json"
+PUBLISHED_REVIEWS, PUBLISHED_VALIDATION = 23_520, 320
+
+ReviewPrompts = Callable[[Mapping[str, Any]], Mapping[str, tuple[str, str]]]
+
+
+def read_reviews(folder: Path) -> list[tuple[str, Row]]:
+    """The reviewed rows below a folder, each with the agent that was reviewed (the name of its file's folder).
+
+    If there are folders `<split>-test_reviews` below it, only what lies in these is read.
+
+    Raises:
+        ProblemsError: There are none, or files are wrong, with everything that is.
+    """
+    files = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+    inside = [path for path in files if any(part.endswith("_reviews") for part in path.parts)]
+    problems: list[MMRoleError] = []
+    found: list[tuple[str, Row]] = []
+    for path in inside or files:
+        rows, wrong = read_rows(path, ReviewedRow)
+        problems += wrong
+        found += [(path.parent.name, row) for row in rows]
+    if not problems and not any(row.get("rm_review") for _, row in found):
+        problems.append(MMRoleError("no reviews", None, folder, "give the folder that eval/RM_review.sh wrote to"))
+    raise_problems(first_problems(problems))
+    return found
+
+
+def write_reviews(
+    data_root: Path, reviews: Sequence[tuple[str, Row]], prompts: ReviewPrompts, *, validation: int, seed: int
+) -> tuple[int, int]:
+    """Writes the reward model's training and validation files.
+
+    Args:
+        data_root: Where `RM_data/` is.
+        reviews: Agents and their reviewed rows.
+        prompts: Makes {metric: (system, text)} from a row.
+        validation: How many reviews are kept for validation, drawn from all.
+        seed: What they are drawn from.
+
+    Returns:
+        How many train and how many validate.
+
+    Raises:
+        MMRoleError: There are too few reviews, ids come again, or a file cannot be written.
+    """
+    names = [sample["id"] for sample in _review_samples(reviews, lambda row: dict.fromkeys(row["rm_review"], ("", "")))]
+    again = [name for name, count in Counter(names).items() if count > 1]
+    if again:
+        fix = "give the reviews of one reviewer, one folder per agent"
+        raise MMRoleError(f"{len(again)} reviews come more than once", again[:5], "--reviews", fix)
+    if len(names) <= validation:
+        fix = "give more reviews, or a smaller --validation"
+        raise MMRoleError("too few reviews", f"{len(names)} reviews, {validation} for validation", "--reviews", fix)
+    drawn = set(random.Random(seed).sample(sorted(names), validation))  # noqa: S311 - draws samples, keeps no secret
+
+    def part(held_out: bool) -> Iterator[Row]:
+        samples = _review_samples(reviews, prompts)
+        return (sample for sample in samples if (sample["id"] in drawn) == held_out)
+
+    return write_rows(data_root / RM_TRAIN_FILE, part(False)), write_rows(data_root / RM_TEST_FILE, part(True))
+
+
+def named_function(name: str) -> ReviewPrompts:
+    """The function that `module:function` names; when it is called, what it gives is checked.
+
+    Raises:
+        MMRoleError: There is none.
+    """
+    try:
+        function = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        fix = f"give it as module:function ({error})"
+        raise MMRoleError("no such function", name, "--review_prompts", fix) from error
+
+    def checked(row: Mapping[str, Any]) -> Mapping[str, tuple[str, str]]:
+        fix = "name a function that takes a reviewed row and gives {metric: (system, text)}"
+        try:
+            found = function(row)
+        except TypeError as error:  # it takes something else, or is no function
+            raise MMRoleError(f"it makes no prompts: {error}", name, "--review_prompts", fix) from error
+        if not isinstance(found, Mapping) or not all(map(_is_prompt, found.values())):
+            raise MMRoleError(f"it makes no prompts, but {shown(repr(found))}", name, "--review_prompts", fix)
+        return found
+
+    return checked
+
+
+def _is_prompt(prompt: object) -> bool:
+    return isinstance(prompt, tuple | list) and len(prompt) == 2 and all(isinstance(part, str) for part in prompt)
+
+
+def _review_samples(reviews: Sequence[tuple[str, Row]], prompts: ReviewPrompts) -> Iterator[Row]:
+    for agent, row in reviews:
+        yield from reward_model_samples([row], prompts, agent=agent)
+
+
+def reward_model_samples(
+    rows: Iterable[Mapping[str, Any]], review_prompts: ReviewPrompts, *, agent: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Yields a reward-model training sample per review: the review prompt as user turn, the review as the assistant's.
+
+    Args:
+        rows: Reviewed rows in the published form; a row without ``rm_review`` (an empty answer) gives nothing.
+        review_prompts: Makes {metric: (system, text)} from a row; the data tools know no prompts of the evaluation.
+        agent: Who gave the answers; put before the ids, which would otherwise repeat from agent to agent.
+
+    Raises:
+        MMRoleError: a review is of a metric for which there is no prompt.
+    """
+    for row in rows:
+        if not row.get("rm_review"):
+            continue
+        prompts = review_prompts(row)
+        for metric, review in row["rm_review"].items():
+            if not review["score"]:
+                continue  # nobody could read a score in it: it would teach the judge to be unreadable
+            if metric not in prompts:
+                raise MMRoleError(
+                    "a review of an unknown metric",
+                    value=metric,
+                    where=f"row {row['id']}",
+                    fix=f"use the published names: {', '.join(prompts)}",
+                )
+            system, text = prompts[metric]
+            yield {
+                "id": "_".join(filter(None, [agent, row["id"], metric])),
+                "system": system,
+                "image": row["image"],
+                "conversations": [
+                    {"from": "user", "value": picture_line(row["image"]) + text},
+                    {"from": "assistant", "value": review["review"]},
+                ],
+            }

@@ -1,0 +1,1 @@
+"""Finds what is wrong with a data root: `python -m data_utils.check`."""

@@ -1,0 +1,1 @@
+"""Fetches data, pictures and weights: `python -m data_utils.download`."""

@@ -1,0 +1,93 @@
+"""The prompts that data are grown with: templates in a folder, all of them checked before anything is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from string import Template
+
+from data_utils.errors import MMRoleError, raise_problems
+from data_utils.grow.validation import text_problem
+from data_utils.layout import KINDS
+
+_SEPARATOR = re.compile(r"^---$", re.MULTILINE)
+_OF_PROFILES = ("character", "script", "language")
+_OF_DIALOGUES = (
+    *_OF_PROFILES, "profile", "partner", "partner_profile", "image_information", "question", "turns",
+)  # fmt: skip
+VALUES = {
+    "profile_from_text": (*_OF_PROFILES, "text", "facts"),
+    "profile_from_facts": (*_OF_PROFILES, "text", "facts"),
+    "profile_summary": (*_OF_PROFILES, "detailed"),
+    **dict.fromkeys(KINDS, _OF_DIALOGUES),
+}
+
+
+class Templates:
+    """The prompt templates of a folder: system message and text, parted by a line of three hyphens.
+
+    Raises:
+        ProblemsError: Files are missing, are not of this form, or name values that there are none of; with all of them.
+    """
+
+    NAMES = tuple(VALUES)
+    QUESTIONS = ("questions_English", "questions_Chinese")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._problems: list[MMRoleError] = []
+        texts = {name: self._read(name) for name in (*self.NAMES, *self.QUESTIONS)}
+        raise_problems(self._problems)
+        self.hash = hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+        self.questions = {name.partition("_")[2]: self._questions(name, texts[name]) for name in self.QUESTIONS}
+        self._parts = {name: self._parted(name, texts[name]) for name in self.NAMES}
+        raise_problems(self._problems)
+
+    def fill(self, name: str, values: dict[str, str]) -> tuple[str, str]:
+        """System message and text of a template, with the values put in."""
+        system, text = self._parts[name]
+        return Template(system).substitute(values), Template(text).substitute(values)
+
+    def _read(self, name: str) -> str:
+        path = self._path(name)
+        try:
+            return path.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            self._tell("a template cannot be read", str(error), name, "copy it from data_utils/grow/prompts")
+            return ""
+
+    def _questions(self, name: str, text: str) -> list[str]:
+        """One a line; what a dialogue could not be kept with is told."""
+        questions = [line.strip() for line in text.split("\n") if line.strip()]
+        if not questions:
+            self._tell("there are no questions", None, name, "write one a line")
+        for question in questions:
+            problem = text_problem(question)
+            if problem:
+                self._tell(f"a question cannot be asked: {problem}", question, name, "reword it")
+        return questions
+
+    def _parted(self, name: str, text: str) -> tuple[str, str]:
+        parts = _SEPARATOR.split(text, maxsplit=1)
+        if len(parts) == 1:
+            self._tell("a template has no line ---", None, name, "put one before the text")
+            return "", ""
+        system, text = parts[0].removesuffix("\n"), parts[1].removeprefix("\n")
+        for part, where in ((system, "before"), (text, "after")):
+            if not part.strip():
+                self._tell(f"a template has nothing {where} its line ---", None, name, f"write something {where} it")
+        values = dict.fromkeys(VALUES[name], "")
+        try:
+            Template(system).substitute(values)
+            Template(text).substitute(values)
+        except (KeyError, ValueError) as error:
+            fix = f"use these: {', '.join('$' + value for value in sorted(values))}; write a dollar sign as $$"
+            self._tell("a template cannot be filled", str(error), name, fix)
+        return system, text
+
+    def _tell(self, what: str, value: str | None, name: str, fix: str) -> None:
+        self._problems.append(MMRoleError(what, value, self._path(name), fix))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.txt"

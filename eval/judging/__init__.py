@@ -1,0 +1,1 @@
+"""Review prompts, metrics and scores."""

@@ -1,0 +1,85 @@
+"""The prompt a reviewer gets for one answered row and one metric (released RM_review.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eval.judging.metrics import METRICS
+
+SYSTEM = (
+    "You are an objective and precise evaluator, specializing in rigorously assessing the role-playing and multimodal "
+    "understanding abilities of various models."
+)
+HUMAN = "a curious human"
+HYPOTHETICAL = "Hypothetical Characters"
+
+
+def is_reviewable(row: Mapping[str, Any]) -> bool:
+    """Whether the row has an answer to review."""
+    # published: only an empty answer is left out; one of nothing but blanks is reviewed.
+    return bool(row["conversations"][1].get("answer"))
+
+
+def review_prompts(row: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The eight review prompts of one answered row.
+
+    All eight share everything up to the metric's question, so that a reviewer may encode that prefix once. The picture
+    (`Picture 1: <img>…</img>`, a line of its own before the text) is the backend's to put in.
+
+    Args:
+        row: An answered sample: `role`, `script`, `other_role`, and `conversations` with the question in
+            `[0]["value"]`, the ground truth in `[1]["value"]` and the evaluated answer in `[1]["answer"]`.
+
+    Returns:
+        `{metric name: (system message, text)}` in published order. The texts are plain: whatever looks like a control
+        tag in them was written by the data or by the evaluated agent, and is not one.
+
+    Raises:
+        KeyError: If the row lacks one of these fields.
+    """
+    role, other_role = row["role"], row["other_role"]
+    partner = "the curious human" if other_role == HUMAN else other_role
+    head = _transcript(row) + f"## **[Instruction]**\n\n{_task(role, other_role, row['script'])}\n\n"
+    return {metric.name: (SYSTEM, head + _request(metric.question(role=role, partner=partner))) for metric in METRICS}
+
+
+def _transcript(row: Mapping[str, Any]) -> str:
+    user, assistant = row["conversations"][0], row["conversations"][1]
+    sections = (
+        ("Question", user["value"]),
+        ("Model A's Response", assistant["answer"]),
+        ("Model B's Response", assistant["value"]),
+    )
+    return "".join(f"## **[{name} Start]**\n\n{text}\n\n## **[{name} End]**\n\n\n" for name, text in sections)
+
+
+def _task(role: str, other_role: str, script: str) -> str:
+    """The sentence that tells the reviewer what both models had been asked to do."""
+    who = _introduced(role, script)
+    whom = other_role if other_role == HUMAN else _introduced(other_role, script)
+    return (
+        f"The task instruction of the two models is to directly role-play as {who} and talk with {whom} about the "
+        f"given image using the distinctive tone, manner and vocabulary of {role}."
+    )
+
+
+def _introduced(role: str, script: str) -> str:
+    # published: the partner is introduced with the role's own script, and a hypothetical one keeps its closing comma.
+    if script == HYPOTHETICAL:
+        return f"{role}, a person who is one of the {HYPOTHETICAL},"
+    return f"{role} from {script}"
+
+
+def _request(question: str) -> str:
+    return (
+        "Please evaluate the following aspect of each model's response:\n"
+        f"{question}\n\n"
+        "Please provide a brief qualitative evaluation for the relative performance of the two models, followed by "
+        "paired quantitative scores from 1 to 10, where 1 indicates poor performance and 10 indicates excellent "
+        "performance.\n\n"
+        "The output should be in the following format:\n"
+        "{Qualitative Evaluation}, [Scores]: ({the score of Model A}, {the score of Model B})\n\n"
+        "Please ensure that your evaluations are unbiased and that the order in which the responses were presented "
+        "does not affect your judgment."
+    )

@@ -1,0 +1,173 @@
+"""Score pairs: read from a reviewer's text, stored in a row's `rm_review[metric]`, and taken out of it again.
+
+A text is first read by the published rule. What that refuses, a more forgiving reader may read, and the stored record
+says so. What neither reads is a failure with a reason: never a guess, never a score of 0.
+
+Stored forms (the first is the published one):
+
+    {"review": text, "score": [a, b]}                                            read by the published rule at once
+    {"review": text, "score": [a, b], "read_by": "forgiving", "attempts": n}     each extra key only where it applies
+    {"review": text, "score": [], "failure": reason, "attempts": n}              n texts, none of them readable
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Pair = tuple[float, float]
+Reader = Literal["published", "forgiving"]
+
+LOWEST, HIGHEST = 0.0, 10.0  # the prompt asks for 1 to 10; published reviews also give 0
+
+_MARKER = re.compile(
+    r"""[\[【][\s*_]*scores?[\s*_]*(?:\\?[\]】]|(?=:))    # [Scores], 【Scores】, [**Score**], [Scores: …]; anywhere
+      | ^[ \t>#*_-]*scores?[ \t*_]*(?=:)                # Scores: without brackets, only at the start of a line
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+_NUMBER = r"([-+]?\d+(?:\.\d+)?)"
+_UNIT = r"(?:\s*/\s*10(?!\d|\.\d)|\s+out\s+of\s+10(?!\d|\.\d)|\s*points?|\s*分)?"
+_LABEL = (
+    r"(?:(?:model|assistant|response|answer|模型)?\s*{letter}(?:'s)?(?:\s+(?:score|response))?\s*(?::|=|-(?=\s))?\s*)"
+)
+_A, _B = _LABEL.format(letter="a"), _LABEL.format(letter="b")
+# What follows must not make it another number ("1e1", "9.5.1", "9 of 20", "9%"), nor be a third score on its line.
+_END = r"(?!\w|\.\d)(?!\s*(?:[/%]|(?:out\s+)?of\b))(?![^\w\n]*(?:(?:and|or|to|vs)\b[^\w\n]*)?\d)"
+_LEAD = r"[\s:=]*(?:-\s+)?"
+_PAIRS = tuple(
+    re.compile(_LEAD + pair + _END, re.IGNORECASE)
+    for pair in (
+        rf"{_A}?{_NUMBER}{_UNIT}\s*(?:[,;|&]|and\b|vs\b\.?)\s*{_B}?{_NUMBER}{_UNIT}",
+        rf"{_A}{_NUMBER}{_UNIT}(?!\s*%)\D{{0,200}}?(?<!\w){_B}{_NUMBER}{_UNIT}",
+    )
+)
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_PLAIN = str.maketrans(_FULL_WIDTH | {0x3000: " ", ord("、"): ",", ord("’"): "'"})
+_UNBRACKETED = str.maketrans(dict.fromkeys('()[]{}<>【】「」*_`"“”\\', " "))
+
+
+@dataclass(frozen=True)
+class ScoreReading:
+    """What could be read from one review.
+
+    Attributes:
+        pair: Scores of model A (the evaluated answer) and model B (the ground truth), each 0 to 10; None if unreadable.
+        reader: Which reader gave the pair; None without one.
+        reason: Why there is no pair; empty with one.
+    """
+
+    pair: Pair | None
+    reader: Reader | None = None
+    reason: str = ""
+
+
+def parse_scores(review: str) -> Pair | None:
+    """The published rule, to the letter: `get_review_score` of the released RM_review.py.
+
+    Args:
+        review: A reviewer's whole text.
+
+    Returns:
+        The scores of model A and model B as the rule reads them, or None where it gives up.
+    """
+    # published: nan, inf and numbers outside 1 to 10 pass; a second "[Scores]:" or a word after the pair does not.
+    parts = review.split("[Scores]:")
+    if len(parts) != 2:
+        return None
+    scores = parts[1].strip().split("\n")[0].replace("(", "").replace(")", "").split(",")
+    if len(scores) != 2:
+        return None
+    try:
+        a, b = (float(score.split(":")[1] if ":" in score else score) for score in scores)
+    except ValueError:
+        return None
+    return a, b
+
+
+def read_scores(review: str) -> ScoreReading:
+    """Reads a review by the published rule, else by the forgiving reader.
+
+    The forgiving reader looks only behind the last scores marker, where a pair must come at once; full-width signs,
+    brackets, bold, "8/10", "Model A: 8 … Model B: 9" and words after the pair do not disturb it.
+
+    Args:
+        review: A reviewer's whole text, without the prompt.
+
+    Returns:
+        The pair and who read it, or the reason why there is none. A score outside 0 to 10 is refused.
+    """
+    pair = parse_scores(review)
+    if pair is not None:
+        return _checked(pair, "published")
+    plain = review.translate(_PLAIN)
+    markers = list(_MARKER.finditer(plain))
+    if not markers:
+        return ScoreReading(None, reason="no [Scores] marker" if review.strip() else "empty review")
+    tail = plain[markers[-1].end() :].translate(_UNBRACKETED)
+    match = next(filter(None, (pattern.match(tail) for pattern in _PAIRS)), None)
+    if match is None:
+        return ScoreReading(None, reason="no single pair of scores right after the last [Scores] marker")
+    return _checked((float(match[1]), float(match[2])), "forgiving")
+
+
+def _checked(pair: Pair, reader: Reader) -> ScoreReading:
+    # Comparing refuses nan and inf too, and whole numbers too large for a float.
+    outside = [score for score in pair if not LOWEST <= score <= HIGHEST]
+    if outside:
+        return ScoreReading(None, reason=f"a score outside {LOWEST:g} to {HIGHEST:g}")
+    return ScoreReading(pair, reader)
+
+
+def review_record(review: str, reading: ScoreReading, attempts: int = 1) -> dict[str, Any]:
+    """What is stored in `rm_review[metric]` for one review.
+
+    Args:
+        review: The reviewer's last text.
+        reading: What `read_scores` made of it.
+        attempts: How many texts were asked for, the last one included; at least 1.
+
+    Returns:
+        The published form where the first text was read by the published rule; with more keys otherwise.
+    """
+    if reading.pair is None:
+        return {"review": review, "score": [], "failure": reading.reason, "attempts": attempts}
+    record: dict[str, Any] = {"review": review, "score": list(reading.pair)}
+    if reading.reader == "forgiving":
+        record["read_by"] = "forgiving"
+    if attempts > 1:
+        record["attempts"] = attempts
+    return record
+
+
+def read_record(record: object) -> ScoreReading:
+    """Takes the pair out of a stored `rm_review[metric]`, ours or a published one.
+
+    The stored pair counts, not the text: the released script tells its users to mend pairs by hand. Published failures
+    are `{}`, a record whose score is `{}`, or no record (None).
+
+    Args:
+        record: What is stored, of any type.
+
+    Returns:
+        The pair and who read it, or the reason why there is none.
+    """
+    if not isinstance(record, Mapping) or not record:
+        return ScoreReading(None, reason="no review stored" if not record else "the stored review is not an object")
+    score = record.get("score")
+    if not score:
+        return ScoreReading(None, reason=str(record.get("failure") or "no scores stored"))
+    if not isinstance(score, list) or len(score) != 2 or not all(_is_number(value) for value in score):
+        return ScoreReading(None, reason="the stored score is not a pair of numbers")
+    return _checked((score[0], score[1]), "forgiving" if record.get("read_by") == "forgiving" else "published")
+
+
+def stored_pair(record: object) -> Pair | None:
+    """The score pair of a stored `rm_review[metric]`, or None for a failed or missing review."""
+    return read_record(record).pair
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

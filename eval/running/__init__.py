@@ -1,0 +1,1 @@
+"""A run from its flags and inputs to its result files."""
