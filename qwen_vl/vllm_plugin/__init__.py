@@ -4,8 +4,6 @@ vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in 
 folder is imported without vLLM. Serve with `--tokenizer-mode qwen_vl`; `scripts/serve_vllm.sh` does.
 """
 
-TOKENIZER_MODE = "qwen_vl"
-
 
 def register() -> None:
     """Registers config, model, tokenizer and renderer with vLLM, and wraps how its engine takes a request.
@@ -16,7 +14,7 @@ def register() -> None:
     from transformers import AutoConfig
 
     from qwen_vl.vllm_plugin.compatibility import incompatibilities, refusing_config
-    from qwen_vl.vllm_plugin.configuration import QwenVLServingConfig
+    from qwen_vl.vllm_plugin.configuration import TOKENIZER_MODE, QwenVLServingConfig
 
     if problems := incompatibilities():
         AutoConfig.register(QwenVLServingConfig.model_type, refusing_config(problems), exist_ok=True)

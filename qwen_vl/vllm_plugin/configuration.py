@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from qwen_vl.configuration import QwenVLConfig
 
+TOKENIZER_MODE = "qwen_vl"
+
 
 class QwenVLServingConfig(QwenVLConfig):
     """`QwenVLConfig` in which no length but `max_position_embeddings` limits a prompt.

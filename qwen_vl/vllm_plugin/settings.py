@@ -7,8 +7,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from qwen_vl import QwenVLTokenizer
-from qwen_vl.vllm_plugin import TOKENIZER_MODE
-from qwen_vl.vllm_plugin.configuration import QwenVLServingConfig
+from qwen_vl.vllm_plugin.configuration import TOKENIZER_MODE, QwenVLServingConfig
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
