@@ -15,7 +15,9 @@ from transformers import HfArgumentParser
 
 from data_utils.errors import MMRoleError, raise_problems
 from finetune.batch_size import accumulation_steps
-from finetune.flag_values import flag_problems
+from finetune.data import Order
+from finetune.early import given_values
+from finetune.flag_values import WARMUP_LR, flag_problems
 
 # Spellings of transformers 4 that today's no longer knows.
 RENAMED = {
@@ -32,6 +34,23 @@ RETIRED = {
     "--save_safetensors": "weights are always saved as safetensors",
     "--logging_dir": "tensorboard writes below the output folder",
     "--lora_weight_path": "it had no effect in the released trainer either",
+}
+# published: what the two released scripts train with: on 8 GPUs (`fill_to`), micro-batches of 8 and 4 (`loss_group`).
+_COMMON = {
+    "global_batch_size": 256,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": WARMUP_LR,
+    "warmup_steps": 0.01,
+    "weight_decay": 0.05,
+    "decay_all": True,
+    "adam_beta2": 0.95,
+    "fix_vit": True,
+    "save_strategy": "epoch",
+    "resume_save_steps": 100,
+}
+RECIPES = {
+    "agent": {**_COMMON, "num_train_epochs": 3.0, "model_max_length": 3072, "loss_group": "8", "fill_to": 64},
+    "reward_model": {**_COMMON, "num_train_epochs": 10.0, "model_max_length": 4096, "loss_group": "4", "fill_to": 32},
 }
 # What says nothing to people: values that others give already, or that are of no use here.
 _UNTOLD = {"accelerator_config", "hub_token", "push_to_hub_token", "train_batch_size", "eval_batch_size"}
@@ -87,6 +106,41 @@ class TrainingArguments(transformers.TrainingArguments):
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Samples of one optimizer step; the accumulation follows from it."}
     )
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "Settings of a released training script; other flags override them.", "choices": [*RECIPES]},
+    )
+    loss_group: str = field(
+        default="micro",
+        metadata={
+            "help": "Consecutive samples whose supervised tokens' mean is one term of the loss: a number, 'micro' (the "
+            "micro-batch of one process) or 'step' (all samples of an update)."
+        },
+    )
+    fill_to: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every epoch is filled up to a multiple of this (by default what the processes take at once)."
+        },
+    )
+    lr_scheduler_type: str = field(
+        default="linear",
+        metadata={
+            "help": f"{WARMUP_LR} (DeepSpeed's logarithmic warm-up of the released configs, then constant), or one of "
+            "transformers' (cosine, linear, constant, ...)."
+        },
+    )
+    decay_all: bool = field(
+        default=False,
+        metadata={"help": "Weight decay for every trained weight, not only for those that transformers chooses."},
+    )
+    resume_save_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Save a checkpoint to resume from every so many updates, of which the newest stays; other "
+            "checkpoints keep their weights and lose their optimizer state once there is a newer one. 0: no."
+        },
+    )
     packing: bool = field(
         default=True, metadata={"help": "Samples of a micro-batch one after the other, without padding."}
     )
@@ -102,8 +156,9 @@ class TrainingArguments(transformers.TrainingArguments):
             self.gradient_accumulation_steps = accumulation_steps(
                 self.global_batch_size, self.per_device_train_batch_size, processes
             )
-        if self.sequential:
-            self.train_sampling_strategy = "sequential"
+        schedule, self.train_sampling_strategy = self.lr_scheduler_type, "sequential"  # of the stream's positions
+        if schedule == WARMUP_LR:
+            self.lr_scheduler_type = "constant"  # what transformers knows and reads nothing into
         if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)  # the newer name of the same
         self.remove_unused_columns = False  # sample ids travel with a batch, to be named in errors
@@ -111,6 +166,10 @@ class TrainingArguments(transformers.TrainingArguments):
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         _settle_devices(self)
         super().__post_init__()
+        if schedule == WARMUP_LR:
+            self.lr_scheduler_type = schedule
+        if self.samples_per_step % self.group_size:
+            raise _group_error(self.samples_per_step, self.group_size)
         if self.use_cpu and self.deepspeed:
             _join_deepspeed()
         self._n_gpu = min(self._n_gpu, 1)  # one process a GPU; never torch's DataParallel
@@ -126,6 +185,32 @@ class TrainingArguments(transformers.TrainingArguments):
     def samples_per_step(self) -> int:
         """Samples of one optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive samples of the stream whose supervised tokens' mean is one term of the loss."""
+        named = {"micro": self.per_device_train_batch_size, "step": self.samples_per_step}
+        return named.get(self.loss_group) or int(self.loss_group)
+
+    def order(self, samples: int) -> Order:
+        """The stream in which so many samples train."""
+        return Order(
+            samples,
+            multiple=self.fill_to or self.per_device_train_batch_size * self.world_size,
+            step=self.samples_per_step,
+            epochs=self.num_train_epochs,
+            max_steps=self.max_steps,
+            seed=None if self.sequential else self.seed if self.data_seed is None else self.data_seed,
+        )
+
+    def recipe_used(self) -> dict[str, Any]:
+        """The released script whose settings these are, and which of them are others."""
+        if self.recipe is None:
+            return {"name": None}
+        now = {name: getattr(self, name) for name in RECIPES[self.recipe]}
+        now = {name: getattr(value, "value", value) for name, value in now.items()}
+        changed = {name: now[name] for name, value in RECIPES[self.recipe].items() if now[name] != value}
+        return {"name": self.recipe, **({"changed": changed} if changed else {})}
 
 
 @dataclass(frozen=True)
@@ -169,6 +254,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Options, list[str]]:
         ProblemsError: Several such.
     """
     words, notices = modern_spelling(argv)
+    words = [*recipe_flags(words), *words]
     kinds = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
     parser = _Parser(kinds, allow_abbrev=False, description=__doc__)
     namespace, unknown = parser.parse_known_args(words)
@@ -178,6 +264,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Options, list[str]]:
     except (ValueError, NotImplementedError) as error:
         raise MMRoleError(str(error), where="the command line", fix="change the flag it names") from error
     return Options(*parsed), notices
+
+
+def recipe_flags(words: Sequence[str]) -> list[str]:
+    """The flags that `--recipe` stands for; what the user gives comes after them and counts."""
+    names = [word for word in given_values(words, "--recipe") if word in RECIPES]
+    return [word for name in names for flag, value in RECIPES[name].items() for word in (f"--{flag}", str(value))]
 
 
 def modern_spelling(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -210,6 +302,17 @@ def _unknown_flags(unknown: Sequence[str], parser: HfArgumentParser) -> list[MMR
         fix = f"did you mean {near[0]}?" if near else "see --help for all flags"
         problems.append(MMRoleError("no such flag, or a value too many", word, "the command line", fix))
     return problems
+
+
+def _group_error(step: int, group: int) -> MMRoleError:
+    below = step // group * group
+    fits = [str(size) for size in (below, below + group) if size > 0]
+    return MMRoleError(
+        "the global batch is no multiple of the loss group",
+        f"global batch {step}, groups of {group} samples",
+        "--global_batch_size (GLOBAL_BATCH), --loss_group",
+        f"give a global batch of {' or '.join(fits)}, or --loss_group step",
+    )
 
 
 def _settle_devices(arguments: TrainingArguments) -> None:

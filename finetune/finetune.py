@@ -95,6 +95,7 @@ def _facts(options: Options, checked: Checked, resume: Path | None) -> dict[str,
         **{key: before[key] for key in ("throughput",) if key in before},
         "identity": identity(options),
         "global_batch": options.training.samples_per_step,
+        "recipe": options.training.recipe_used(),
         "data": {**checked.fingerprints["data"], **checked.facts.counts()},
         "base": checked.fingerprints["base"],
         "versions": versions(),
@@ -111,6 +112,11 @@ def _tell(options: Options, checked: Checked, resume: Path | None) -> None:
         f"{training.samples_per_step} samples a step: micro-batch {training.per_device_train_batch_size} x "
         f"accumulation {training.gradient_accumulation_steps} x {training.world_size} process(es)"
     )
+    order = training.order(len(checked.dataset))
+    print(
+        f"{order.updates:,} steps over {order.samples:,} samples, each epoch filled up to {order.filled:,}; "
+        f"the loss is a mean over groups of {training.group_size}"
+    )
     print(f"{options.data.data_path}: {checked.facts.told(training.model_max_length)}")
     print(checked.room.told())
     print(f"resumes from {resume}" if resume else "begins at the beginning", flush=True)
@@ -118,9 +124,9 @@ def _tell(options: Options, checked: Checked, resume: Path | None) -> None:
 
 def _finished(options: Options, checked: Checked, resume: Path) -> bool:
     """Whether a run that is to be gone on with has done all of its steps, and its model is saved."""
-    from finetune.resuming import is_finished, steps_in_all
+    from finetune.resuming import is_finished
 
-    return is_finished(options, resume, steps_in_all(options.training, len(checked.dataset)))
+    return is_finished(options, resume, options.training.order(len(checked.dataset)).updates)
 
 
 def _clear(options: Options) -> None:

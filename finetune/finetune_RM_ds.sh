@@ -9,4 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 DATA_PATH=${DATA_PATH:-$DATA_ROOT/RM_data/train/RM-train_23k.json}
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/checkpoints/MMRole-Eval_RM}
 
-finetune ds_config_zero3.json --num_train_epochs 10 --model_max_length 4096 "$@"
+finetune reward_model ds_config_zero3.json "$@"

@@ -9,4 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 DATA_PATH=${DATA_PATH:-$DATA_ROOT/data/train/train_85k.json}
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/checkpoints/MMRole-Agent}
 
-finetune ds_config_zero3.json --num_train_epochs 3 --model_max_length 3072 "$@"
+finetune agent ds_config_zero3.json "$@"

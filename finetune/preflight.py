@@ -69,6 +69,7 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     if options.training.eval_strategy != "no" and not options.data.eval_data_path:
         fix = "give --eval_data_path, or --eval_strategy no"
         found.append(MMRoleError("there is nothing to evaluate on", options.training.eval_strategy.value, None, fix))
+    found += _stream_problems(options, len(contents[options.data.data_path][0]))
     together(options, found)
     prints = fingerprints(options)
     together(options, origin_problems(resume, prints, adapter=options.training.use_lora) if resume else [])
@@ -186,6 +187,18 @@ def _summed(facts: DataFacts, options: Options) -> DataFacts:
     for share in shares:
         total.add(share)
     return total
+
+
+def _stream_problems(options: Options, samples: int) -> list[MMRoleError]:
+    order = options.training.order(samples)
+    if not samples or order.step <= order.filled:
+        return []
+    group = options.training.group_size
+    fits = order.filled // group * group
+    fix = f"give a global batch of {fits:,} or a smaller multiple of {group}"
+    where = "--global_batch_size (GLOBAL_BATCH)"
+    told = f"global batch {order.step:,}, {samples:,} samples, filled up to {order.filled:,}"
+    return [MMRoleError("the global batch is larger than an epoch", told, where, fix)]
 
 
 def _empty(path: str) -> MMRoleError:

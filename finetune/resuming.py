@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from data_utils.errors import MMRoleError
-from finetune.arguments import Options, TrainingArguments
+from finetune.arguments import Options
 from finetune.flag_values import resumes
 from finetune.saving import checkpoints, recover_published, saved_tensors
 from finetune.wholeness import damages, report_of, steps_done, written_as
@@ -138,19 +137,6 @@ def schedule_notice(folder: Path, options: Options) -> str | None:
     return f"the schedule is not the checkpoint's: {'; '.join(changes)} ({kept})"
 
 
-def steps_in_all(training: TrainingArguments, samples: int) -> int:
-    """Optimizer steps that the flags ask for, as transformers' Trainer counts them.
-
-    Args:
-        training: Its flags.
-        samples: Of the training file.
-    """
-    if training.max_steps > 0:
-        return training.max_steps
-    batches = math.ceil(samples / (training.per_device_train_batch_size * training.world_size))
-    return math.ceil(training.num_train_epochs * max(math.ceil(batches / training.gradient_accumulation_steps), 1))
-
-
 def is_finished(options: Options, resume: Path, steps: int) -> bool:
     """Whether a run has done its steps and saved what it trained; such a run needs no model.
 
@@ -193,13 +179,15 @@ def identity(options: Options) -> dict[str, Any]:
     return {
         "processes": training.world_size,
         "ZeRO stage": training.zero_stage,
-        "micro-batch": training.per_device_train_batch_size,
-        "accumulation": training.gradient_accumulation_steps,
+        "samples a step": training.samples_per_step,
+        "loss group": training.group_size,
+        "epochs filled to": training.order(1).multiple,
+        "weight decay of": "every weight" if training.decay_all else "what transformers chooses",
         "LoRA": f"r {lora.lora_r} on {', '.join(lora.lora_target_modules)}" if training.use_lora else "no",
         **(adapters if training.use_lora else {}),
         "vision tower": "frozen" if training.fix_vit or training.use_lora else "trained",
         "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
         "longest sample": training.model_max_length,
         "system message": "each sample's own" if data.use_sample_system else "the published one",
-        "order": "sequential" if training.sequential else f"shuffled by seed {training.data_seed or training.seed}",
+        "order": "sequential" if training.sequential else f"permuted each epoch by seed {training.order(1).seed}",
     }

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import write_error, write_text
+from finetune.report import TRAINING
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.folder import read_json_file
 from qwen_vl.tokenization import VOCAB_FILE
@@ -27,6 +28,8 @@ SHARD_SIZE = "5GB"
 # Read first by whoever loads a folder; so they are put there last and taken away first.
 _ENTRANCES = ("config.json", "adapter_config.json")
 _WEIGHTS = ("model*.safetensors*", "adapter_model*.safetensors*", "pytorch_model*.bin*")
+# What only a resume reads: DeepSpeed's shards and its note of them, optimizer, schedule and random states.
+_RESUME_STATE = ("latest", "global_step*", "zero_to_fp32.py", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
 
 Expected = Mapping[str, tuple[list[int], str]]
@@ -242,6 +245,23 @@ def drop_checkpoints(output_dir: Path, keep: int | None, last: Path | None = Non
     others = [path for path in checkpoints(output_dir) if path != last]
     for path in others[: max(len(others) - keep + bool(last), 0)]:
         shutil.rmtree(path)
+
+
+def drop_resume_state(output_dir: Path, newest: Path) -> None:
+    """Leaves optimizer state in the newest checkpoint only; deletes older ones that were saved to resume from.
+
+    Args:
+        output_dir: The run's output folder.
+        newest: The checkpoint written last.
+    """
+    for folder in checkpoints(output_dir):
+        if folder == newest:
+            continue
+        if not read_json_file(folder / TRAINING).get("kept", True):
+            shutil.rmtree(folder)
+            continue
+        for file in [found for pattern in _RESUME_STATE for found in folder.glob(pattern)]:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def _folders(folder: Path) -> Iterable[Path]:

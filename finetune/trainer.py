@@ -14,18 +14,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import Trainer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from data_utils.errors import MMRoleError
 from data_utils.supervised import PackedCollator, PaddedCollator, SupervisedDataset
 from finetune.arguments import TrainingArguments
+from finetune.data import FilledDataset, Order, Stream, StreamCollator, sample_weights
 from finetune.early import told_once
+from finetune.flag_values import WARMUP_LR
 from finetune.report import Throughput, write_report
 from finetune.saving import (
     STAGING,
     check_saved,
     drop_checkpoints,
+    drop_resume_state,
     expected_tensors,
     publish_files,
     publish_folder,
@@ -37,6 +42,55 @@ from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 
 MOST_OVERFLOWS = 24  # steps in a row; a loss scale of 65,536 is down to 1 after 16
+
+
+@dataclass(frozen=True)
+class WarmupRate:
+    """The released scripts' learning rate, as a share of the peak: logarithmic warm-up, then constant.
+
+    published: the first update runs at the full rate and the second at 0, because DeepSpeed's WarmupLR first sets the
+    rate after the first update.
+
+    Attributes:
+        warmup: Updates of the warm-up; at least 2.
+    """
+
+    warmup: int
+
+    def __call__(self, update: int) -> float:
+        return 1.0 if update == 0 or update > self.warmup else math.log(update) / math.log(self.warmup)
+
+
+class EpochEnds(TrainerCallback):
+    """Saves, evaluates and logs at the ends of the stream's epochs, and saves what a run can be resumed from.
+
+    transformers' own epochs are not used: the whole stream is one to it.
+
+    Args:
+        order: The stream's.
+        resume_save_steps: Updates between checkpoints to resume from; 0 for none.
+    """
+
+    def __init__(self, order: Order, resume_save_steps: int) -> None:
+        self.order = order
+        self.resume_save_steps = resume_save_steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.num_train_epochs = math.ceil(self.order.updates * self.order.step / self.order.filled)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        done = state.global_step
+        state.epoch = done * self.order.step / self.order.filled
+        if self.order.ends_epoch(done):
+            control.should_save |= args.save_strategy == "epoch"
+            control.should_evaluate |= args.eval_strategy == "epoch" and args.eval_delay <= state.epoch
+            control.should_log |= args.logging_strategy == "epoch"
+        control.should_save |= self.resume_save_steps > 0 and done % self.resume_save_steps == 0
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_save = control.should_evaluate = control.should_log = False  # done at the last step
+        return control
 
 
 @dataclass
@@ -85,17 +139,52 @@ class SupervisedTrainer(Trainer):
     ) -> None:
         self.tokenizer = tokenizer
         self.facts = facts
+        self.order = arguments.order(len(dataset))
         self.padded = PaddedCollator(tokenizer.eod_id)
-        collator = PackedCollator() if arguments.packing else self.padded
+        collator = StreamCollator(PackedCollator() if arguments.packing else self.padded)
         self._staging: Path | None = None
         self._writes_here = False
         self._overflows = 0
         self._dtype: torch.dtype | None = None
         self._meter = _Meter()
         self._step_ids: list[str] = []
+        arguments.max_steps = self.order.updates  # transformers counts one epoch otherwise, the whole stream
+        if eval_dataset is not None:
+            at_once = arguments.per_device_eval_batch_size * arguments.world_size
+            eval_dataset = FilledDataset(eval_dataset, at_once)
         super().__init__(
-            model=model, args=arguments, data_collator=collator, train_dataset=dataset, eval_dataset=eval_dataset
+            model=model,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=Stream(dataset, self.order),
+            eval_dataset=eval_dataset,
+            callbacks=[EpochEnds(self.order, arguments.resume_save_steps)],
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The released scripts' schedule, or one of transformers'."""
+        if self.args.lr_scheduler_type != WARMUP_LR:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            rate = WarmupRate(max(2, self.args.get_warmup_steps(num_training_steps)))
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the weights that decay."""
+        if self.args.decay_all:  # published: the released AdamW block makes one group of all
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """transformers' optimizer without empty groups."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Evaluation pads: positions decide there (dynamic NTK, log-n), each row's own."""
@@ -106,37 +195,56 @@ class SupervisedTrainer(Trainer):
             self.data_collator = kept
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of a step; the time that takes is time waiting for data."""
+        """The micro-batches of a step, each with its samples' loss weights; that time is time waiting for data."""
         began = time.perf_counter()
         if self._meter.began is None:
             self._meter.began = began
-        samples = super().get_batch_samples(*args, **kwargs)
+        batches, count = super().get_batch_samples(*args, **kwargs)
         self._meter.waiting += time.perf_counter() - began
-        self._step_ids = [name for batch in samples[0] for name in batch["ids"]]
-        if not self._meter.steps:
-            self._check_labels(samples[0])
+        self._step_ids = [name for batch in batches for name in batch["ids"]]
+        self._weigh(batches)
         self._meter.steps += 1
-        return samples
+        return batches, count
 
-    def _check_labels(self, batches: list[dict[str, Any]]) -> None:
-        """Refuses to begin with a step that learns nothing: a sign of wrong data or a wrong length."""
-        count = sum(((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches), torch.tensor(0))
-        if self.accelerator.reduce(count.to(self.args.device), reduction="sum").item():
+    def _weigh(self, batches: list[dict[str, Any]]) -> None:
+        """Notes each sample's loss weight in its batch.
+
+        Raises:
+            MMRoleError: The first step has nothing to learn: a sign of wrong data or a wrong length.
+        """
+        weights = sample_weights(
+            batches,
+            step=self.order.step,
+            group=self.args.group_size,
+            sum_over_processes=lambda counts: self.accelerator.reduce(counts, reduction="sum"),
+        )
+        # The trainer divides by the accumulation, and gradients are averaged over the processes.
+        scale = self.args.world_size * len(batches)
+        learned = torch.zeros((), dtype=torch.long, device=self.args.device)
+        for batch, weight in zip(batches, weights, strict=True):
+            batch["sample_weights"] = weight * scale
+            learned += batch.pop("supervised").sum()
+            del batch["positions"]
+        if self._meter.steps:
             return
-        fix = "look at these samples; raise --model_max_length"
-        with told_once():
-            raise MMRoleError("there is not one token to learn in the first step", self._step_ids, "these samples", fix)
+        if not self.accelerator.reduce(learned, reduction="sum").item():
+            fix = "look at these samples; raise --model_max_length"
+            with told_once():
+                what = "there is not one token to learn in the first step"
+                raise MMRoleError(what, self._step_ids, "these samples", fix)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Mean over the micro-batch's supervised tokens.
+        """This micro-batch's part of the step's loss; in evaluation the mean over its supervised tokens.
 
         Raises:
             MMRoleError: It is not finite; names the samples, before anything is updated with it.
         """
         batch = dict(inputs)
-        ids = batch.pop("ids")
+        ids, weights = batch.pop("ids"), batch.pop("sample_weights", None)
+        if weights is not None:
+            batch["loss_weights"] = _spread(weights, batch)
         outputs = model(**batch, loss_only=True, use_cache=False)
         if model.training:
             self._meter.add(batch, ids)
@@ -144,19 +252,23 @@ class SupervisedTrainer(Trainer):
                 raise _not_finite("loss", outputs.loss.item(), ids, self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, None, None]:
-        """The loss of a batch, in evaluation; logits are never made."""
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trains an epoch; nothing, where the checkpoint that is gone on with was the last one."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The mean loss over all supervised tokens of the evaluation set; logits are never made."""
+        model = self._wrap_model(self.model, training=False, dataloader=dataloader).eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs)
+            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            sums += torch.stack([loss.double() * tokens, tokens.double()])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
+        samples = len(dataloader.dataset.dataset)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates; the throughput of training does not count that time."""
@@ -211,12 +323,21 @@ class SupervisedTrainer(Trainer):
             throughput = self.throughput()
             if self.args.should_save:
                 check_saved(staging / name, expected_tensors(self.model))
-                facts = self._facts("running", throughput)
+                facts = self._facts("running", throughput) | {"kept": self._is_kept()}
                 write_report([staging / name, self.output_dir], facts, self.state.log_history)
             self._publish(staging / name, self.output_dir / name)
             if self.args.should_save:
+                if self.args.resume_save_steps:
+                    drop_resume_state(self.output_dir, self.output_dir / name)
                 drop_checkpoints(self.output_dir, self.args.save_total_limit, self.output_dir / name)
         self._meter.paused += time.perf_counter() - began
+
+    def _is_kept(self) -> bool:
+        """Whether the checkpoint of this step stays when there is a newer one; else it is only there to resume from."""
+        done = self.state.global_step
+        if self.args.save_strategy == "epoch":
+            return self.order.ends_epoch(done)
+        return self.args.save_strategy == "steps" and done % self.state.save_steps == 0
 
     def save_finished(self) -> None:
         """Writes the trained model, the trainer's state and the report into the output folder itself."""
@@ -289,6 +410,13 @@ class SupervisedTrainer(Trainer):
 def _empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in a save
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _spread(weights: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Samples' weights as weights of their tokens, (B, T)."""
+    if "segments" in batch:
+        return weights.repeat_interleave(torch.tensor(batch["segments"], device=weights.device))[None]
+    return weights[:, None].expand(batch["input_ids"].shape)
 
 
 def _not_finite(what: str, value: float, ids: list[str], step: int) -> MMRoleError:

@@ -20,55 +20,73 @@ class LanguageHead(nn.Linear):
     when its module is called, gathers it once a step on every rank, however many positions are supervised there.
     """
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., C); or, with labels (N,) for hidden states (N, C), the float32 sum."""
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., C); or, with labels (N,) for hidden states (N, C), the float32 sum.
+
+        Args:
+            hidden: Hidden states.
+            labels: int64 (N,).
+            weights: float32 (N,), what each position's loss is multiplied by in the sum; None for 1.
+        """
         if labels is None:
             return super().forward(hidden)
-        return _LinearCrossEntropy.apply(hidden, self.weight, labels)
+        if weights is None:
+            weights = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
+        return _LinearCrossEntropy.apply(hidden, self.weight, labels, weights)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies in chunks; the backward computes each chunk's logits again."""
+    """Weighted sum of cross-entropies in chunks; the backward computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight, labels)
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, labels, weights)
         # The sum over nothing still depends on hidden and weight, so that every rank runs the same backward.
         total = hidden.new_zeros((), dtype=torch.float32)
-        for rows, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            total += F.cross_entropy(F.linear(rows, weight).float(), wanted, reduction="sum")
+        for rows, wanted, scale in zip(hidden.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK), strict=True):
+            total += F.cross_entropy(F.linear(rows, weight).float(), wanted, reduction="none") @ scale
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        hidden, weight, labels = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        hidden, weight, labels, weights = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
             slope = F.linear(hidden[part], weight).float().softmax(dim=-1)  # (chunk, V)
             slope[torch.arange(slope.shape[0], device=slope.device), labels[part]] -= 1
-            slope = (slope * grad).to(hidden.dtype)
+            slope = (slope * (grad * weights[part])[:, None]).to(hidden.dtype)
             grad_hidden[part] = slope @ weight
             if grad_weight is not None:
                 grad_weight.addmm_(slope.T, hidden[part])
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
-def supervised_mean(head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the supervised tokens of a micro-batch, logits at their positions only.
+def supervised_loss(
+    head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy over the supervised tokens of a micro-batch, logits at their positions only.
 
-    published: the mean over this micro-batch's supervised tokens. Where there are none it is 0, with gradients of 0.
+    published: without weights it is the mean over this micro-batch's supervised tokens. Where there are none it is 0,
+    with gradients of 0.
 
     Args:
         head: The language head.
         hidden: (B, T, C).
         labels: int64 (B, T), not shifted, -100 where nothing is to be learned.
+        weights: float32 (B, T), aligned with the labels; then the result is the sum of each token's loss times its
+            weight.
 
     Returns:
         float32 scalar.
     """
     wanted = labels[:, 1:]
     kept = wanted != IGNORED
-    total = head(hidden[:, :-1][kept], wanted[kept])
-    return total / kept.sum().clamp(min=1)
+    if weights is not None:
+        return head(hidden[:, :-1][kept], wanted[kept], weights[:, 1:][kept])
+    return head(hidden[:, :-1][kept], wanted[kept]) / kept.sum().clamp(min=1)

@@ -18,7 +18,7 @@ from qwen_vl.chat import ChatMixin
 from qwen_vl.configuration import QwenVLConfig
 from qwen_vl.folder import copy_code_files
 from qwen_vl.language import DecoderLayer, RMSNorm, logn_factors, ntk_alpha, rotary_frequencies, rotary_tables
-from qwen_vl.loss import LanguageHead, supervised_mean
+from qwen_vl.loss import LanguageHead, supervised_loss
 from qwen_vl.vision import QUERIES, Resampler, VisionTransformer, sincos_positions
 
 _OF_A_LAYER = re.compile(r"transformer\.(h|visual\.transformer\.resblocks)\.\d+\.")
@@ -250,6 +250,7 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         prompt_lengths: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_only: bool = False,
+        loss_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given.
@@ -265,6 +266,8 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
             prompt_lengths: int64 (B,), what dynamic NTK goes by at prefill; by default each row's own length.
             logits_to_keep: Compute logits at the last so many positions only (0: all), or at these positions.
             loss_only: With labels, leave the logits out: nine tenths of them are at positions without a label.
+            loss_weights: float32 (B, T), one for each label; then the loss is the weighted sum over supervised tokens
+                instead of their mean.
             **kwargs: `segments`, a list of lengths that sum to T: the row is that many samples one after the other,
                 each of which sees itself only; give `position_ids` that begin at 0 in each.
 
@@ -287,7 +290,7 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = out.last_hidden_state
-        loss = None if labels is None else supervised_mean(self.lm_head, hidden, labels)
+        loss = None if labels is None else supervised_loss(self.lm_head, hidden, labels, loss_weights)
         logits = None
         if not (loss_only and labels is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -89,7 +89,7 @@ def test_nothing_to_learn_is_an_error(flags: Flags, data: Data) -> None:
     assert len(caught.value.problems) == 2
     silent = data.with_rows([sample("a", "Hello?", ""), sample("b", "Hello?", "")], "silent.json")
     with pytest.raises(MMRoleError, match="no answer token"):
-        main(flags(data_path=silent))
+        main(flags(data_path=silent, gradient_accumulation_steps=1))
 
 
 def test_samples_without_an_answer_are_counted(base: Path, data: Data) -> None:

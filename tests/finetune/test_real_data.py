@@ -37,7 +37,7 @@ def test_two_real_steps(shared: Path, tiny_a: Path, tmp_path: Path, script: str,
     data = shared / "mmrole_data"
     write_json(tmp_path / "train.json", list(islice(rows(data), SAMPLES)))
     places = {"DATA_PATH": tmp_path / "train.json", "OUTPUT_DIR": tmp_path / "out"}
-    places |= {"DATA_ROOT": data, "MODEL_PATH": tiny_a, "GLOBAL_BATCH": 4, "PROCESSES": 1}
+    places |= {"DATA_ROOT": data, "MODEL_PATH": tiny_a, "GLOBAL_BATCH": 8, "PROCESSES": 1}
     environ = os.environ | {name: str(value) for name, value in places.items()}
     flags = ["--bf16", "False", "--max_steps", "2"]
     command = ["bash", str(ROOT / "finetune" / script), *flags]

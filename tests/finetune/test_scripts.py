@@ -14,17 +14,12 @@ from tests.conftest import ROOT
 from tests.finetune.conftest import SECONDS, Data, losses, report
 from tests.processes import free_port, run_group
 
-SCRIPTS = {
-    "finetune_ds": ("3.0", 3072, 3, False),
-    "finetune_lora_ds": ("3.0", 3072, 2, True),
-    "finetune_RM_ds": ("10.0", 4096, 3, False),
-    "finetune_RM_lora_ds": ("10.0", 4096, 2, True),
-}
+SCRIPTS = {"finetune_lora_ds": ("agent", 3.0, 3072), "finetune_RM_lora_ds": ("reward_model", 10.0, 4096)}
 
 
 def run(name: str, base: Path, data: Data, out: Path, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "MODEL_PATH": str(base), "DATA_ROOT": str(data.root), "DATA_PATH": str(data.file)}
-    environ |= {"OUTPUT_DIR": str(out), "GLOBAL_BATCH": "4", "MICRO_BATCH": "1", **settings}
+    environ |= {"OUTPUT_DIR": str(out), "GLOBAL_BATCH": "8", "MICRO_BATCH": "1", **settings}
     command = ["bash", ROOT / "finetune" / f"{name}.sh", "--disable_tqdm", "True", *flags]
     return run_group(command, SECONDS, env=environ, stderr=subprocess.STDOUT, cwd="/")
 
@@ -36,16 +31,16 @@ def output_of(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_script_has_the_papers_settings_and_runs(name: str, base: Path, data: Data, tmp_path: Path) -> None:
-    epochs, length, stage, lora = SCRIPTS[name]
+def test_the_lora_scripts_take_the_recipe(name: str, base: Path, data: Data, tmp_path: Path) -> None:
+    """test_recipe.py has the others."""
+    recipe, epochs, length = SCRIPTS[name]
     output = output_of(run(name, base, data, tmp_path / "out", "--max_steps", "2"))
-    assert "4 samples a step: micro-batch 1 x accumulation 4 x 1 process(es)" in output
-    options = report(tmp_path / "out")["options"]
-    wanted = {"learning_rate": 1e-5, "weight_decay": 0.05, "adam_beta2": 0.95, "warmup_steps": 0.01, "bf16": True}
-    wanted |= {"lr_scheduler_type": "cosine", "gradient_checkpointing": True, "fix_vit": True, "use_lora": lora}
-    wanted |= {"num_train_epochs": float(epochs), "model_max_length": length}
-    assert {key: options[key] for key in wanted} == wanted
-    assert report(tmp_path / "out")["identity"]["ZeRO stage"] == stage
+    assert "8 samples a step: micro-batch 1 x accumulation 8 x 1 process(es)" in output
+    told = report(tmp_path / "out")
+    assert told["recipe"] == {"name": recipe, "changed": {"global_batch_size": 8}}
+    wanted = {"learning_rate": 1e-5, "num_train_epochs": epochs, "model_max_length": length, "use_lora": True}
+    assert {key: told["options"][key] for key in wanted} == wanted
+    assert told["identity"]["ZeRO stage"] == 2
     qwen_vl.load(tmp_path / "out", device="cpu")
 
 
@@ -60,7 +55,7 @@ def test_two_launches_are_two_nodes(base: Path, data: Data, tmp_path: Path) -> N
 
     with ThreadPoolExecutor() as pool:
         outputs = [output_of(done) for done in pool.map(node, "01")]
-    assert "micro-batch 1 x accumulation 2 x 2 process(es)" in outputs[0]
+    assert "micro-batch 1 x accumulation 4 x 2 process(es)" in outputs[0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,25 +196,39 @@ def test_a_first_step_that_learns_nothing_is_refused(flags: Flags, monkeypatch: 
 
 
 def test_throughput_leaves_evaluation_out(flags: Flags, data: Data, tmp_path: Path) -> None:
+    hour, clock = 3600, [1.0]
+
     class Slow(SupervisedTrainer):
-        def prediction_step(self, *args: object, **kwargs: object) -> object:
-            time.sleep(1.5)
-            return super().prediction_step(*args, **kwargs)
+        def evaluation_loop(self, *args: object, **kwargs: object) -> object:
+            clock[0] += hour
+            return super().evaluation_loop(*args, **kwargs)
+
+        def training_step(self, *args: object, **kwargs: object) -> object:
+            clock[0] += 1
+            return super().training_step(*args, **kwargs)
 
     held_out = data.with_rows(data.rows[:2], "held_out.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetune.trainer.SupervisedTrainer", Slow)
-        began = time.perf_counter()
-        main(flags(eval_strategy="steps", eval_steps=1, eval_data_path=held_out, per_device_eval_batch_size=1))
-    assert report(tmp_path / "out")["throughput"]["seconds"] <= time.perf_counter() - began - 4 * 1.5
+        patch.setattr("finetune.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+        main(flags(eval_strategy="steps", eval_steps=1, eval_data_path=held_out))
+    assert report(tmp_path / "out")["throughput"]["seconds"] == 4  # two steps of two micro-batches
 
 
-def test_evaluation(flags: Flags, data: Data, tmp_path: Path) -> None:
-    held_out = data.with_rows(data.rows[:3], "held_out.json")
-    main(flags(eval_strategy="steps", eval_steps=1, eval_data_path=held_out, per_device_eval_batch_size=2))
-    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2]
-    assert all(entry["eval_loss"] > 0 for entry in history if "eval_loss" in entry)
+def test_evaluation_is_the_mean_over_all_supervised_tokens(flags: Flags, data: Data, tmp_path: Path) -> None:
+    """However the samples are batched, and although their answers differ in length."""
+    held_out = data.with_rows(data.rows[:5], "held_out.json")
+    found = []
+    for size in (1, 2, 8):
+        out = tmp_path / str(size)
+        more = {"eval_strategy": "steps", "eval_steps": 1, "eval_data_path": held_out, "output_dir": out}
+        main(flags(**more, per_device_eval_batch_size=size))
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2]
+        found.append([entry["eval_loss"] for entry in history if "eval_loss" in entry])
+    assert found[0] == pytest.approx(found[1], **SAME)
+    assert found[0] == pytest.approx(found[2], **SAME)
+    assert all(loss > 0 for loss in found[0])
 
 
 def test_the_samples_own_system_message(flags: Flags, data: Data, tmp_path: Path) -> None:

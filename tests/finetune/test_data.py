@@ -1,0 +1,67 @@
+"""The order of samples, and the weights that make their tokens' losses the loss of a step."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from finetune.data import FilledDataset, Order, Stream, sample_weights
+
+AGENT = Order(85_456, multiple=64, step=256, epochs=3, max_steps=-1, seed=42)
+REWARD_MODEL = Order(23_200, multiple=32, step=256, epochs=10, max_steps=-1, seed=42)
+
+
+def test_updates_of_the_published_data() -> None:
+    assert (AGENT.filled, AGENT.updates) == (85_504, 1002)
+    assert (REWARD_MODEL.filled, REWARD_MODEL.updates) == (23_200, 900)
+
+
+def test_saves_at_the_ends_of_epochs() -> None:
+    """Where an epoch ends within an update, before that update, as the released trainer does."""
+    assert [n for n in range(1, 1003) if AGENT.ends_epoch(n)] == [334, 668, 1002]
+    expected = [90, 181, 271, 362, 453, 543, 634, 725, 815, 900]
+    assert [n for n in range(1, 901) if REWARD_MODEL.ends_epoch(n)] == expected
+
+
+def test_each_epoch_is_a_permutation_of_its_own_that_repeats_its_beginning() -> None:
+    order = Order(10, multiple=4, step=4, epochs=3, max_steps=-1, seed=7)
+    epochs = [[order.sample(12 * epoch + place) for place in range(12)] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch[:10]) == list(range(10))
+        assert epoch[10:] == epoch[:2]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    again = Order(10, multiple=4, step=6, epochs=9, max_steps=-1, seed=7)
+    assert [again.sample(position) for position in range(36)] == [sample for epoch in epochs for sample in epoch]
+    other = Order(10, multiple=4, step=4, epochs=3, max_steps=-1, seed=8)
+    assert [other.sample(position) for position in range(12)] != epochs[0]
+
+
+def test_fewer_samples_than_the_multiple_are_repeated_as_often_as_it_takes() -> None:
+    order = Order(3, multiple=8, step=4, epochs=1, max_steps=-1, seed=None)
+    assert [order.sample(position) for position in range(8)] == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_steps_and_parts_of_epochs() -> None:
+    assert Order(24, multiple=4, step=4, epochs=1.5, max_steps=-1, seed=0).updates == 9
+    assert Order(24, multiple=4, step=4, epochs=1.5, max_steps=50, seed=0).updates == 50
+    rows = [{"id": i} for i in range(24)]
+    stream = Stream(rows, Order(24, multiple=4, step=4, epochs=2, max_steps=-1, seed=0))
+    assert len(stream) == 48
+    assert [stream[i]["position"] for i in range(48)] == list(range(48))
+    assert set(Counter(stream[i]["id"] for i in range(48)).values()) == {2}
+
+
+def test_weights_are_means_over_groups() -> None:
+    """Two groups of two samples, one without anything to learn, in micro-batches that cut across them."""
+    batches = [
+        {"positions": torch.tensor([4, 5, 6]), "supervised": torch.tensor([3, 1, 0])},
+        {"positions": torch.tensor([7]), "supervised": torch.tensor([0])},
+    ]
+    found = sample_weights(batches, step=4, group=2, sum_over_processes=lambda counts: counts)
+    assert found[0].tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 2])
+    assert found[1].tolist() == pytest.approx([1 / 2])
+
+
+def test_what_fills_up_an_evaluation_has_no_labels() -> None:
+    filled = FilledDataset([{"labels": [1, 2]}, {"labels": [3]}, {"labels": [4]}], 2)
+    assert [filled[i]["labels"] for i in range(len(filled))] == [[1, 2], [3], [4], [-100, -100]]
