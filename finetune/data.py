@@ -135,14 +135,14 @@ class StreamCollator:
         }
 
 
-def sample_weights(
+def loss_divisors(
     batches: Sequence[Mapping[str, Any]],
     *,
     step: int,
     group: int,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """What to multiply the loss of each sample's tokens by, so that an update's sum is its loss.
+    """What to divide the loss of each sample's tokens by, so that an update's sum is its loss.
 
     published: the loss of an update is the mean over its groups of the mean over each group's supervised tokens. A
     sample that comes twice counts twice, a group without supervised tokens counts 0.
@@ -154,11 +154,11 @@ def sample_weights(
         sum_over_processes: Sums a tensor over all processes.
 
     Returns:
-        Per micro-batch float32 (samples,).
+        Per micro-batch int64 (samples,).
     """
     groups = [batch["positions"] % step // group for batch in batches]
     tokens = torch.zeros(step // group, dtype=torch.long, device=groups[0].device)
     for place, batch in zip(groups, batches, strict=True):
         tokens.index_add_(0, place, batch["supervised"])
-    share = 1 / (len(tokens) * sum_over_processes(tokens).clamp(min=1).float())
-    return [share[place] for place in groups]
+    divisors = len(tokens) * sum_over_processes(tokens).clamp(min=1)
+    return [divisors[place] for place in groups]

@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from data_utils.errors import MMRoleError
 from data_utils.supervised import PackedCollator, PaddedCollator, SupervisedDataset
 from finetune.arguments import TrainingArguments
-from finetune.data import FilledDataset, Order, Stream, StreamCollator, sample_weights
+from finetune.data import FilledDataset, Order, Stream, StreamCollator, loss_divisors
 from finetune.early import told_once
 from finetune.flag_values import WARMUP_LR
 from finetune.report import Throughput, write_report
@@ -195,7 +195,7 @@ class SupervisedTrainer(Trainer):
             self.data_collator = kept
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of a step, each with its samples' loss weights; that time is time waiting for data."""
+        """The micro-batches of a step, each with its samples' loss divisors; that time is time waiting for data."""
         began = time.perf_counter()
         if self._meter.began is None:
             self._meter.began = began
@@ -207,22 +207,20 @@ class SupervisedTrainer(Trainer):
         return batches, count
 
     def _weigh(self, batches: list[dict[str, Any]]) -> None:
-        """Notes each sample's loss weight in its batch.
+        """Notes each sample's loss divisor in its batch.
 
         Raises:
             MMRoleError: The first step has nothing to learn: a sign of wrong data or a wrong length.
         """
-        weights = sample_weights(
+        divisors = loss_divisors(
             batches,
             step=self.order.step,
             group=self.args.group_size,
             sum_over_processes=lambda counts: self.accelerator.reduce(counts, reduction="sum"),
         )
-        # The trainer divides by the accumulation, and gradients are averaged over the processes.
-        scale = self.args.world_size * len(batches)
         learned = torch.zeros((), dtype=torch.long, device=self.args.device)
-        for batch, weight in zip(batches, weights, strict=True):
-            batch["sample_weights"] = weight * scale
+        for batch, one in zip(batches, divisors, strict=True):
+            batch["divisors"] = one
             learned += batch.pop("supervised").sum()
             del batch["positions"]
         if self._meter.steps:
@@ -242,10 +240,13 @@ class SupervisedTrainer(Trainer):
             MMRoleError: It is not finite; names the samples, before anything is updated with it.
         """
         batch = dict(inputs)
-        ids, weights = batch.pop("ids"), batch.pop("sample_weights", None)
-        if weights is not None:
-            batch["loss_weights"] = _spread(weights, batch)
+        ids, divisors = batch.pop("ids"), batch.pop("divisors", None)
+        if divisors is not None:
+            batch["loss_divisors"] = _spread(divisors, batch)
         outputs = model(**batch, loss_only=True, use_cache=False)
+        if divisors is not None:
+            # The trainer divides by the accumulation, and gradients are averaged over the processes.
+            outputs.loss = outputs.loss * (self.current_gradient_accumulation_steps * self.args.world_size)
         if model.training:
             self._meter.add(batch, ids)
             if not torch.isfinite(outputs.loss):
@@ -412,11 +413,11 @@ def _empty(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _spread(weights: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Samples' weights as weights of their tokens, (B, T)."""
+def _spread(divisors: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Samples' divisors as those of their tokens, (B, T)."""
     if "segments" in batch:
-        return weights.repeat_interleave(torch.tensor(batch["segments"], device=weights.device))[None]
-    return weights[:, None].expand(batch["input_ids"].shape)
+        return divisors.repeat_interleave(torch.tensor(batch["segments"], device=divisors.device))[None]
+    return divisors[:, None].expand(batch["input_ids"].shape)
 
 
 def _not_finite(what: str, value: float, ids: list[str], step: int) -> MMRoleError:

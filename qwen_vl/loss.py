@@ -68,25 +68,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def supervised_loss(
-    head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor, divisors: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cross-entropy over the supervised tokens of a micro-batch, logits at their positions only.
 
-    published: without weights it is the mean over this micro-batch's supervised tokens. Where there are none it is 0,
+    published: without divisors it is the mean over this micro-batch's supervised tokens. Where there are none it is 0,
     with gradients of 0.
 
     Args:
         head: The language head.
         hidden: (B, T, C).
         labels: int64 (B, T), not shifted, -100 where nothing is to be learned.
-        weights: float32 (B, T), aligned with the labels; then the result is the sum of each token's loss times its
-            weight.
+        divisors: int64 (B, T), aligned with the labels; then the result is the sum of each token's loss by its divisor.
 
     Returns:
         float32 scalar.
     """
     wanted = labels[:, 1:]
     kept = wanted != IGNORED
-    if weights is not None:
-        return head(hidden[:, :-1][kept], wanted[kept], weights[:, 1:][kept])
+    if divisors is not None:
+        return head(hidden[:, :-1][kept], wanted[kept], 1 / divisors[:, 1:][kept].float())
     return head(hidden[:, :-1][kept], wanted[kept]) / kept.sum().clamp(min=1)

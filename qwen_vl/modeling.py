@@ -250,7 +250,7 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         prompt_lengths: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_only: bool = False,
-        loss_weights: torch.Tensor | None = None,
+        loss_divisors: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given.
@@ -266,8 +266,8 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
             prompt_lengths: int64 (B,), what dynamic NTK goes by at prefill; by default each row's own length.
             logits_to_keep: Compute logits at the last so many positions only (0: all), or at these positions.
             loss_only: With labels, leave the logits out: nine tenths of them are at positions without a label.
-            loss_weights: float32 (B, T), one for each label; then the loss is the weighted sum over supervised tokens
-                instead of their mean.
+            loss_divisors: int64 (B, T), one for each label; then the loss is the sum over supervised tokens of each
+                one's loss by its divisor. Whole numbers, because DeepSpeed rounds others to the model's precision.
             **kwargs: `segments`, a list of lengths that sum to T: the row is that many samples one after the other,
                 each of which sees itself only; give `position_ids` that begin at 0 in each.
 
@@ -290,7 +290,7 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = out.last_hidden_state
-        loss = None if labels is None else supervised_loss(self.lm_head, hidden, labels, loss_weights)
+        loss = None if labels is None else supervised_loss(self.lm_head, hidden, labels, loss_divisors)
         logits = None
         if not (loss_only and labels is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

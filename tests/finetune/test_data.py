@@ -1,11 +1,10 @@
-"""The order of samples, and the weights that make their tokens' losses the loss of a step."""
+"""The order of samples, and the divisors that make their tokens' losses the loss of a step."""
 
 from collections import Counter
 
-import pytest
 import torch
 
-from finetune.data import FilledDataset, Order, Stream, sample_weights
+from finetune.data import FilledDataset, Order, Stream, loss_divisors
 
 AGENT = Order(85_456, multiple=64, step=256, epochs=3, max_steps=-1, seed=42)
 REWARD_MODEL = Order(23_200, multiple=32, step=256, epochs=10, max_steps=-1, seed=42)
@@ -51,15 +50,15 @@ def test_steps_and_parts_of_epochs() -> None:
     assert set(Counter(stream[i]["id"] for i in range(48)).values()) == {2}
 
 
-def test_weights_are_means_over_groups() -> None:
+def test_divisors_make_means_over_groups() -> None:
     """Two groups of two samples, one without anything to learn, in micro-batches that cut across them."""
     batches = [
         {"positions": torch.tensor([4, 5, 6]), "supervised": torch.tensor([3, 1, 0])},
         {"positions": torch.tensor([7]), "supervised": torch.tensor([0])},
     ]
-    found = sample_weights(batches, step=4, group=2, sum_over_processes=lambda counts: counts)
-    assert found[0].tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 2])
-    assert found[1].tolist() == pytest.approx([1 / 2])
+    found = loss_divisors(batches, step=4, group=2, sum_over_processes=lambda counts: counts)
+    assert found[0].tolist() == [8, 8, 2]
+    assert found[1].tolist() == [2]
 
 
 def test_what_fills_up_an_evaluation_has_no_labels() -> None:
