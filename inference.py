@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_utils.errors import MMRoleError
+from data_utils.layout import KINDS, SHORT_SPLITS, answers_folder, check_folder_name, file_of_tests
 from data_utils.schema import Row, TestSample
 from eval.running.flags import (
     ROOT,
-    SPLITS,
     BackendFactory,
     add_run_flags,
     check_run,
@@ -33,8 +33,6 @@ from eval.running.inputs import Input, Source, json_sources, output_problems, re
 from eval.running.jobs import Job, run_job
 from eval.running.result_files import FileReport, Outcome, ResultFile, Unit
 from eval.running.team import run_script
-
-TEST_FILES = ("comment_test.json", "human-role_test.json", "inter-role_test.json")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -111,16 +109,15 @@ def prepare(options: argparse.Namespace) -> Job:
 
 
 def _test_sets(data_root: Path, eval_dir: Path, agent: str) -> list[Source]:
-    if not agent or agent.startswith(".") or Path(agent).name != agent:
-        raise MMRoleError("an agent's name is the name of one folder", agent, "--agent", "choose a plain name")
+    check_folder_name(agent, "--agent")
     test = data_root / "data" / "test"
     if not test.is_dir():
         fix = "fetch the data set with scripts/download_data.sh, or give its folder with --data_root"
         raise MMRoleError("the data root holds no test sets", test, "--data_root", fix)
     return [
-        Source(test / folder / name, eval_dir / f"{split}-test_answers" / agent / name)
-        for split, folder in SPLITS.items()
-        for name in TEST_FILES
+        Source(test / folder / file_of_tests(kind), answers_folder(eval_dir, split, agent) / file_of_tests(kind))
+        for split, folder in SHORT_SPLITS.items()
+        for kind in KINDS
     ]
 
 

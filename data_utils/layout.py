@@ -1,13 +1,62 @@
-"""Where the files of MMRole-Data lie below a data root: splits, kinds and paths."""
+"""Where the files of MMRole lie: splits, kinds, and every path below a data root and below an evaluation folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-SPLITS = ("in-distribution", "out-of-distribution")
+from data_utils.errors import MMRoleError
+
+SHORT_SPLITS = {"in": "in-distribution", "out": "out-of-distribution"}  # as folders of eval/ and the paper name them
+SPLITS = tuple(SHORT_SPLITS.values())
 KINDS = ("comment", "human-role", "inter-role")
+RELEASED_JUDGE = "reward-model"  # its reviews and results have the published place
+
+
+def file_of_tests(kind: str) -> str:
+    """Return the name of a kind's test file; its answers, reviews and (with .csv) results are called alike."""
+    return f"{kind}_test.json"
 
 
 def paths_of_tests(data_root: str | Path) -> list[Path]:
     """Gives the paths of the six test files of a data root, whether they are there or not."""
-    return [Path(data_root) / "data" / "test" / split / f"{kind}_test.json" for split in SPLITS for kind in KINDS]
+    return [Path(data_root) / "data" / "test" / split / file_of_tests(kind) for split in SPLITS for kind in KINDS]
+
+
+def answers_folder(eval_dir: Path, split: str, agent: str = "") -> Path:
+    """Return the folder of an agent's answers.
+
+    Args:
+        eval_dir: The evaluation folder.
+        split: `in` or `out`.
+        agent: The agent's folder name; without it the folder of all agents.
+    """
+    return eval_dir / f"{split}-test_answers" / agent
+
+
+def reviews_folder(eval_dir: Path, split: str, agent: str = "", *, judge: str = RELEASED_JUDGE) -> Path:
+    """Return the folder of a judge's reviews of an agent; arguments as for `answers_folder`."""
+    return judge_folder(eval_dir, judge) / f"{split}-test_reviews" / agent
+
+
+def results_folder(eval_dir: Path, split: str, agent: str = "", *, judge: str = RELEASED_JUDGE) -> Path:
+    """Return the folder of the CSV files made from a judge's reviews of an agent."""
+    return judge_folder(eval_dir, judge) / f"{split}-test_results" / agent
+
+
+def judge_folder(eval_dir: Path, judge: str = RELEASED_JUDGE) -> Path:
+    """Return the folder that holds what a judge wrote; for the released one the evaluation folder itself."""
+    return eval_dir if judge == RELEASED_JUDGE else eval_dir / "judges" / judge
+
+
+def check_folder_name(name: str, flag: str) -> None:
+    """Refuses an agent's or a judge's name that is not the name of one folder.
+
+    Args:
+        name: What the user gave.
+        flag: With which flag, for the message.
+
+    Raises:
+        MMRoleError: It holds a slash, begins with a dot, or is empty.
+    """
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
+        raise MMRoleError("this must be the name of one folder", name, flag, "choose a plain name, without slashes")

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_utils.errors import MMRoleError
+from data_utils.layout import SHORT_SPLITS, answers_folder, reviews_folder
 from data_utils.paths import SHOWN, is_folder, listed
 from data_utils.schema import AnswerRow, Row
 from eval.judging.metrics import METRIC_NAMES
@@ -27,7 +28,6 @@ from eval.judging.scores import ScoreReading, read_scores, review_record
 from eval.running.flag_types import natural
 from eval.running.flags import (
     ROOT,
-    SPLITS,
     BackendFactory,
     add_run_flags,
     check_run,
@@ -131,11 +131,11 @@ def prepare(options: argparse.Namespace) -> Job:
 
 def _agents_sources(eval_dir: Path, agents: Sequence[str] | None) -> list[Source]:
     sources = []
-    for split in SPLITS:
-        folders = filter(is_folder, listed(eval_dir / f"{split}-test_answers", SHOWN))
+    for split in SHORT_SPLITS:
+        folders = filter(is_folder, listed(answers_folder(eval_dir, split), SHOWN))
         for folder in folders:
             if (agents is None or folder.name in agents) and listed(folder, SHOWN_JSON):
-                sources += json_sources(folder, eval_dir / f"{split}-test_reviews" / folder.name)
+                sources += json_sources(folder, reviews_folder(eval_dir, split, folder.name))
     return sources
 
 

@@ -25,7 +25,6 @@ from eval.running.result_files import FileReport, ResultFile, Settings, State, i
 from eval.running.team import is_first, local_rank, local_size
 
 ROOT = Path(__file__).resolve().parents[2]
-SPLITS = {"in": "in-distribution", "out": "out-of-distribution"}
 _SHOWN = 5  # reasons and samples of failures that are printed; the journal holds all
 BackendFactory = Callable[[argparse.Namespace], Backend]
 
