@@ -2,14 +2,14 @@
 
 import base64
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from qwen_vl import QwenVLTokenizer
+from tests.golden_checkpoint import write_golden_checkpoint
 
 RANKS = 256  # of the small tokenizer: the bytes
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,18 +36,12 @@ def shared() -> Path:
     return folder
 
 
-def build_golden_checkpoint(shared: Path, out: Path, *, weights_format: str = "safetensors") -> Path:
-    """Writes the golden checkpoint `tiny_a` to `out` with the recipe beside the golden numbers."""
-    golden = shared / "golden"
-    command = [sys.executable, golden / "make_checkpoint.py", golden / "tiny_a" / "spec.json", out]
-    subprocess.run([*map(str, command), "--format", weights_format], check=True)
-    return out
-
-
 @pytest.fixture(scope="session")
 def tiny_a(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden checkpoint (2 layers, width 128, the real vocabulary) as sharded safetensors."""
-    return build_golden_checkpoint(shared, tmp_path_factory.mktemp("golden") / "tiny_a")
+    """The golden checkpoint (2 layers, width 128) as sharded safetensors, with the real vocabulary."""
+    folder = write_golden_checkpoint(tmp_path_factory.mktemp("golden") / "tiny_a")
+    shutil.copyfile(shared / "qwen_vl_chat" / "qwen.tiktoken", folder / "qwen.tiktoken")
+    return folder
 
 
 @pytest.fixture(scope="session")

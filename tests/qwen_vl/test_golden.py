@@ -9,15 +9,21 @@ import torch
 
 import qwen_vl
 from qwen_vl.vision import sincos_positions
-from tests.conftest import build_golden_checkpoint
+from tests.golden_checkpoint import GOLDEN, write_golden_checkpoint
 
 CASES = ("text_short", "one_image", "two_images", "len_2047", "len_2048", "len_2049", "len_3000")
 LOGITS = 2e-4  # absolute; the logits have deviation 1
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> np.lib.npyio.NpzFile:
-    return np.load(shared / "golden" / "tiny_a" / "forward.npz")
+def golden() -> np.lib.npyio.NpzFile:
+    return np.load(GOLDEN / "forward.npz")
+
+
+@pytest.fixture(scope="module")
+def golden_model(tmp_path_factory: pytest.TempPathFactory) -> qwen_vl.QwenVLForCausalLM:
+    folder = write_golden_checkpoint(tmp_path_factory.mktemp("golden") / "tiny_a")
+    return qwen_vl.QwenVLForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -25,45 +31,49 @@ def loaded(tiny_a: Path):
     return qwen_vl.load(tiny_a, dtype=torch.float32, device="cpu")
 
 
-def test_bin_shards_hold_the_same(shared: Path, loaded, tmp_path: Path) -> None:
+def test_bin_shards_hold_the_same(golden_model, tmp_path: Path) -> None:
     """The other kind of shard gives the same weights, so that all below holds for both."""
-    build_golden_checkpoint(shared, tmp_path / "tiny_a", weights_format="bin")
-    assert len(list((tmp_path / "tiny_a").glob("pytorch_model-*.bin"))) == 2
-    model, _ = qwen_vl.load(tmp_path / "tiny_a", dtype=torch.float32, device="cpu")
-    expected = loaded[0].state_dict()
+    folder = write_golden_checkpoint(tmp_path / "tiny_a", "bin")
+    assert len(list(folder.glob("pytorch_model-*.bin"))) == 2
+    model = qwen_vl.QwenVLForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = golden_model.state_dict()
     assert model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def _pixels(shared: Path, tokenizer: qwen_vl.QwenVLTokenizer, ids: torch.Tensor) -> torch.Tensor | None:
-    elements = tokenizer.to_list_format(tokenizer.decode(ids))
-    images = [shared / "golden" / e["image"] for e in elements if "image" in e]
-    return qwen_vl.QwenVLImageProcessor().load_all(images)
+def _pixels(ids: torch.Tensor) -> torch.Tensor | None:
+    """The pictures of a prompt: after <img> come the bytes of a path, then the padding."""
+    config = qwen_vl.QwenVLConfig()
+    flat = ids.flatten().tolist()
+    paths = []
+    for start in (place for place, token in enumerate(flat) if token == config.image_start_id):
+        end = flat.index(config.image_end_id + 1, start)  # <imgpad>
+        paths.append(GOLDEN / bytes(flat[start + 1 : end]).decode())
+    return qwen_vl.QwenVLImageProcessor().load_all(paths)
 
 
-def test_sincos_table(shared: Path) -> None:
-    golden = np.load(shared / "golden" / "sincos.npz")["dim128_grid16"]
+def test_sincos_table() -> None:
+    golden = np.load(GOLDEN / "sincos.npz")["dim128_grid16"]
     np.testing.assert_allclose(sincos_positions(128, 16), golden, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
-def test_vision(shared: Path, loaded, golden) -> None:
-    model, _ = loaded
+def test_vision(golden_model, golden) -> None:
     for name in ("rgb_640x480.png", "rgba_256x512.png"):
-        pixels = qwen_vl.QwenVLImageProcessor().load(shared / "golden" / "images" / name)
-        features = model.transformer.visual(pixels[None])
+        pixels = qwen_vl.QwenVLImageProcessor().load(GOLDEN / "images" / name)
+        features = golden_model.transformer.visual(pixels[None])
         assert features.shape == (1, 256, 128)
         np.testing.assert_allclose(features[0], golden[f"vision.{name}"], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_forward_and_greedy(shared: Path, loaded, golden, case: str) -> None:
-    model, tokenizer = loaded
+def test_forward_and_greedy(golden_model, golden, case: str) -> None:
+    model = golden_model
     ids = torch.from_numpy(golden[f"{case}.ids"]).long()[None]
     positions = golden[f"{case}.positions"]
-    pixels = _pixels(shared, tokenizer, ids)
+    pixels = _pixels(ids)
     out = model(ids, pixel_values=pixels, use_cache=True)
     np.testing.assert_allclose(
         out.logits[0, positions][:, golden["vocab_probe"]], golden[f"{case}.logits"], atol=LOGITS
@@ -83,11 +93,12 @@ def test_forward_and_greedy(shared: Path, loaded, golden, case: str) -> None:
     assert generated[0, ids.shape[1] :].tolist() == golden[f"{case}.greedy"].tolist()
 
 
-def test_eager_agrees_with_sdpa(shared: Path, tiny_a: Path, golden) -> None:
-    model, tokenizer = qwen_vl.load(tiny_a, attn_implementation="eager")
+def test_eager_agrees_with_sdpa(golden, tmp_path: Path) -> None:
+    folder = write_golden_checkpoint(tmp_path / "tiny_a")
+    model = qwen_vl.QwenVLForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     ids = torch.from_numpy(golden["one_image.ids"]).long()[None]
     with torch.no_grad():
-        logits = model(ids, pixel_values=_pixels(shared, tokenizer, ids)).logits[0, golden["one_image.positions"]]
+        logits = model(ids, pixel_values=_pixels(ids)).logits[0, golden["one_image.positions"]]
     np.testing.assert_allclose(logits[:, golden["vocab_probe"]], golden["one_image.logits"], atol=LOGITS)
 
 

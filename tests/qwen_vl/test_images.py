@@ -9,14 +9,15 @@ import torch
 from PIL import Image
 
 from qwen_vl.images import QwenVLImageProcessor
+from tests.golden_checkpoint import GOLDEN
 
 
-def test_golden_pixels(shared: Path) -> None:
-    golden = np.load(shared / "golden" / "image_transform.npz")
+def test_golden_pixels() -> None:
+    golden = np.load(GOLDEN / "image_transform.npz")
     names = [name for name in golden.files if not name.endswith(".mean_std")]
     assert len(names) == 8
     for name in names:
-        pixels = QwenVLImageProcessor(448).load(shared / "golden" / "images" / name)
+        pixels = QwenVLImageProcessor(448).load(GOLDEN / "images" / name)
         assert pixels.shape == (3, 448, 448)
         assert pixels.dtype == torch.float32
         np.testing.assert_allclose(pixels[:, ::16, 5::16], golden[name], atol=1e-6, rtol=0)
