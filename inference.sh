@@ -3,6 +3,7 @@
 # Needs: the data set below DATA_ROOT (data/ and images/), the agent's checkpoint at MODEL_PATH.
 # Gives: EVAL_DIR/{in,out}-test_answers/AGENT/*.json. Run it again to go on after an interruption.
 # One process per GPU, or PROCESSES=n; scripts/launch.sh tells how to use several nodes.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 

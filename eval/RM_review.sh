@@ -4,6 +4,7 @@
 # Gives: EVAL_DIR/{in,out}-test_reviews/<agent>/*.json. Without AGENT, all are reviewed.
 # AGENT="a b" chooses the agent of that name, blank and all, if it has answers, or else the agents a and b.
 # One process per GPU, or PROCESSES=n; scripts/launch.sh tells how to use several nodes.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/launch.sh"
 

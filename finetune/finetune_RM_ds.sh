@@ -3,6 +3,7 @@
 # Needs: RM-train_23k.json at DATA_PATH, images/ below DATA_ROOT, Qwen-VL-Chat at MODEL_PATH.
 # Gives: the reward model in OUTPUT_DIR.
 # Settings: see launch.sh; further flags of finetune.py may follow.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 

@@ -3,9 +3,10 @@
 # Needs: DATA_ROOT/{dialogues,profiles}, and data/test to know which dialogues are held out.
 # With --reviews FOLDER: RM_data/{train,test} from the reviews that eval/RM_review.sh wrote there.
 # Flags are handed on: --out FILE, --sane_partner, --extra_root ROOT, --test, --reviews FOLDER, --help.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATA_ROOT=${DATA_ROOT:-$ROOT}
 
-"$PYTHON" -m data_utils.build "$DATA_ROOT" "$@"
+"$PYTHON" "$ROOT/data_utils/build" "$DATA_ROOT" "$@"

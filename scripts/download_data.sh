@@ -3,9 +3,10 @@
 # Needs a network. Stop it at any time; run again, it goes on, and fetches anew what is missing or broken.
 # Gives DATA_ROOT/{data,dialogues,images,profiles,RM_data}. Flags are handed on: --no_coco, --only_coco, --help.
 #   HF_ENDPOINT, COCO_URL   mirrors of huggingface.co and of http://images.cocodataset.org/train2017
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATA_ROOT=${DATA_ROOT:-$ROOT}
 
-"$PYTHON" -m data_utils.download data "$DATA_ROOT" "$@"
+"$PYTHON" "$ROOT/data_utils/download" data "$DATA_ROOT" "$@"

@@ -3,9 +3,10 @@
 # Needs a network. Without a name, all three. Stop it at any time; run again, it goes on, and fetches anew what is broken.
 # Gives WEIGHTS_DIR/{Qwen-VL-Chat,MMRole-Agent,MMRole-Eval_RM}, without code files. Flags are handed on (--help).
 #   HF_ENDPOINT   a mirror of huggingface.co
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 WEIGHTS_DIR=${WEIGHTS_DIR:-$ROOT/model_weights}
 
-"$PYTHON" -m data_utils.download weights --out_dir "$WEIGHTS_DIR" "$@"
+"$PYTHON" "$ROOT/data_utils/download" weights --out_dir "$WEIGHTS_DIR" "$@"

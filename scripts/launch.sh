@@ -19,7 +19,7 @@ NNODES=${NNODES:-1}
 count NNODES
 count_gpus() {
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9GM]' || true # numbers, GPU-… or MIG-…
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^ *[0-9GM]' || true # numbers, GPU-… or MIG-…
   else
     nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
   fi

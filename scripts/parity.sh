@@ -9,7 +9,8 @@
 # the network: by the kernel where `unshare --user --net` works, else by Python alone, which the table's head says.
 # Without the flag only this implementation runs. `--help` lists all flags. docs/parity.md says more.
 #   PYTHON_FOR_REFERENCE  the Python that makes .venv-reference (default: the first of python3.11, python3.10, python3 that fits)
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 "$PYTHON" "$ROOT/scripts/parity.py" "$@"

@@ -7,6 +7,7 @@
 # Sets everything up first. Needs no download of data or weights: it draws characters, pictures and a tiny base
 # checkpoint from a seed. Run again, it goes on where it stopped and leaves alone what is finished.
 #   DEMO_DIR   where it all goes (default: demo in the repository); remove the folder to start afresh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -66,7 +67,7 @@ finished() { find "$EVAL_DIR" -path "*-test_$1/$AGENT/*_test.json" | wc -l; }
 started=$SECONDS
 export DATA_ROOT=$WORLD EVAL_DIR=$DEMO_DIR/eval AGENT
 step "1/7 a made-up world: characters, profiles, pictures, dialogues, training and test samples, reviews"
-make_once "$WORLD" "$PYTHON" -m data_utils.demo "$WORLD.part" --seed 0 \
+make_once "$WORLD" "$PYTHON" "$ROOT/data_utils/demo" "$WORLD.part" --seed 0 \
     --review_prompts eval.review_prompt:review_prompts
 done_step
 

@@ -7,6 +7,7 @@
 # stopped half-way, the next run goes on. `--interpreter` (for environment.sh) prints the environment's Python.
 #   TORCH_VERSION    the torch to install, e.g. 2.13.0 (default: the one that is there if it fits, else 2.13.0)
 #   PYTHON_FOR_VENV  the Python that makes .venv (default: the first of python3.12, 3.11, 3.10, python3 that fits)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -6,6 +6,7 @@
 #   bash scripts/test.sh tests/eval -k csv  what else stands here goes to pytest (paths count from the repository)
 #
 # With CI=true it does what --all does.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
 bash "$(dirname "${BASH_SOURCE[0]}")/setup.sh" --test

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TOP_LEVEL = {
     *("finetune", "eval", "inference.py", "inference.sh", "qwen_vl", "data_utils", "scripts", "model_weights"),
-    *("requirements.txt", "README.md", "LICENSE", "tests", "pyproject.toml", ".ci", ".gitignore"),
+    *("requirements.txt", "README.md", "LICENSE", "tests", "pyproject.toml", ".ci", ".gitignore", ".gitattributes"),
 }
 MAY_BE_THERE = {"docs", "requirements-reference.txt"}
 MAY_IMPORT = {
@@ -213,7 +213,13 @@ def test_shell_scripts(path: Path) -> None:
     if path.name != "environment.sh":  # it is read by the others, not run
         assert lines[0] == "#!/usr/bin/env bash"
         assert lines[1].startswith("# ")
-    assert "set -euo pipefail" in lines
+    start = lines.index("set -euo pipefail")
+    if path.name not in (
+        "environment.sh",
+        "launch.sh",
+    ):  # `sh script`: the first command, before what only bash can read
+        assert lines[start - 1] == '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too'
+        assert all(line.startswith("#") or not line for line in lines[: start - 1])
     subprocess.run(["bash", "-n", path], check=True)
 
 

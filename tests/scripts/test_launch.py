@@ -36,6 +36,7 @@ def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
         ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, "1"),
         ({"CUDA_VISIBLE_DEVICES": "0,2,3"}, "3"),
+        ({"CUDA_VISIBLE_DEVICES": "0, 1"}, "2"),
         ({"CUDA_VISIBLE_DEVICES": "GPU-1a,MIG-2b"}, "2"),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "5"}, "5"),
     ],
