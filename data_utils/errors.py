@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+from qwen_vl.checkpoint import CheckpointError
+
 _MAX_VALUE = 300
 _INDENT = " " * 9
 
@@ -65,6 +67,14 @@ class ProblemsError(MMRoleError):
         return "\n".join([f"{total} problems:", *blocks])
 
 
+def four_parts(errors: Iterable[MMRoleError | CheckpointError]) -> list[MMRoleError]:
+    """Turns problems of a checkpoint's files into four-part errors; leaves those that are."""
+    return [
+        MMRoleError(error.what, error.value, error.where, error.fix) if isinstance(error, CheckpointError) else error
+        for error in errors
+    ]
+
+
 def raise_problems(problems: Iterable[MMRoleError]) -> None:
     """Raises all problems at once; does nothing when there are none.
 
@@ -90,8 +100,8 @@ def run_main(main: Callable[[], int | None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what it cannot show; stderr does so anyway
     try:
         return main() or 0
-    except MMRoleError as error:
-        _print_error(f"error\n{error}")
+    except (MMRoleError, CheckpointError) as error:
+        _print_error(f"error\n{four_parts([error])[0]}")
         return 2
     except KeyboardInterrupt:
         _print_error("interrupted; what was finished is kept, run the same command again to go on")

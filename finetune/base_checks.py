@@ -10,12 +10,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from data_utils.errors import MMRoleError
-from data_utils.fingerprint import checkpoint_problems, is_adapter
-from data_utils.weight_files import weight_problems
+from data_utils.errors import MMRoleError, four_parts
 from finetune.saving import saved_tensors
 from qwen_vl import QwenVLConfig, QwenVLForCausalLM, QwenVLTokenizer
-from qwen_vl.folder import read_json_file
+from qwen_vl.checkpoint import checkpoint_problems, is_adapter, read_json_file, weight_problems
 from qwen_vl.loading import check_fit
 
 FLAG = "--model_name_or_path"
@@ -34,10 +32,10 @@ def base_problems(base: Path) -> list[MMRoleError]:
     if is_adapter(base):
         fix = "merge it first with scripts/merge_lora.py, then start from what that gives"
         return [MMRoleError("an adapter cannot be the base of another training", base, FLAG, fix)]
-    found = checkpoint_problems(base, flag=FLAG)
+    found = four_parts(checkpoint_problems(base, flag=FLAG))
     if found:
         return found
-    found = weight_problems(base)
+    found = four_parts(weight_problems(base))
     settings = [base / name for name in _SETTINGS if (base / name).is_file()]
     found += [problem for path in settings if (problem := _tried(lambda path=path: read_json_file(path), path)[1])]
     config, wrong = _tried(lambda: _config(base), base / "config.json")

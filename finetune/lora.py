@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from data_utils.errors import MMRoleError
 from finetune.arguments import LoraArguments, TrainingArguments
-from qwen_vl.folder import read_json_file
+from qwen_vl.checkpoint import read_json_file
 
 # Kept as they are in a base of four bits: the tower and its resampler, and the head. From the start of a module's name.
 NOT_QUANTIZED = ["transformer.visual", "lm_head"]

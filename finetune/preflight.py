@@ -10,7 +10,6 @@ from typing import Any
 import torch.distributed as dist
 
 from data_utils.errors import MMRoleError, ProblemsError, shown
-from data_utils.fingerprint import checkpoint_fingerprint
 from data_utils.paths import sha256_of
 from data_utils.schema import Row, TrainSample, read_rows
 from data_utils.supervised import SupervisedDataset
@@ -22,6 +21,7 @@ from finetune.resuming import identity, origin_problems, resume_problems
 from finetune.rows import CompactRows
 from finetune.sample_checks import DataFacts, check_samples
 from qwen_vl import QwenVLConfig, QwenVLTokenizer
+from qwen_vl.checkpoint import checkpoint_fingerprint
 
 _ALONE = 3  # equal problems up to this many are told one by one, more of them as one
 _LISTED = 10

@@ -17,8 +17,7 @@ from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import write_error, write_text
 from finetune.report import TRAINING
 from qwen_vl import QwenVLTokenizer
-from qwen_vl.folder import read_json_file
-from qwen_vl.tokenization import VOCAB_FILE
+from qwen_vl.checkpoint import VOCAB_FILE, read_json_file
 
 STAGING = ".saving"
 _ASIDE = ".old"

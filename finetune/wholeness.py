@@ -10,9 +10,8 @@ from transformers import TrainerState
 
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
-from data_utils.fingerprint import missing_files
-from data_utils.weight_files import file_damages
 from finetune.report import TRAINING
+from qwen_vl.checkpoint import CheckpointError, file_damages, missing_files
 
 STATE = "trainer_state.json"
 _PARTS = ("identity", "options", "data", "base")
@@ -99,7 +98,7 @@ def _state_damages(folder: Path) -> list[str]:
 def _model_damages(folder: Path) -> list[str]:
     try:
         missing = missing_files(folder)
-    except MMRoleError as error:
+    except CheckpointError as error:
         return [f"{error.where}: {error.what}"]
     weights = sorted(folder.glob("*.safetensors"))
     return [f"{name}: missing" for name in missing] + _broken(weights)

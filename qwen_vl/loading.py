@@ -6,16 +6,22 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
 
+from qwen_vl.checkpoint import (
+    GENERATION_CONFIG,
+    VOCAB_FILE,
+    CheckpointError,
+    adapter_base,
+    checkpoint_problems,
+    code_files,
+    is_adapter,
+    read_json_file,
+)
 from qwen_vl.configuration import QwenVLConfig
-from qwen_vl.folder import code_files, read_json_file
 from qwen_vl.modeling import QwenVLForCausalLM
-from qwen_vl.tokenization import VOCAB_FILE, QwenVLTokenizer
+from qwen_vl.tokenization import QwenVLTokenizer
 
 logger = logging.getLogger(__name__)
-ADAPTER_CONFIG = "adapter_config.json"
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def load(
@@ -34,17 +40,19 @@ def load(
         attn_implementation: "sdpa", "flash_attention_2" (where installed) or "eager".
 
     Raises:
-        FileNotFoundError: The folder, its weights or its vocabulary are not there.
+        MissingFilesError: The folder, its weights or its vocabulary are not there; a FileNotFoundError.
         ValueError: A file of it is damaged or does not fit the others, a tensor is missing, or there is no such dtype
             or device.
     """
-    folder = check_folder(path)
+    folder = Path(path)
+    if problems := checkpoint_problems(folder):
+        raise problems[0]
     place = resolve_device(device)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_adapter(folder):
         return _load_adapter(folder, dtype=dtype, device=device, attn_implementation=attn_implementation)
     if code_files(folder):
         logger.warning("%s has code files (%s): they are not run.", folder, code_files(folder)[0].name)
-    if (settings := folder / GENERATION_CONFIG_NAME).is_file():
+    if (settings := folder / GENERATION_CONFIG).is_file():
         read_json_file(settings)  # transformers takes a broken one for none, and would decode greedily
     tokenizer = QwenVLTokenizer.from_pretrained(folder)
     check_fit(tokenizer, QwenVLConfig.from_pretrained(str(folder)), folder)
@@ -56,41 +64,19 @@ def load(
     return model.to(place).eval(), tokenizer
 
 
-def check_folder(path: str | Path) -> Path:
-    """The folder, if it looks like a checkpoint: cheap, nothing is loaded.
-
-    Raises:
-        FileNotFoundError: It does not; says what is missing and where weights come from.
-    """
-    folder = Path(path)
-    hint = "Download the checkpoint folder whole (README: where weights come from), or give another --model_path."
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such checkpoint folder: {folder}\n{hint}")
-    if (folder / ADAPTER_CONFIG).is_file():
-        return folder
-    missing = [name for name in ("config.json", VOCAB_FILE) if not (folder / name).is_file()]
-    if not any(True for pattern in WEIGHT_FILES for _ in folder.glob(pattern)):
-        missing.append("weights (model*.safetensors or pytorch_model*.bin)")
-    for index in [*folder.glob("*.safetensors.index.json"), *folder.glob("pytorch_model.bin.index.json")]:
-        shards = set(read_json_file(index).get("weight_map", {}).values())
-        missing += sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        raise FileNotFoundError(f"the checkpoint folder {folder} lacks: {', '.join(missing)}\n{hint}")
-    return folder
-
-
 def check_fit(tokenizer: QwenVLTokenizer, config: QwenVLConfig, folder: Path) -> None:
-    """Sees to it that vocabulary and model number the special tokens alike.
+    """Checks that vocabulary and model give the special tokens the same ids.
 
     Raises:
-        ValueError: They don't: the vocabulary is cut short, or another model's. Every prompt would be garbage.
+        CheckpointError: They do not: the vocabulary is cut short, or another model's. Every prompt would be garbage.
     """
     if tokenizer.img_start_id != config.image_start_id:
-        raise ValueError(
-            f"{VOCAB_FILE} and config.json of {folder} do not belong together: <img> is {tokenizer.img_start_id} by "
-            f"the vocabulary's {tokenizer.eod_id} lines, and visual.image_start_id is {config.image_start_id}. "
-            "Download both again."
+        what = f"{VOCAB_FILE} and config.json do not belong together"
+        value = (
+            f"<img> is {tokenizer.img_start_id} by the vocabulary's {tokenizer.eod_id} lines, and "
+            f"visual.image_start_id is {config.image_start_id}"
         )
+        raise CheckpointError(what, value, folder, "download both again")
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -118,14 +104,7 @@ def _load_adapter(
 ) -> tuple[QwenVLForCausalLM, QwenVLTokenizer]:
     from peft import PeftModel  # heavy, and needed for adapters only
 
-    base = read_json_file(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    base_folder = Path(base) if Path(base).is_absolute() or Path(base).is_dir() else folder / base
-    if not base or not base_folder.is_dir():
-        raise FileNotFoundError(
-            f"the adapter {folder} names the base model {base!r}, which is no folder here.\n"
-            f"Put the base model there, or correct base_model_name_or_path in {folder / ADAPTER_CONFIG}."
-        )
-    model, tokenizer = load(base_folder, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    model, tokenizer = load(adapter_base(folder), dtype=dtype, device=device, attn_implementation=attn_implementation)
     if (folder / VOCAB_FILE).is_file():
         tokenizer = QwenVLTokenizer.from_pretrained(folder)
         check_fit(tokenizer, model.config, folder)

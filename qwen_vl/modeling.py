@@ -15,8 +15,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qwen_vl.chat import ChatMixin
+from qwen_vl.checkpoint import copy_code_files
 from qwen_vl.configuration import QwenVLConfig
-from qwen_vl.folder import copy_code_files
 from qwen_vl.language import DecoderLayer, RMSNorm, logn_factors, ntk_alpha, rotary_frequencies, rotary_tables
 from qwen_vl.loss import LanguageHead, supervised_loss
 from qwen_vl.vision import QUERIES, Resampler, VisionTransformer, sincos_positions

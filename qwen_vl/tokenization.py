@@ -13,9 +13,8 @@ import tiktoken
 import torch
 from transformers import BatchEncoding
 
-from qwen_vl.folder import copy_code_files, read_json_file
+from qwen_vl.checkpoint import VOCAB_FILE, copy_code_files, read_json_file
 
-VOCAB_FILE = "qwen.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
 
 # published: the split pattern and the order of the special tokens decide every id.

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from data_utils.errors import MMRoleError, raise_problems, run_main
+from data_utils.errors import MMRoleError, four_parts, raise_problems, run_main
 from data_utils.files import read_json
-from data_utils.fingerprint import adapter_base, checkpoint_problems, is_adapter
 from finetune.saving import check_saved, expected_tensors, publish_folder, save_model
 from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
+from qwen_vl.checkpoint import adapter_base, checkpoint_problems, is_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,7 +59,7 @@ def check(adapter: Path, base_model: Path | None, output_dir: Path) -> Path:
     if not adapter.is_dir():
         raise MMRoleError("there is no such folder", adapter, "adapter", "give the folder that training has made")
     base = base_model or adapter_base(adapter)
-    problems = checkpoint_problems(base, flag="--base_model")
+    problems = four_parts(checkpoint_problems(base, flag="--base_model"))
     if not problems and "quantization_config" in read_json(base / "config.json"):
         fix = "give the unquantized base (bfloat16) with --base_model"
         problems.append(MMRoleError("an adapter cannot be merged into quantized weights", base, "--base_model", fix))

@@ -6,10 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_utils.errors import MMRoleError, raise_problems
-from data_utils.fingerprint import adapter_base
-from qwen_vl.folder import read_json_file
-from qwen_vl.loading import ADAPTER_CONFIG, check_folder
+from data_utils.errors import MMRoleError, four_parts, raise_problems
+from qwen_vl.checkpoint import adapter_base, checkpoint_problems, is_adapter, read_json_file
 
 CODE = {"config.json": ("AutoConfig", "AutoModelForCausalLM"), "tokenizer_config.json": ("AutoTokenizer",)}
 AGAIN = "put the .py and .json files that came with the weights (of Qwen/Qwen-VL-Chat) beside them"
@@ -27,16 +25,10 @@ def check(folder: Path, *, code: bool, report: Path | None) -> None:
         ProblemsError: There is at least one problem.
     """
     problems = [] if report is None else _report_problems(report)
-    try:
-        base = model_folder(check_folder(folder))
-        check_folder(base)
-        if code:
-            problems += code_problems(base)
-    except (OSError, ValueError) as error:
-        fix = "give a whole checkpoint folder"
-        problems.append(MMRoleError("not a checkpoint folder", str(error), "CHECKPOINT", fix))
-    except MMRoleError as error:
-        problems.append(error)
+    incomplete = four_parts(checkpoint_problems(folder, flag="CHECKPOINT"))
+    problems += incomplete
+    if code and not incomplete:
+        problems += code_problems(model_folder(folder))
     raise_problems(problems)
 
 
@@ -44,9 +36,9 @@ def model_folder(folder: Path) -> Path:
     """The folder with the model and its code: the given one, or an adapter's base.
 
     Raises:
-        MMRoleError: The adapter does not name its base.
+        CheckpointError: The adapter does not name its base.
     """
-    return adapter_base(folder) if (folder / ADAPTER_CONFIG).is_file() else folder
+    return adapter_base(folder) if is_adapter(folder) else folder
 
 
 def code_problems(folder: Path) -> list[MMRoleError]:

@@ -7,10 +7,8 @@ from typing import Any
 
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
-from data_utils.fingerprint import adapter_base, is_adapter
+from qwen_vl.checkpoint import GENERATION_CONFIG, adapter_base, is_adapter
 from qwen_vl.sampling_params import SamplingSettings, check_limit, unknown_settings
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 def device_problems(device: str) -> list[MMRoleError]:

@@ -12,10 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data_utils.errors import MMRoleError, ProblemsError, raise_problems, shown
-from data_utils.fingerprint import adapter_base, checkpoint_fingerprint, checkpoint_problems, is_adapter
+from data_utils.errors import MMRoleError, ProblemsError, four_parts, raise_problems, shown
 from data_utils.schema import Row
-from data_utils.weight_files import weight_problems
 from eval.backends.backend import Backend
 from eval.backends.native import NativeBackend
 from eval.backends.preflight import device_problems, generation_problems
@@ -23,6 +21,14 @@ from eval.running.flag_types import positive
 from eval.running.inputs import Input, Selection
 from eval.running.result_files import FileReport, ResultFile, Settings, State, inspect
 from eval.running.team import is_first, local_rank, local_size
+from qwen_vl.checkpoint import (
+    CheckpointError,
+    adapter_base,
+    checkpoint_fingerprint,
+    checkpoint_problems,
+    is_adapter,
+    weight_problems,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 _SHOWN = 5  # reasons and samples of failures that are printed; the journal holds all
@@ -120,7 +126,7 @@ def run_settings(
     """How texts are made, from the flags and the checkpoint, which must be complete.
 
     Raises:
-        MMRoleError: If the checkpoint cannot be read.
+        CheckpointError: If the checkpoint cannot be read.
     """
     compared = {
         "task": task,
@@ -157,12 +163,12 @@ def check_run(
     Raises:
         ProblemsError: If anything is wrong, with everything that is.
     """
-    incomplete = checkpoint_problems(options.model_path, use_lora=options.use_lora)
+    incomplete = four_parts(checkpoint_problems(options.model_path, use_lora=options.use_lora))
     wrong = [*problems, *device_problems(options.device), *incomplete]
     if incomplete:
         raise_problems(wrong)
     try:
-        wrong += weight_problems(options.model_path)
+        wrong += four_parts(weight_problems(options.model_path))
         wrong += generation_problems(
             options.model_path,
             greedy=options.no_random and not getattr(options, "retries", 0),  # what is asked again is sampled
@@ -170,8 +176,8 @@ def check_run(
             batched=options.batch_size != 1,
         )
         settings = make_settings()
-    except MMRoleError as error:
-        raise ProblemsError([*wrong, error]) from error
+    except (MMRoleError, CheckpointError) as error:
+        raise ProblemsError([*wrong, *four_parts([error])]) from error
     reports, conflicts = inspect(files, settings, overwrite=options.overwrite or not is_first())
     raise_problems([*wrong, *conflicts])
     return settings, reports

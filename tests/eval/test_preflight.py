@@ -1,87 +1,15 @@
-"""What is seen of a device and of weights without loading them."""
+"""What is seen of a device and of generation settings without loading anything."""
 
-import io
 import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save
 
-from data_utils.weight_files import weight_problems
 from eval.backends.preflight import device_problems, generation_problems
 from tests.conftest import ROOT
 from tests.fake_backend import make_model
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
-
-
-def saved_by_torch(*, legacy=False):
-    file = io.BytesIO()
-    torch.save({"w": torch.zeros(3)}, file, _use_new_zipfile_serialization=not legacy)
-    return file.getvalue()
-
-
-SOUND = {
-    "model.safetensors": save({"w": np.zeros(3)}),
-    "pytorch_model.bin": saved_by_torch(),
-    "pytorch_model-00001-of-00002.bin": saved_by_torch(legacy=True),
-}
-
-
-def folder_with(tmp_path, name, content):
-    folder = make_model(tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    (folder / name).write_bytes(content)
-    return folder
-
-
-@pytest.mark.parametrize("name", SOUND)
-def test_sound_weights(tmp_path, name):
-    assert weight_problems(folder_with(tmp_path, name, SOUND[name])) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
-        ("model.safetensors", SOUND["model.safetensors"][:-1], "is cut off or damaged"),
-        ("model.safetensors", SOUND["model.safetensors"] + b"x", "is cut off or damaged"),
-        ("model-00001-of-00002.safetensors", b"\xff" * 40, "is cut off or damaged"),
-        ("model.safetensors", b"", "is empty"),
-        ("model.safetensors", POINTER, "git lfs pull"),
-        ("pytorch_model.bin", SOUND["pytorch_model.bin"][:-1], "is cut off"),
-        ("pytorch_model.bin", b"", "is empty"),
-        ("pytorch_model.bin", b"<html>not found</html>", "is no file of weights"),
-        ("pytorch_model-00001-of-00002.bin", POINTER, "git lfs pull"),
-        ("qwen.tiktoken", POINTER, "git lfs pull"),
-    ],
-)
-def test_damaged_files_are_named(tmp_path, name, content, told):
-    folder = folder_with(tmp_path, name, content)
-    (problem,) = weight_problems(folder)
-    assert told in str(problem)
-    assert problem.where == folder / name
-    assert problem.fix
-
-
-def test_pickles_beside_safetensors_do_not_matter(tmp_path):
-    folder = make_model(tmp_path / "model")
-    (folder / "pytorch_model.bin").write_bytes(POINTER)
-    assert weight_problems(folder) == []
-
-
-def test_an_adapter_comes_with_its_base(tmp_path):
-    base = folder_with(tmp_path, "model.safetensors", b"")
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    (adapter / "adapter_model.safetensors").write_bytes(POINTER)
-    assert [problem.where for problem in weight_problems(adapter)] == [
-        adapter / "adapter_model.safetensors",
-        base / "model.safetensors",
-    ]
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cpu:0"])

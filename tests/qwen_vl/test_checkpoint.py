@@ -1,10 +1,29 @@
+"""The files of a checkpoint: what is missing or damaged is named, and the fingerprint stays what it is."""
+
+import io
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save
 
-from data_utils.fingerprint import checkpoint_fingerprint, checkpoint_problems
+from data_utils.errors import four_parts
+from qwen_vl.checkpoint import (
+    CheckpointError,
+    MissingFilesError,
+    checkpoint_fingerprint,
+    checkpoint_problems,
+    weight_problems,
+)
 from tests.closed import close
+from tests.conftest import ROOT
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
 
 
 @pytest.fixture
@@ -33,7 +52,15 @@ def test_a_copy_or_a_new_name_changes_nothing(folder, tmp_path):
     (copy / "README.md").write_text("notes")
     (copy / "config.json").write_text('{\n  "_name_or_path": "/elsewhere",\n  "hidden_size": 8\n}')
     assert checkpoint_fingerprint(folder) == checkpoint_fingerprint(copy)
-    assert len(checkpoint_fingerprint(folder)) == 16
+
+
+def test_the_fingerprint_is_the_one_that_journals_hold(folder, tmp_path):
+    assert checkpoint_fingerprint(folder) == "c403e61472a126d7"
+    assert checkpoint_fingerprint(make_adapter(tmp_path / "adapter", folder)) == "f0dd318f8434db15"
+    (big := tmp_path / "big").mkdir()
+    (big / "config.json").write_text('{"a": [1, "喝茶"], "_name_or_path": "/x", "f": 1e-6}', encoding="utf-8")
+    (big / "model.safetensors").write_bytes(bytes(range(256)) * (1 << 15))
+    assert checkpoint_fingerprint(big) == "ef8c25d87761d7e3"
 
 
 @pytest.mark.parametrize(
@@ -128,3 +155,87 @@ def test_a_closed_folder_is_not_incomplete(folder, tmp_path, monkeypatch):
     for checkpoint in (folder, adapter):
         (problem,) = checkpoint_problems(checkpoint)
         assert (problem.what, problem.value) == ("cannot read: Permission denied", folder)
+
+
+def saved_by_torch(*, legacy=False):
+    file = io.BytesIO()
+    torch.save({"w": torch.zeros(3)}, file, _use_new_zipfile_serialization=not legacy)
+    return file.getvalue()
+
+
+SAFETENSORS, ZIPPED, LEGACY = save({"w": np.zeros(3)}), saved_by_torch(), saved_by_torch(legacy=True)
+
+
+def folder_with(tmp_path, name, content):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "qwen.tiktoken").write_text("IQ== 0\n")
+    (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", SAFETENSORS), ("pytorch_model.bin", ZIPPED), ("pytorch_model.bin", LEGACY)],
+)
+def test_sound_weights(tmp_path, name, content):
+    assert weight_problems(folder_with(tmp_path, name, content)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", SAFETENSORS[:-1], "is cut off or damaged"),
+        ("model.safetensors", SAFETENSORS + b"x", "is cut off or damaged"),
+        ("model.safetensors", b"\xff" * 40, "is cut off or damaged"),
+        ("model.safetensors", b"", "is empty"),
+        ("model.safetensors", POINTER, "git lfs pull"),
+        ("pytorch_model.bin", ZIPPED[:-1], "is cut off"),
+        ("pytorch_model.bin", b"", "is empty"),
+        ("pytorch_model.bin", b"<html>not found</html>", "is no file of weights"),
+        ("qwen.tiktoken", POINTER, "git lfs pull"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    folder = folder_with(tmp_path, name, content)
+    (problem,) = weight_problems(folder)
+    assert message in str(problem)
+    assert problem.where == folder / name
+    assert problem.fix
+
+
+def test_every_shard_is_looked_at(folder):
+    (folder / "model-00001-of-00002.safetensors").write_bytes(SAFETENSORS)
+    (problem,) = weight_problems(folder)
+    assert problem.where == folder / "model-00002-of-00002.safetensors"
+
+
+def test_pickles_beside_safetensors_do_not_matter(tmp_path):
+    folder = folder_with(tmp_path, "model.safetensors", SAFETENSORS)
+    (folder / "pytorch_model.bin").write_bytes(POINTER)
+    assert weight_problems(folder) == []
+
+
+def test_damage_of_an_adapter_and_of_its_base(tmp_path):
+    base = folder_with(tmp_path, "model.safetensors", b"")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (adapter / "adapter_model.safetensors").write_bytes(POINTER)
+    assert [problem.where for problem in weight_problems(adapter)] == [
+        adapter / "adapter_model.safetensors",
+        base / "model.safetensors",
+    ]
+
+
+def test_problems_keep_their_parts_across_processes_and_as_four_part_errors():
+    for kind in (CheckpointError, MissingFilesError):
+        problem = pickle.loads(pickle.dumps(kind("what", ["a", "b"], "where", "fix it")))
+        assert type(problem) is kind
+        assert str(problem) == "what: a, b (where). Fix it."
+        (error,) = four_parts([problem])
+        assert (error.what, error.value, error.where, error.fix) == ("what", ["a", "b"], "where", "fix it")
+
+
+def test_files_are_checked_without_torch():
+    code = "import qwen_vl.checkpoint, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
