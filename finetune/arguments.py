@@ -2,22 +2,190 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
+import math
 import os
-import socket
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import transformers
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, SchedulerType
 
 from data_utils.errors import MMRoleError, raise_problems
-from finetune.batch_size import accumulation_steps
 from finetune.data import Order
-from finetune.early import given_values
-from finetune.flag_values import WARMUP_LR, flag_problems
+from finetune.distributed import join_deepspeed, settle_devices
+
+WARMUP_LR = "warmup_lr"  # a schedule; see finetune.arguments
+# What the transformers Trainer offers and this one does not, with the value that leaves it off.
+UNSUPPORTED = {
+    "push_to_hub": False,
+    "load_best_model_at_end": False,
+    "auto_find_batch_size": False,
+    "save_on_each_node": False,
+    "fsdp": None,
+}
+INSTEAD_OF_BLOCKS = {
+    "scheduler": "remove the block and give --lr_scheduler_type (warmup_lr is DeepSpeed's WarmupLR), --warmup_steps "
+    "and --learning_rate",
+    "optimizer": "remove the block and give --optim, --learning_rate, --weight_decay, --adam_beta1, --adam_beta2 "
+    "and --decay_all",
+}
+_NO = ("false", "0", "no", "none", "")
+_WHOLE = ("lora_r", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_WHOLE = (*_WHOLE, "fill_to", "global_batch_size", "model_max_length", "dataloader_prefetch_factor")
+_ABOVE_0 = ("lora_alpha", "num_train_epochs", "adam_epsilon", "save_steps", "eval_steps", "logging_steps")
+_FROM_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
+_FROM_0 = (*_FROM_0, "resume_save_steps")
+_SHARES = ("lora_dropout", "adam_beta1", "adam_beta2")
+# Flag, least value, whether that one itself can be, first value that is too large.
+RANGES: dict[str, tuple[float, bool, float]] = {
+    **dict.fromkeys(_WHOLE, (1, True, math.inf)),
+    **dict.fromkeys(_ABOVE_0, (0, False, math.inf)),
+    **dict.fromkeys(_FROM_0, (0, True, math.inf)),
+    **dict.fromkeys(_SHARES, (0, True, 1)),
+}
+
+
+def flag_problems(flags: Namespace) -> list[MMRoleError]:
+    """Flags that cannot be, or not together; before a process group or a DeepSpeed config is made of them.
+
+    Args:
+        flags: What the command line says, each value of its type.
+    """
+    problems = [
+        MMRoleError("this flag is not supported here", f"--{name} {getattr(flags, name)}", f"--{name}", "leave it")
+        for name, off in UNSUPPORTED.items()
+        if getattr(flags, name, off) not in (off, "", [], None)
+    ]
+    problems += [problem for name in RANGES if (problem := _range_problem(name, getattr(flags, name, None)))]
+    return problems + _folder_problems(flags) + _recipe_problems(flags) + _contradictions(flags)
+
+
+def resumes(asked: object) -> bool:
+    """Whether a value of `--resume_from_checkpoint` asks to go on with a run, and not to begin at the beginning."""
+    return str(asked or "").lower() not in _NO
+
+
+def _range_problem(name: str, value: Any) -> MMRoleError | None:
+    if not isinstance(value, int | float):
+        return None  # not given, or not read yet
+    least, itself, end = RANGES[name]
+    if least < value < end or (itself and value == least):
+        return None
+    told = f"{'from' if itself else 'above'} {least:g}" + (f" to below {end:g}" if end < math.inf else "")
+    return MMRoleError("a flag has a value that cannot be", f"--{name} {value}", f"--{name}", f"give a number {told}")
+
+
+def _folder_problems(flags: Namespace) -> list[MMRoleError]:
+    problems = []
+    if flags.output_dir is None:
+        problems.append(MMRoleError("no output folder is given", None, "--output_dir", "say where checkpoints go"))
+    if isinstance(flags.deepspeed, str) and not Path(flags.deepspeed).is_file():
+        fix = "use finetune/ds_config_zero2.json, ds_config_zero3.json or ds_config_zero3_offload.json"
+        problems.append(MMRoleError("no such DeepSpeed config", flags.deepspeed, "--deepspeed", fix))
+    return problems
+
+
+def _recipe_problems(flags: Namespace) -> list[MMRoleError]:
+    problems = []
+    if (flags.loss_group not in ("micro", "step") and not flags.loss_group.isdecimal()) or flags.loss_group == "0":
+        fix = "give a number from 1, 'micro' or 'step'"
+        problems.append(MMRoleError("a flag has a value that cannot be", flags.loss_group, "--loss_group", fix))
+    schedules = [WARMUP_LR, *(kind.value for kind in SchedulerType)]
+    if flags.lr_scheduler_type not in schedules:
+        fix = f"use one of {', '.join(schedules)}"
+        problems.append(MMRoleError("no such schedule", flags.lr_scheduler_type, "--lr_scheduler_type", fix))
+    if isinstance(flags.deepspeed, str) and Path(flags.deepspeed).is_file():
+        problems += _deepspeed_problems(Path(flags.deepspeed))
+    return problems
+
+
+def _deepspeed_problems(config: Path) -> list[MMRoleError]:
+    """Blocks of a DeepSpeed config that would make transformers ignore flags without a word."""
+    try:
+        blocks = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [MMRoleError(f"the DeepSpeed config cannot be read: {error}", config, "--deepspeed", "correct it")]
+    return [
+        MMRoleError(f"a {name} block of a DeepSpeed config overrides this program's flags", blocks[name], config, fix)
+        for name, fix in INSTEAD_OF_BLOCKS.items()
+        if isinstance(blocks, dict) and name in blocks
+    ]
+
+
+def _contradictions(flags: Namespace) -> list[MMRoleError]:
+    problems = []
+    goes_on = resumes(flags.resume_from_checkpoint)
+
+    def add(what: str, value: str, fix: str) -> None:
+        problems.append(MMRoleError(what, value, "the command line", fix))
+
+    if flags.fp16 and not flags.use_lora:
+        add("full tuning in float16 overflows", "--fp16", "use --bf16 True, or neither for float32")
+    if flags.overwrite_output_dir and goes_on:
+        add("a run cannot be gone on with and deleted", "--overwrite_output_dir", "give one of the two")
+    if flags.save_only_model and goes_on:
+        fix = "leave --save_only_model away: its checkpoints hold no optimizer state and cannot be gone on with"
+        add("a run that is gone on with must be able to go on again", "--save_only_model", fix)
+    if str(getattr(flags.save_strategy, "value", flags.save_strategy)) == "best":
+        add("there is no best checkpoint here", "--save_strategy best", "give steps, epoch or no")
+    return problems
+
+
+_MOST_LISTED = 16
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> int:
+    """Micro-batches that each process accumulates before an optimizer step.
+
+    Args:
+        global_batch: Samples of one optimizer step, over all processes.
+        micro_batch: Samples of one forward pass of one process.
+        processes: Processes, one a GPU.
+
+    Raises:
+        MMRoleError: The three do not divide; says which values would.
+    """
+    at_once = micro_batch * processes
+    if min(global_batch, micro_batch, processes) > 0 and global_batch % at_once == 0:
+        return global_batch // at_once
+    raise MMRoleError(
+        "the global batch does not divide into whole micro-batches",
+        f"global batch {global_batch}, micro-batch {micro_batch}, {processes} process(es)",
+        "--global_batch_size (GLOBAL_BATCH), --per_device_train_batch_size (MICRO_BATCH), number of GPUs (PROCESSES)",
+        "\n".join(_ways_out(global_batch, micro_batch, processes)),
+    )
+
+
+def _ways_out(global_batch: int, micro_batch: int, processes: int) -> list[str]:
+    """What could be changed so that it divides, one change a line."""
+    if min(global_batch, micro_batch, processes) <= 0:
+        return ["give whole numbers above 0"]
+    ways = []
+    if global_batch % processes == 0:
+        ways.append(f"micro-batch {_listed(_divisors(global_batch // processes))} with these {processes} process(es)")
+    if global_batch % micro_batch == 0:
+        ways.append(f"{_listed(_divisors(global_batch // micro_batch))} process(es) with this micro-batch")
+    at_once = micro_batch * processes
+    below = global_batch // at_once * at_once
+    near = [str(size) for size in (below, below + at_once) if size > 0]
+    ways.append(f"global batch {' or '.join(near)} with both as they are (no longer the paper's)")
+    return ["any one of these divides:", *(f"  {way}" for way in ways)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_MOST_LISTED]))
+    return shown + (", …" if len(numbers) > _MOST_LISTED else "")
+
 
 # Spellings of transformers 4 that today's no longer knows.
 RENAMED = {
@@ -164,14 +332,14 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False  # sample ids travel with a batch, to be named in errors
         self.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        _settle_devices(self)
+        settle_devices(self)
         super().__post_init__()
         if schedule == WARMUP_LR:
             self.lr_scheduler_type = schedule
         if self.samples_per_step % self.group_size:
             raise _group_error(self.samples_per_step, self.group_size)
         if self.use_cpu and self.deepspeed:
-            _join_deepspeed()
+            join_deepspeed()
         self._n_gpu = min(self._n_gpu, 1)  # one process a GPU; never torch's DataParallel
 
     @property
@@ -268,8 +436,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
 def recipe_flags(words: Sequence[str]) -> list[str]:
     """The flags that `--recipe` stands for; what the user gives comes after them and counts."""
-    names = [word for word in given_values(words, "--recipe") if word in RECIPES]
-    return [word for name in names for flag, value in RECIPES[name].items() for word in (f"--{flag}", str(value))]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    recipe = RECIPES.get(parser.parse_known_args(list(words))[0].recipe, {})
+    return [word for flag, value in recipe.items() for word in (f"--{flag}", str(value))]
 
 
 def modern_spelling(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -313,28 +483,3 @@ def _group_error(step: int, group: int) -> MMRoleError:
         "--global_batch_size (GLOBAL_BATCH), --loss_group",
         f"give a global batch of {' or '.join(fits)}, or --loss_group step",
     )
-
-
-def _settle_devices(arguments: TrainingArguments) -> None:
-    """CPU and gloo where there is no GPU; and a group of one where DeepSpeed runs without a launcher."""
-    if not torch.cuda.is_available():
-        arguments.use_cpu = True
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it finds that out itself
-    if arguments.deepspeed and "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
-    if arguments.use_cpu and "RANK" in os.environ:
-        arguments.ddp_backend = "gloo"
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or accelerate warns
-
-
-def _join_deepspeed() -> None:
-    """Lets DeepSpeed know of the group of CPU processes, which transformers joins without it."""
-    import deepspeed
-
-    # DeepSpeed would compile an exchange of its own; gloo's is there without a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)

@@ -1,18 +1,156 @@
-"""The order in which samples train, the groups over which their loss is a mean, and the samples to evaluate on."""
+"""Samples of a run: tokenized and collated, in which order they train, and over which groups their loss is a mean."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data_utils.errors import MMRoleError
+from data_utils.schema import Row
+from data_utils.supervised import DEFAULT_SYSTEM, image_names, image_path, preprocess
+from qwen_vl import QwenVLImageProcessor, QwenVLTokenizer
 from qwen_vl.loss import IGNORED
+
+
+class CompactRows(Sequence[Row]):
+    """Rows that are kept as JSON text and parsed when they are asked for.
+
+    A forked worker shares the parent's memory until a page is written; merely reading a Python object writes its
+    reference count, so that lists of dicts end up as one copy per worker. Two arrays have two reference counts.
+
+    Args:
+        rows: Rows of a data file.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        texts = [json.dumps(row, ensure_ascii=False).encode("utf-8") for row in rows]
+        self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(texts), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        start = int(self._ends[index - 1]) if index else 0
+        return json.loads(self._text[start : int(self._ends[index])].tobytes())
+
+
+class SupervisedDataset(Dataset):
+    """Training samples, tokenized and their images decoded when they are asked for: in the loader's workers.
+
+    Nothing is kept, so memory does not grow with the data. Use `data_utils.check` or the trainer's own check first: a
+    sample that cannot be made is an error here, never silently another sample.
+
+    Args:
+        rows: Training samples, each with `id` and `conversations`.
+        tokenizer: The checkpoint's tokenizer.
+        data_root: Folder from which the samples' image paths (`images/…`) count.
+        max_length: Tokens to keep of a sample.
+        use_sample_system: Use the sample's `system` where it has one, instead of the published message.
+        image_size: Side of the model's square images, in pixels.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: QwenVLTokenizer,
+        *,
+        data_root: str | Path,
+        max_length: int = 3072,
+        use_sample_system: bool = False,
+        image_size: int = 448,
+    ) -> None:
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.data_root = Path(data_root)
+        self.max_length = max_length
+        self.use_sample_system = use_sample_system
+        self.processor = QwenVLImageProcessor(image_size)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def tokens(self, index: int, max_length: int | None = None) -> tuple[list[int], list[int]]:
+        """Ids and labels of a sample, without its images."""
+        row = self.rows[index]
+        system = row.get("system") if self.use_sample_system else None
+        return preprocess(row["conversations"], self.tokenizer, max_length or self.max_length, system or DEFAULT_SYSTEM)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A sample: `id`, `input_ids` and `labels` (lists), `pixel_values` (N, 3, size, size) or None.
+
+        Raises:
+            ValueError: An image is missing or broken, or a tag is; names the sample.
+        """
+        row = self.rows[index]
+        try:
+            ids, labels = self.tokens(index)
+            images = [image_path(self.data_root, name) for name in image_names(ids, self.tokenizer)]
+            pixels = self.processor.load_all(images)
+        except (OSError, ValueError, MMRoleError) as error:
+            raise ValueError(f"sample {row.get('id', index)} cannot be made: {error}") from error
+        return {"id": str(row.get("id", index)), "input_ids": ids, "labels": labels, "pixel_values": pixels}
+
+
+@dataclass(frozen=True)
+class PaddedCollator:
+    """Samples to a rectangle, padded on the right with `<|endoftext|>` to the longest, or to `pad_to`.
+
+    Returns per batch `input_ids`, `labels`, `attention_mask` (B, T), `pixel_values` if there are images, and `ids`.
+    """
+
+    pad_id: int
+    pad_to: int | None = None
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        width = max(self.pad_to or 0, *(len(sample["input_ids"]) for sample in samples))
+        gaps = [width - len(sample["input_ids"]) for sample in samples]
+        pairs = list(zip(samples, gaps, strict=True))
+        return {
+            "input_ids": torch.tensor([[*s["input_ids"], *[self.pad_id] * gap] for s, gap in pairs]),
+            "labels": torch.tensor([[*s["labels"], *[IGNORED] * gap] for s, gap in pairs]),
+            "attention_mask": torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
+            **_images_and_ids(samples),
+        }
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Samples one after the other in one row, each seeing itself only: nothing is padded.
+
+    Returns per batch `input_ids`, `labels`, `position_ids` (1, T), `segments` (lengths that sum to T), `pixel_values`
+    if there are images, and `ids`.
+    """
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        # The first token of a sample would be predicted from the sample before it; its label is not learned.
+        labels = [i for sample in samples for i in (IGNORED, *sample["labels"][1:])]
+        return {
+            "input_ids": torch.tensor([[i for sample in samples for i in sample["input_ids"]]]),
+            "labels": torch.tensor([labels]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "segments": lengths,
+            **_images_and_ids(samples),
+        }
+
+
+def _images_and_ids(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
+    ids = [sample["id"] for sample in samples]
+    return {"pixel_values": torch.cat(pixels), "ids": ids} if pixels else {"ids": ids}
 
 
 def filled_length(samples: int, multiple: int) -> int:

@@ -20,7 +20,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_utils.errors import run_main
-from finetune.early import check_early, quiet_followers, told_once
+from finetune.distributed import quiet_followers, told_once
+from finetune.preflight import check_early
 
 if TYPE_CHECKING:
     from finetune.arguments import Options
@@ -34,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_early(words)
     # What follows takes seconds to import, and the check above must not wait for it.
     from finetune.arguments import parse_arguments
+    from finetune.checkpoints import checkpoint_to_resume, schedule_notice
     from finetune.preflight import check
-    from finetune.resuming import checkpoint_to_resume, schedule_notice
 
     with told_once():
         options, notices = parse_arguments(words)
@@ -86,9 +87,8 @@ def train(options: Options, checked: Checked, resume: Path | None) -> None:
 
 
 def _facts(options: Options, checked: Checked, resume: Path | None) -> dict[str, Any]:
+    from finetune.checkpoints import identity, report_of
     from finetune.report import versions
-    from finetune.resuming import identity
-    from finetune.wholeness import report_of
 
     before = report_of(resume) if resume else {}
     return {
@@ -124,7 +124,7 @@ def _tell(options: Options, checked: Checked, resume: Path | None) -> None:
 
 def _finished(options: Options, checked: Checked, resume: Path) -> bool:
     """Whether a run that is to be gone on with has done all of its steps, and its model is saved."""
-    from finetune.resuming import is_finished
+    from finetune.checkpoints import is_finished
 
     return is_finished(options, resume, options.training.order(len(checked.dataset)).updates)
 
@@ -136,7 +136,7 @@ def _clear(options: Options) -> None:
         MMRoleError: It cannot be written.
     """
     from data_utils.files import write_error
-    from finetune.saving import checkpoints
+    from finetune.checkpoints import checkpoints
 
     output = Path(options.training.output_dir)
     try:

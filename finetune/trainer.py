@@ -20,13 +20,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from data_utils.errors import MMRoleError
-from data_utils.supervised import PackedCollator, PaddedCollator, SupervisedDataset
-from finetune.arguments import TrainingArguments
-from finetune.data import FilledDataset, Order, Stream, StreamCollator, loss_divisors
-from finetune.early import told_once
-from finetune.flag_values import WARMUP_LR
-from finetune.report import Throughput, write_report
-from finetune.saving import (
+from finetune.arguments import WARMUP_LR, TrainingArguments
+from finetune.checkpoints import (
     STAGING,
     check_saved,
     drop_checkpoints,
@@ -38,6 +33,18 @@ from finetune.saving import (
     sync_folder,
     writing,
 )
+from finetune.data import (
+    FilledDataset,
+    Order,
+    PackedCollator,
+    PaddedCollator,
+    Stream,
+    StreamCollator,
+    SupervisedDataset,
+    loss_divisors,
+)
+from finetune.distributed import told_once
+from finetune.report import Throughput, write_report
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json, write_json
 from data_utils.samples import training_samples
-from data_utils.supervised import PackedCollator, PaddedCollator, SupervisedDataset
+from finetune.data import PackedCollator, PaddedCollator, SupervisedDataset
 
 WAYS = ("released", "ours")
 LORA_TARGETS = ["c_attn", "attn.c_proj", "w1", "w2"]

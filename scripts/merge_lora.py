@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from data_utils.errors import MMRoleError, four_parts, raise_problems, run_main
 from data_utils.files import read_json
-from finetune.saving import check_saved, expected_tensors, publish_folder, save_model
+from finetune.checkpoints import check_saved, expected_tensors, publish_folder, save_model
 from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
 from qwen_vl.checkpoint import adapter_base, checkpoint_problems, is_adapter
 

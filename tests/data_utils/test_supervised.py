@@ -1,14 +1,12 @@
-"""Tokens and labels against the released trainer's, and what batches hold."""
+"""Tokens and labels against the released trainer's."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from data_utils.supervised import PackedCollator, PaddedCollator, SupervisedDataset, preprocess
+from data_utils.supervised import preprocess
 from qwen_vl import QwenVLTokenizer
 
 CONVERSATION = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]
@@ -66,52 +64,3 @@ def test_an_image_is_never_cut_in_two(tokenizer: QwenVLTokenizer) -> None:
     ids, _ = preprocess(conversation, tokenizer, start + 258)
     assert ids == whole[: start + 258]
     assert preprocess(conversation, tokenizer, len(whole) - 1)[0] == whole[:-1]
-
-
-@pytest.fixture
-def dataset(tmp_path: Path, tokenizer: QwenVLTokenizer) -> SupervisedDataset:
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (30, 20), "red").save(tmp_path / "images" / "红.png")
-    picture = [{"from": "user", "value": "Picture 1: <img>images/红.png</img>\nWho?"}, CONVERSATION[1]]
-    rows = [
-        {"id": "text", "system": "Be brief.", "conversations": CONVERSATION},
-        {"id": "picture", "conversations": picture},
-    ]
-    return SupervisedDataset(rows, tokenizer, data_root=tmp_path, max_length=400)
-
-
-def test_batches(dataset: SupervisedDataset, tokenizer: QwenVLTokenizer) -> None:
-    samples = [dataset[0], dataset[1]]
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    padded = PaddedCollator(tokenizer.pad_token_id)(samples)
-    assert padded["input_ids"].shape == padded["labels"].shape == (2, max(lengths))
-    assert padded["attention_mask"].sum(-1).tolist() == lengths
-    assert (padded["labels"][padded["attention_mask"] == 0] == -100).all()
-    assert PaddedCollator(tokenizer.pad_token_id, pad_to=400)(samples)["input_ids"].shape == (2, 400)
-    packed = PackedCollator()(samples)
-    assert packed["segments"] == lengths
-    assert packed["input_ids"].tolist() == [samples[0]["input_ids"] + samples[1]["input_ids"]]
-    assert packed["labels"][0, [0, lengths[0]]].tolist() == [-100, -100]
-    assert packed["position_ids"][0, [0, lengths[0] - 1, lengths[0]]].tolist() == [0, lengths[0] - 1, 0]
-    for batch in (padded, packed):
-        assert batch["ids"] == ["text", "picture"]
-        assert torch.equal(batch["pixel_values"], samples[1]["pixel_values"])
-    assert "pixel_values" not in PackedCollator()(samples[:1])
-
-
-def test_system_message_of_the_sample_only_on_demand(dataset: SupervisedDataset, tokenizer) -> None:
-    """published: training uses its own system message."""
-    assert "You are a helpful assistant." in tokenizer.decode(dataset[0]["input_ids"])
-    dataset.use_sample_system = True
-    assert "Be brief." in tokenizer.decode(dataset[0]["input_ids"])
-    assert "You are a helpful assistant." in tokenizer.decode(dataset[1]["input_ids"])
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("images/gone.png", "no such image"), ("../secret.png", "climb out"), ("/etc/passwd", "absolute")],
-)
-def test_images_only_from_below_the_data_root(dataset: SupervisedDataset, path: str, message: str) -> None:
-    dataset.rows[1]["conversations"][0]["value"] = f"Picture 1: <img>{path}</img>\nWho?"
-    with pytest.raises(ValueError, match=f"sample picture cannot be made(.|\n)*{message}"):
-        dataset[1]

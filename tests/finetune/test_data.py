@@ -1,10 +1,25 @@
-"""The order of samples, and the divisors that make their tokens' losses the loss of a step."""
+"""The order of samples, the divisors that make their tokens' losses the loss of a step, rows as bytes."""
+
+from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+import pytest
 import torch
+from PIL import Image
 
-from finetune.data import FilledDataset, Order, Stream, loss_divisors
+from finetune.data import (
+    CompactRows,
+    FilledDataset,
+    Order,
+    PackedCollator,
+    PaddedCollator,
+    Stream,
+    SupervisedDataset,
+    loss_divisors,
+)
+from qwen_vl import QwenVLTokenizer
 
 AGENT = Order(85_456, multiple=64, step=256, epochs=3, max_steps=-1, seed=42)
 REWARD_MODEL = Order(23_200, multiple=32, step=256, epochs=10, max_steps=-1, seed=42)
@@ -64,3 +79,66 @@ def test_divisors_make_means_over_groups() -> None:
 def test_what_fills_up_an_evaluation_has_no_labels() -> None:
     filled = FilledDataset([{"labels": [1, 2]}, {"labels": [3]}, {"labels": [4]}], 2)
     assert [filled[i]["labels"] for i in range(len(filled))] == [[1, 2], [3], [4], [-100, -100]]
+
+
+def test_rows_come_back_as_they_were() -> None:
+    rows = [{"id": "a", "value": "一幅画"}, {"id": "b", "nested": [1, {"x": None}]}, {"id": "c"}]
+    compact = CompactRows(rows)
+    assert list(compact) == rows
+    assert compact[-1] == rows[-1]
+    assert len(compact) == 3
+    with pytest.raises(IndexError):
+        compact[3]
+    assert list(CompactRows([])) == []
+
+
+CONVERSATION = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, tokenizer: QwenVLTokenizer) -> SupervisedDataset:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "images" / "红.png")
+    picture = [{"from": "user", "value": "Picture 1: <img>images/红.png</img>\nWho?"}, CONVERSATION[1]]
+    rows = [
+        {"id": "text", "system": "Be brief.", "conversations": CONVERSATION},
+        {"id": "picture", "conversations": picture},
+    ]
+    return SupervisedDataset(rows, tokenizer, data_root=tmp_path, max_length=400)
+
+
+def test_batches(dataset: SupervisedDataset, tokenizer: QwenVLTokenizer) -> None:
+    samples = [dataset[0], dataset[1]]
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    padded = PaddedCollator(tokenizer.pad_token_id)(samples)
+    assert padded["input_ids"].shape == padded["labels"].shape == (2, max(lengths))
+    assert padded["attention_mask"].sum(-1).tolist() == lengths
+    assert (padded["labels"][padded["attention_mask"] == 0] == -100).all()
+    assert PaddedCollator(tokenizer.pad_token_id, pad_to=400)(samples)["input_ids"].shape == (2, 400)
+    packed = PackedCollator()(samples)
+    assert packed["segments"] == lengths
+    assert packed["input_ids"].tolist() == [samples[0]["input_ids"] + samples[1]["input_ids"]]
+    assert packed["labels"][0, [0, lengths[0]]].tolist() == [-100, -100]
+    assert packed["position_ids"][0, [0, lengths[0] - 1, lengths[0]]].tolist() == [0, lengths[0] - 1, 0]
+    for batch in (padded, packed):
+        assert batch["ids"] == ["text", "picture"]
+        assert torch.equal(batch["pixel_values"], samples[1]["pixel_values"])
+    assert "pixel_values" not in PackedCollator()(samples[:1])
+
+
+def test_system_message_of_the_sample_only_on_demand(dataset: SupervisedDataset, tokenizer) -> None:
+    """published: training uses its own system message."""
+    assert "You are a helpful assistant." in tokenizer.decode(dataset[0]["input_ids"])
+    dataset.use_sample_system = True
+    assert "Be brief." in tokenizer.decode(dataset[0]["input_ids"])
+    assert "You are a helpful assistant." in tokenizer.decode(dataset[1]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("images/gone.png", "no such image"), ("../secret.png", "climb out"), ("/etc/passwd", "absolute")],
+)
+def test_images_only_from_below_the_data_root(dataset: SupervisedDataset, path: str, message: str) -> None:
+    dataset.rows[1]["conversations"][0]["value"] = f"Picture 1: <img>{path}</img>\nWho?"
+    with pytest.raises(ValueError, match=f"sample picture cannot be made(.|\n)*{message}"):
+        dataset[1]

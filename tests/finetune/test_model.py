@@ -1,11 +1,17 @@
-"""Where weights are loaded to."""
+"""What trains and where it is loaded; what adapters are put on."""
+
+from __future__ import annotations
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from finetune.model import placement
+from finetune.arguments import LoraArguments
+from finetune.model import NOT_QUANTIZED, adapter_weights, placement, target_problems
+from qwen_vl import QwenVLForCausalLM
+from tests.qwen_vl.conftest import small_config
 
 
 @pytest.mark.parametrize(
@@ -20,3 +26,30 @@ from finetune.model import placement
 )
 def test_weights_go_to_the_own_gpu_at_once(device: str, stage: int, expected: dict) -> None:
     assert placement(SimpleNamespace(device=torch.device(device), zero_stage=stage)) == expected
+
+
+@pytest.fixture(scope="module")
+def bare() -> QwenVLForCausalLM:
+    """A model without weights."""
+    with torch.device("meta"):
+        return QwenVLForCausalLM(small_config())
+
+
+def test_four_bits_are_for_the_decoder_alone(bare: QwenVLForCausalLM) -> None:
+    linear = [name for name, module in bare.named_modules() if isinstance(module, torch.nn.Linear)]
+    quantized = {name for name in linear if should_convert_module(name, NOT_QUANTIZED)}
+    assert quantized == {name for name in linear if name.startswith("transformer.h.")}
+    assert any(name.startswith("transformer.visual.") for name in linear)
+
+
+def test_targets(bare: QwenVLForCausalLM) -> None:
+    assert target_problems(bare, LoraArguments().lora_target_modules) == []
+    told = "\n".join(map(str, target_problems(bare, ["c_attn", "q_proj", "ln_1", "mlp"])))
+    for part in ("matches no module", "q_proj", "no layer of weights", "ln_1: transformer.", "mlp: transformer."):
+        assert part in told
+
+
+def test_adapter_weights(bare: QwenVLForCausalLM) -> None:
+    options = LoraArguments(lora_r=2, lora_target_modules=["c_attn", "w1"])
+    width, inner = 128, 128
+    assert adapter_weights(bare, options) == 2 * 2 * ((width + 3 * width) + (width + inner))

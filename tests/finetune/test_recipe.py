@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import qwen_vl
 from data_utils.errors import MMRoleError
-from data_utils.supervised import SupervisedDataset
 from finetune.arguments import parse_arguments
+from finetune.data import SupervisedDataset
 from finetune.finetune import main
 from finetune.trainer import WarmupRate
 from tests.conftest import ROOT

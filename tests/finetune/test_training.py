@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import qwen_vl
 from data_utils.errors import MMRoleError
-from data_utils.supervised import SupervisedDataset
+from finetune.data import SupervisedDataset
 from finetune.finetune import main
-from finetune.lora import is_chat_model
+from finetune.model import is_chat_model
 from finetune.trainer import SupervisedTrainer
 from scripts import merge_lora
 from tests.conftest import ROOT

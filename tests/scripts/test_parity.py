@@ -20,7 +20,7 @@ from PIL import Image
 import qwen_vl
 from data_utils.errors import MMRoleError
 from finetune.arguments import LoraArguments
-from finetune.lora import add_adapters
+from finetune.model import add_adapters
 from qwen_vl import QwenVLTokenizer
 from scripts.reference import run as reference
 from scripts.reference.torchvision import transforms
