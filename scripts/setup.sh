@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Sets up what all scripts need: a virtual environment in .venv (or the active environment), torch, then requirements.txt.
+# Sets up what all scripts need: .venv (or the active environment) with the packages of requirements.txt.
 #
 #   bash scripts/setup.sh [--test]     --test adds what the tests need (pytest, ruff)
 #
-# Needs Python 3.10 to 3.12 and, when something is to be installed, a network. Quick when nothing changed; after being
-# stopped half-way, the next run goes on. `--interpreter` (for environment.sh) prints the environment's Python.
-#   TORCH_VERSION    the torch to install, e.g. 2.13.0 (default: the one that is there if it fits, else 2.13.0)
-#   PYTHON_FOR_VENV  the Python that makes .venv (default: the first of python3.12, 3.11, 3.10, python3 that fits)
+# Needs Python 3.10 to 3.14 and, when something is to be installed, a network. Quick when nothing changed. If it was
+# stopped half-way, run it again; if that does not help, remove .venv first.
+#   TORCH_VERSION    the torch to install (default: the installed one if it fits, else 2.13.0)
+#   PYTHON_FOR_VENV  the Python that makes .venv (default: the first of python3.12, 3.13, 3.11, 3.10, 3.14, python3 that fits)
+# `--interpreter` (for environment.sh) sets up .venv if need be, and prints the environment's Python.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-DEFAULT_TORCH=2.13.0
-SUPPORTED='import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))'
+SUPPORTED='import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))'
 
 say() { printf '[setup] %s\n' "$*" >&2; }
 
@@ -21,20 +21,9 @@ fail() { # what is wrong, the value, where, what to do
     exit 2
 }
 
-# The active environment's folder, or nothing. Conda's `base` does not count: it is active in every shell of many
-# machines without anybody having chosen it.
-active_environment() {
-    if [[ -n ${VIRTUAL_ENV:-} ]]; then
-        echo "$VIRTUAL_ENV"
-    elif [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-} != base ]]; then
-        echo "$CONDA_PREFIX"
-    fi
-}
-
-# Names on stderr what is missing from the environment; out of the tested range is worth a warning only.
-# With "strict" as its argument, out of range and training's packages count as missing.
+# Names on stderr the packages that the active environment lacks; a version out of the tested range is only warned of.
 check_packages() {
-    "$PYTHON" -I - "$ROOT/requirements.txt" "${TORCH_VERSION:-}" "${1:-}" <<'PY'
+    "$PYTHON" -I - "$ROOT/pyproject.toml" <<'PY'
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -44,24 +33,18 @@ try:
 except ImportError:
     from pip._vendor.packaging.specifiers import SpecifierSet
 
-path, torch_wanted, strict = sys.argv[1], sys.argv[2], sys.argv[3] == "strict"
+text = open(sys.argv[1], encoding="utf-8").read()
+wanted = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
 missing, untested = [], []
-for line in open(path, encoding="utf-8"):
-    wanted = re.match(r"([a-z_-]+)([<>=][^#\s]+)", line)
-    if not wanted or ("# on demand" in line and not strict):
-        continue
-    name, allowed = wanted.groups()
+for name, allowed in re.findall(r'^ *"([\w-]+)([<>=][^"]+)"', wanted, re.MULTILINE):
     try:
         found = version(name)
     except PackageNotFoundError:
         missing.append(name + allowed)
         continue
-    if name == "torch" and torch_wanted and torch_wanted not in (found, found.split("+")[0]):
-        missing.append(f"torch {torch_wanted} (TORCH_VERSION; {found} is there)")
-    elif not SpecifierSet(allowed).contains(found, prereleases=True):
-        untested.append(f"{name}{allowed} ({found} is there)")
-missing += untested if strict else []
-if untested and not strict:
+    if not SpecifierSet(allowed).contains(found, prereleases=True):
+        untested.append(f"{name}{allowed} ({found} is installed)")
+if untested:
     print("[setup] not tested with these versions: " + ", ".join(untested), file=sys.stderr)
 if missing:
     print("[setup] missing: " + ", ".join(missing), file=sys.stderr)
@@ -70,71 +53,49 @@ PY
 }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON_FOR_VENV:-python3.12 python3.11 python3.10 python3}; do
+    local candidate candidates=${PYTHON_FOR_VENV:-python3.12 python3.13 python3.11 python3.10 python3.14 python3}
+    for candidate in $candidates; do
         if "$candidate" -c "$SUPPORTED" >/dev/null 2>&1; then
             echo "$candidate"
             return
         fi
     done
-    fail "no Python from 3.10 to 3.12 was found" "tried: ${PYTHON_FOR_VENV:-python3.12 python3.11 python3.10 python3}" \
-        "your PATH" "install Python 3.12 (or 3.11, 3.10), or name one: PYTHON_FOR_VENV=/path/to/python3.12 bash scripts/setup.sh"
+    fail "no Python from 3.10 to 3.14 was found" "tried: $candidates" "your PATH" \
+        "install Python 3.12, or name one: PYTHON_FOR_VENV=/path/to/python3.12 bash scripts/setup.sh"
+}
+
+has_torch() { compgen -G "$PREFIX/lib*/python3*/site-packages/torch-${1:-}*.dist-info" >/dev/null; }
+
+install() {
+    local python torch="torch==${TORCH_VERSION:-2.13.0}" # a build for CPUs, where pip finds one
+    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+        if [[ $PREFIX == "$OWN" ]]; then
+            python=$(find_python)
+            say "making $PREFIX with $("$python" --version)"
+            "$python" -m venv --clear "$PREFIX" || fail "the virtual environment could not be made" "$python -m venv" \
+                "$PREFIX" "on Debian or Ubuntu: sudo apt install python3-venv; then run again: bash scripts/setup.sh"
+        else
+            "$PYTHON" -m ensurepip >&2
+        fi
+    fi
+    if [[ -z ${TORCH_VERSION:-} ]] && has_torch; then torch=""; fi
+    say "installing the packages of requirements.txt into $PREFIX"
+    # requirements.txt names this project as `.`, which pip reads from the working directory.
+    (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check \
+        ${torch:+"$torch"} -r requirements.txt ${EXTRA:+-e ".[$EXTRA]"}) >&2 ||
+        fail "pip could not install everything (its own lines above say why)" "requirements.txt${torch:+ and $torch}" "$PREFIX" \
+            "without a network, connect or name a mirror or a folder of wheels (PIP_INDEX_URL, PIP_FIND_LINKS); then run again: bash scripts/setup.sh"
+    fingerprint >"$STAMP"
 }
 
 # What the finished set-up is compared with: the same text means that nothing has to be done.
 fingerprint() {
-    local version
-    version=$("$PYTHON" -I -c 'import sys; print(sys.version.split()[0])') || return 1
-    printf 'root %s\npython %s\nextra %s\n%s\n%s\n' "$ROOT" "$version" "$EXTRA" \
-        "$(<"$ROOT/requirements.txt")" "$(<"$ROOT/pyproject.toml")"
+    printf 'root %s\nextra %s\n%s\n%s\n' "$ROOT" "$EXTRA" "$(<"$ROOT/requirements.txt")" "$(<"$ROOT/pyproject.toml")"
 }
 
 up_to_date() {
-    [[ -x $PYTHON && -f $STAMP && "$(<"$STAMP")" == "$(fingerprint)" ]] && check_packages 2>/dev/null
-}
-
-# Makes .venv, or mends one whose making was cut short. A package without RECORD (pip writes it last) was being
-# installed when pip was killed, and pip would take it for whole.
-make_venv() {
-    local python
-    if ! "$PYTHON" -I -c "$SUPPORTED; import pip" >/dev/null 2>&1 || ! "$PYTHON" -I -m pip --version >/dev/null 2>&1; then
-        python=$(find_python)
-        say "making $PREFIX with $("$python" --version)"
-        "$python" -m venv --clear "$PREFIX" || fail "the virtual environment could not be made" "$python -m venv" "$PREFIX" \
-            "on Debian or Ubuntu: sudo apt install python3-venv; then run again: bash scripts/setup.sh"
-    fi
-    find "$PREFIX"/lib/python3*/site-packages -maxdepth 1 -name '*.dist-info' ! -exec test -f '{}/RECORD' ';' \
-        -exec rm -r '{}' +
-}
-
-pip_install() {
-    # requirements.txt names this project as `.`, which pip reads from the working directory.
-    (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check "$@") >&2 ||
-        fail "pip could not install everything (its own lines above say why)" "pip install $*" "$PREFIX" \
-            "without a network, connect or name a mirror or a folder of wheels (PIP_INDEX_URL, PIP_FIND_LINKS); then run again: bash scripts/setup.sh (it goes on where it stopped)"
-}
-
-torch_fits() {
-    [[ -z ${TORCH_VERSION:-} ]] && "$PYTHON" -I -c 'import sys
-from importlib.metadata import version
-from pip._vendor.packaging.specifiers import SpecifierSet
-sys.exit(not SpecifierSet(sys.argv[1]).contains(version("torch"), prereleases=True))' "${1#torch}" 2>/dev/null
-}
-
-install() {
-    local torch
-    torch=$(grep '^torch[<>=~]' "$ROOT/requirements.txt")
-    [[ $PREFIX == "$OWN" ]] && make_venv
-    "$PYTHON" -I -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >&2
-    if ! torch_fits "$torch"; then
-        say "torch first: ${TORCH_VERSION:-$DEFAULT_TORCH}"
-        pip_install "$torch" "torch==${TORCH_VERSION:-$DEFAULT_TORCH}"
-    fi
-    say "the rest of requirements.txt"
-    pip_install -r requirements.txt ${EXTRA:+-e ".[$EXTRA]"}
-    check_packages strict || fail "packages are still missing after the installation" "see the line above" "$PREFIX" \
-        "remove $OWN and run again: bash scripts/setup.sh"
-    fingerprint >"$STAMP.$$" && mv "$STAMP.$$" "$STAMP"
+    [[ -x $PYTHON && -f $STAMP && "$(<"$STAMP")" == "$(fingerprint)" ]] &&
+        { [[ -z ${TORCH_VERSION:-} ]] || has_torch "$TORCH_VERSION"; }
 }
 
 EXTRA="" MODE=install
@@ -142,40 +103,38 @@ for argument in "$@"; do
     case $argument in
         --test) EXTRA=test ;;
         --interpreter) MODE=interpreter ;;
-        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
+        -h | --help) sed -n '2,/^\[/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
         *) fail "unknown option" "$argument" "scripts/setup.sh" "bash scripts/setup.sh [--test]" ;;
     esac
 done
 
+# Conda's `base` does not count: it is active in every shell of many machines without anybody having chosen it.
 OWN=$ROOT/.venv
-ACTIVE=$(active_environment)
+ACTIVE=${VIRTUAL_ENV:-}
+if [[ -z $ACTIVE && ${CONDA_DEFAULT_ENV:-} != base ]]; then ACTIVE=${CONDA_PREFIX:-}; fi
 if [[ $ACTIVE -ef $OWN ]]; then ACTIVE=""; fi
 PREFIX=${ACTIVE:-$OWN}
 PYTHON=$PREFIX/bin/python
 STAMP=$PREFIX/mmrole-setup.txt
-# Once there, the tests' packages stay: a plain set-up after one with --test is nothing new.
-[[ -f $STAMP ]] && grep -qx 'extra test' "$STAMP" && EXTRA=test
+# Once installed, the tests' packages stay: a plain set-up after one with --test is nothing new.
+if [[ -f $STAMP ]] && grep -qx 'extra test' "$STAMP"; then EXTRA=test; fi
 
-if [[ -n $ACTIVE ]]; then
-    "$PYTHON" -c "$SUPPORTED" 2>/dev/null || fail "the active environment has no Python from 3.10 to 3.12" \
-        "$("$PYTHON" --version 2>&1 || true)" "$PREFIX" "leave it (deactivate, conda deactivate) and run the same command again: a .venv of its own is used then"
-    if [[ $MODE == interpreter ]]; then
-        check_packages || fail "the active environment lacks packages (the line above names them)" "$PREFIX" \
-            "VIRTUAL_ENV or CONDA_PREFIX" "bash scripts/setup.sh (installs into it), or leave it and run the same command again"
-    fi
+if [[ -n $ACTIVE ]] && ! "$PYTHON" -c "$SUPPORTED" 2>/dev/null; then
+    fail "the active environment has no Python from 3.10 to 3.14" "$("$PYTHON" --version 2>&1 || true)" "$PREFIX" \
+        "leave it (deactivate, conda deactivate) and run the same command again: .venv is used then"
 fi
-if [[ -z $ACTIVE || $MODE == install ]] && ! up_to_date; then
+if up_to_date; then
+    if [[ $MODE == install ]]; then say "nothing to do: $PREFIX is up to date"; fi
+elif [[ -n $ACTIVE && $MODE == interpreter ]]; then # somebody else's environment is used as it is
+    check_packages || fail "the active environment lacks packages (the line above names them)" "$PREFIX" \
+        "VIRTUAL_ENV or CONDA_PREFIX" "bash scripts/setup.sh (installs into it), or leave it and run the same command again"
+else
     exec 9>"$ROOT/.venv-setup.lock"
-    if command -v flock >/dev/null && ! flock -n 9; then
-        say "another set-up is running; waiting for it"
-        flock 9
-    fi
+    if command -v flock >/dev/null; then flock 9; fi # one set-up at a time
     if ! up_to_date; then
         started=$SECONDS
         install
-        say "done in $((SECONDS - started)) s: $PREFIX"
+        say "done in $((SECONDS - started)) s"
     fi
-elif [[ $MODE == install ]]; then
-    say "nothing to do: $PREFIX is up to date"
 fi
 if [[ $MODE == interpreter ]]; then echo "$PYTHON"; fi

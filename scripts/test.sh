@@ -30,11 +30,11 @@ run_pytest() { # its name, the interpreter, then pytest's arguments
     RESULTS+=("$name" "$(tail -n 1 "$LOG")")
 }
 
-# An environment on top of this one that has the lower end of every range in requirements.txt. Not of torch's: each of
+# An environment on top of this one that has the lower end of every range in pyproject.toml. Not of torch's: each of
 # its builds is gigabytes; not of deepspeed's, which has to be compiled.
 make_oldest() {
     local oldest=$ROOT/.venv-oldest pins
-    mapfile -t pins < <(sed -nE '/^(torch|deepspeed)>/d; s/^([a-z_-]+)>=([0-9.]+),.*/\1==\2/p' requirements.txt)
+    mapfile -t pins < <(sed -nE '/^test = /q; /"(torch|deepspeed)>/d; s/^ +"([a-z_-]+)>=([0-9.]+),.*/\1==\2/p' pyproject.toml)
     if [[ "$("$oldest/bin/python" --version 2>/dev/null)" != "$("$PYTHON" --version)" ]]; then
         "$PYTHON" -m venv --clear --without-pip "$oldest"
     fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def write_wheel(folder: Path, name: str, version: str, *headers: str) -> str:
 
 
 def build_editable(wheel_directory: str, config_settings: object = None, metadata_directory: object = None) -> str:
-    """PEP 660: what pip calls for `-e .`."""
-    extra = ["Provides-Extra: test", 'Requires-Dist: stubtest; extra == "test"']
-    return write_wheel(Path(wheel_directory), "mmrole", "0.1.0", *extra)
+    """PEP 660: what pip calls for `-e .`; reads the packages as `scripts/setup.sh` does, one a line."""
+    headers, extra = [], ""
+    for line in Path("pyproject.toml").read_text().splitlines():
+        if found := re.match(r"(\w+) = \[$", line):
+            extra = "" if found[1] == "dependencies" else found[1]
+            headers += [f"Provides-Extra: {extra}"] if extra else []
+        elif found := re.match(r' +"(.+)",$', line):
+            headers.append(f"Requires-Dist: {found[1]}" + (f'; extra == "{extra}"' if extra else ""))
+    return write_wheel(Path(wheel_directory), "mmrole", "0.1.0", *headers)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,26 @@ import pytest
 from tests.scripts import stub_wheels
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENTS = "torch>=2.11,<2.14\nstubby>=1,<2\nstubtrain>=1,<2  # on demand\n-e .\n"
-PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "stub_wheels"\nbackend-path = ["."]\n'
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "stub_wheels"
+backend-path = ["."]
+
+[project]
+dependencies = [
+    "torch>=2.11,<2.14",
+    "stubby>=1,<2",
+]
+
+[project.optional-dependencies]
+train = [
+    "stubtrain>=1,<2",
+]
+test = [
+    "stubtest>=1,<2",
+]
+"""
 
 
 class Project:
@@ -27,7 +44,7 @@ class Project:
         for script in ("setup.sh", "environment.sh"):
             shutil.copy(ROOT / "scripts" / script, root / "scripts" / script)
         shutil.copy(stub_wheels.__file__, root / "stub_wheels.py")
-        (root / "requirements.txt").write_text(REQUIREMENTS)
+        (root / "requirements.txt").write_text("-e .[train]\n")
         (root / "pyproject.toml").write_text(PYPROJECT)
         self.wheels = root.parent / "wheels"
         self.wheels.mkdir()
@@ -43,10 +60,6 @@ class Project:
     @property
     def stamp(self) -> Path:
         return self.root / ".venv" / "mmrole-setup.txt"
-
-    @property
-    def site(self) -> Path:
-        return next((self.root / ".venv").glob("lib/python3*/site-packages"))
 
     def environ(self, **extra: str) -> dict[str, str]:
         keep = {"PATH": os.environ["PATH"], "HOME": str(self.root)}
@@ -92,7 +105,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project(tmp_path_factory.mktemp("setup") / "project")
     result = project.setup()
     assert result.returncode == 0, result.stderr
-    assert result.stderr.index("torch first: 2.13.0") < result.stderr.index("the rest of requirements.txt")
     return project
 
 
@@ -107,24 +119,16 @@ def test_from_nothing(made: Project) -> None:
 
 
 @pytest.mark.slow
-def test_quick_when_nothing_changed(made: Project) -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        assert "nothing to do" in made.setup().stderr
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1
+def test_nothing_is_started_when_nothing_changed(made: Project, tmp_path: Path) -> None:
+    shim(tmp_path, "python3.12", "echo started >&2; exit 1")
+    for environment in ({}, {"VIRTUAL_ENV": str(made.root / ".venv")}):
+        assert "nothing to do" in made.setup(PYTHON_FOR_VENV=str(tmp_path / "python3.12"), **environment).stderr
     assert made.source("true").stderr == ""
 
 
 @pytest.mark.slow
-def test_activated_own_environment_is_the_same_one(made: Project) -> None:
-    assert "nothing to do" in made.setup(VIRTUAL_ENV=str(made.root / ".venv")).stderr
-
-
-@pytest.mark.slow
-def test_changed_requirements_are_installed_by_any_script(made: Project) -> None:
-    (made.root / "requirements.txt").write_text(REQUIREMENTS.replace("-e .", "stubnew>=1\n-e ."))
+def test_changed_packages_are_installed_by_any_script(made: Project) -> None:
+    (made.root / "pyproject.toml").write_text(PYPROJECT.replace('    "stubby', '    "stubnew>=1",\n    "stubby'))
     assert made.source('"$PYTHON" -c "import stubnew"').returncode == 0
     assert "nothing to do" in made.setup().stderr
 
@@ -137,84 +141,34 @@ def test_extra_for_tests_stays(made: Project) -> None:
 
 
 @pytest.mark.slow
-def test_removed_package_is_put_back(made: Project) -> None:
-    shutil.rmtree(made.site / "stubby-1.0.dist-info")
-    assert made.setup().returncode == 0
-    assert "stubby" in made.versions()
-
-
-@pytest.mark.slow
-def test_package_cut_short_by_a_kill_is_installed_anew(made: Project) -> None:
-    """pip killed before RECORD leaves a package that it takes for installed; here its module is missing too."""
-    (made.site / "stubby.py").unlink()
-    (made.site / "stubby-1.0.dist-info" / "RECORD").unlink()
-    made.stamp.unlink()
-    assert made.setup().returncode == 0
-    assert (made.site / "stubby.py").exists()
-
-
-@pytest.mark.slow
-def test_half_made_environment_is_mended(made: Project) -> None:
-    made.stamp.unlink()
-    shutil.rmtree(made.site / "pip")
-    result = made.setup()
-    assert result.returncode == 0, result.stderr
-    assert "making " in result.stderr
-    assert {"torch", "stubby"} <= set(made.versions())
-
-
-@pytest.mark.slow
-def test_two_at_once_install_once(made: Project) -> None:
-    made.stamp.unlink()
-    command = ["bash", str(made.root / "scripts" / "setup.sh")]
-    both = [
-        subprocess.Popen(command, env=made.environ(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        for _ in range(2)
-    ]
-    texts = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], texts
-    assert sum("[setup] done in" in text for text in texts) == 1
-    if shutil.which("flock"):
-        assert sum("waiting for it" in text for text in texts) == 1
-
-
-@pytest.mark.slow
-def test_torch_version_asked_for_once_is_kept(made: Project) -> None:
+def test_torch_version_of_the_user_is_kept(made: Project) -> None:
     assert made.setup(TORCH_VERSION="2.11.0").returncode == 0
-    assert made.versions()["torch"] == "2.11.0"
     assert "nothing to do" in made.setup().stderr
     made.stamp.unlink()
     assert made.setup().returncode == 0
     assert made.versions()["torch"] == "2.11.0"
-
-
-@pytest.mark.slow
-def test_torch_out_of_range_is_refused(made: Project) -> None:
-    before = made.versions()["torch"]
     assert_four_parts(made.setup(TORCH_VERSION="2.14.0"), "torch==2.14.0")
-    assert made.versions()["torch"] == before
+    assert made.versions()["torch"] == "2.11.0"
 
 
-@pytest.mark.slow
-def test_no_network(made: Project, tmp_path: Path) -> None:
-    before = (made.root / "requirements.txt").read_text()
-    (made.root / "requirements.txt").write_text(before + "nowhere>=1\n")
-    assert_four_parts(made.setup(PIP_FIND_LINKS=str(tmp_path)), "network", "bash scripts/setup.sh")
-    assert_four_parts(made.source("echo on", PIP_FIND_LINKS=str(tmp_path)))
-    (made.root / "requirements.txt").write_text(before)
-    assert made.setup().returncode == 0
+def test_no_network(bare: Project, tmp_path: Path) -> None:
+    (bare.root / "requirements.txt").write_text("nowhere>=1\n")
+    active = tmp_path / "env"
+    shim(active / "bin", "python", f'exec "{sys.executable}" "$@"')
+    assert_four_parts(bare.setup(VIRTUAL_ENV=str(active), TORCH_VERSION="2.13.0"), "network", "bash scripts/setup.sh")
 
 
 def test_no_fitting_python(bare: Project) -> None:
     assert_four_parts(
-        bare.setup(PYTHON_FOR_VENV="no-such-python"), "3.10 to 3.12", "no-such-python", "PYTHON_FOR_VENV="
+        bare.setup(PYTHON_FOR_VENV="no-such-python"), "3.10 to 3.14", "no-such-python", "PYTHON_FOR_VENV="
     )
     assert not (bare.root / ".venv").exists()
 
 
 def test_python_that_does_not_run_is_passed_over(bare: Project, tmp_path: Path) -> None:
     """pyenv leaves a python3.12 on the PATH that only says that there is none."""
-    shim(tmp_path / "bin", "python3.12", "exit 127")
+    for version in ("python3.12", "python3.13"):
+        shim(tmp_path / "bin", version, "exit 127")
     shim(tmp_path / "bin", "python3.11", f'[ "$2" = venv ] && exit 1; exec "{sys.executable}" "$@"')
     result = bare.setup(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", PYTHON_FOR_VENV="")
     assert_four_parts(result, "python3.11 -m venv", "python3-venv")
@@ -239,11 +193,9 @@ def test_active_environment_is_checked_not_changed(bare: Project, tmp_path: Path
 
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
 def test_active_environment_is_used(bare: Project, tmp_path: Path, variable: str) -> None:
-    (bare.root / "requirements.txt").write_text("pytest>=1,<2\nstubtrain>=1  # on demand\n")
+    (bare.root / "pyproject.toml").write_text('dependencies = [\n    "pytest>=1,<2",\n]\n')
     active = active_environment(tmp_path / "env")
-    started = time.perf_counter()
     result = bare.source('echo "$PYTHON"', **{variable: str(active)})
-    assert time.perf_counter() - started < 2
     assert result.stdout.strip() == str(active / "bin" / "python")
     assert "not tested with these versions: pytest>=1,<2" in result.stderr
     assert not (bare.root / ".venv").exists()
@@ -255,13 +207,13 @@ def test_conda_base_is_left_alone(bare: Project, tmp_path: Path) -> None:
     assert_four_parts(bare.setup(**extra), "no-such-python")
 
 
-@pytest.mark.parametrize(("asked", "first"), [("", "-r requirements.txt"), ("2.13.1", "torch>=2,<4 torch==2.13.1")])
-def test_fitting_torch_of_an_active_environment_is_kept(bare: Project, tmp_path: Path, asked: str, first: str) -> None:
-    (bare.root / "requirements.txt").write_text("torch>=2,<4\n")
+@pytest.mark.parametrize(("version", "first"), [("", "-r requirements.txt"), ("2.13.1", "torch==2.13.1")])
+def test_torch_of_an_active_environment_is_kept(bare: Project, tmp_path: Path, version: str, first: str) -> None:
     active = active_environment(tmp_path / "env")
-    bare.setup(VIRTUAL_ENV=str(active), TORCH_VERSION=asked)
-    calls = [line.partition("check ")[2] for line in (active / "pip.txt").read_text().splitlines() if "install" in line]
-    assert calls[0] == first
+    (active / "lib" / "python3.11" / "site-packages" / "torch-2.12.0+cpu.dist-info").mkdir(parents=True)
+    bare.setup(VIRTUAL_ENV=str(active), TORCH_VERSION=version)
+    [call] = [line for line in (active / "pip.txt").read_text().splitlines() if " install " in line]
+    assert call.partition("check ")[2].startswith(first)
 
 
 def test_python_of_an_active_environment_must_fit(bare: Project, tmp_path: Path) -> None:
