@@ -18,12 +18,13 @@ from data_utils.console import go_on_unread
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
 from data_utils.paths import SHOWN, is_file, listed
-from eval.results.agents import AgentResult, csv_path, read_agents, results_folder, unexplained_csvs
-from eval.results.reviews import csv_bytes, describe, read_reviews
-from eval.results.tables import AgentReport, build_report, markdown, report_json, table_csv, terminal_table
+from eval.results.report import Report, build_report
+from eval.results.reviews import Agent, csv_bytes, csv_path, describe, read_agents, read_reviews, unexplained_csvs
+from eval.results.tables import markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
 from eval.running.flag_types import natural
 
 EVAL = Path(__file__).resolve().parent
+REPORT_FILES = ("table.md", "table.csv", "statistics.csv", "records.csv", "report.json", "radar.png")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="where its CSVs go")
     parser.add_argument("--eval_dir", type=Path, default=EVAL, help="holds {in,out}-test_reviews (%(default)s)")
     parser.add_argument("--report_dir", type=Path, help="where table and chart go (default: EVAL_DIR/report)")
-    parser.add_argument("--seed", type=natural, default=0, help="of the bootstrap intervals (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the permutation tests (default: 0)")
     return parser
 
 
@@ -112,13 +113,13 @@ def _all_agents(options: argparse.Namespace) -> list[MMRoleError]:
     _write_report(agents, report_dir, options)
     for path in unexplained_csvs(options.eval_dir):
         print(f"stale: {path} has no reviews to be computed from; it was left as it is")
-    print(f"\nresults: {results_folder(options.eval_dir, '{in,out}')}/<agent>/*.csv")
-    made = [name for name in ("table.md", "table.csv", "report.json", "radar.png") if (report_dir / name).is_file()]
+    print(f"\nresults: {csv_path(options.eval_dir, '{in,out}', '', '').parent}/<agent>/*.csv")
+    made = [name for name in REPORT_FILES if (report_dir / name).is_file()]
     print(f"report:  {report_dir}/{', '.join(made)}")
     return list({str(problem): problem for agent in agents for problem in agent.problems}.values())
 
 
-def _write_csvs(agent: AgentResult, eval_dir: Path) -> None:
+def _write_csvs(agent: Agent, eval_dir: Path) -> None:
     for (split, kind), result in agent.files.items():
         try:
             _write(csv_path(eval_dir, split, agent.folder, kind), csv_bytes(result))
@@ -146,18 +147,20 @@ def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
     print(f"stale: {path} was computed from earlier reviews; it is {aside.name} now")
 
 
-def _write_report(agents: list[AgentResult], report_dir: Path, options: argparse.Namespace) -> None:
-    reports = build_report(agents, seed=options.seed)
-    print(f"\n{terminal_table(reports)}", end="")
+def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Namespace) -> None:
+    report = build_report(agents, seed=options.seed)
+    print(f"\n{terminal_table(report)}", end="")
     settings = {"eval_dir": str(options.eval_dir), "seed": options.seed}
     for name, text in (
-        ("table.md", markdown(reports)),
-        ("table.csv", table_csv(reports)),
-        ("report.json", report_json(reports, settings)),
+        ("table.md", markdown(report)),
+        ("table.csv", table_csv(report)),
+        ("statistics.csv", statistics_csv(report)),
+        ("records.csv", records_csv(report)),
+        ("report.json", report_json(report, settings)),
     ):
         _write(report_dir / name, text.encode("utf-8", errors="backslashreplace"))
     chart = report_dir / "radar.png"
-    picture = _radar(reports)
+    picture = _radar(report)
     if picture:
         _write(chart, picture)
     else:
@@ -165,21 +168,12 @@ def _write_report(agents: list[AgentResult], report_dir: Path, options: argparse
         print("no chart: no agent has a single readable review")
 
 
-def _radar(reports: list[AgentReport]) -> bytes:
+def _radar(report: Report) -> bytes:
     """The chart; agents without the paper's number are drawn, marked, by their sample means."""
-    from eval.results.figures import (  # matplotlib takes a second to import, and is not needed for CSVs alone
-        Line,
-        radar_png,
-    )
+    # matplotlib takes a second to import, and is not needed for CSVs alone
+    from eval.results.figures import radar_lines, radar_png
 
-    return radar_png(
-        [
-            Line(report.agent.name, report.paper[None][:-1], complete=True)
-            if report.agent.complete
-            else Line(report.agent.name, report.samples[None].mean[:-1], complete=False)
-            for report in reports
-        ]
-    )
+    return radar_png(radar_lines(report))
 
 
 def _say(name: str, lines: Sequence[str]) -> None:

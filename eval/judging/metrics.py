@@ -12,11 +12,13 @@ class Metric:
     Attributes:
         name: The published name: key of `rm_review`, heading of the CSV and of the paper's table.
         short: A heading of at most nine characters for narrow tables.
+        dimension: Which of the paper's three groups of metrics it belongs to.
         template: What the reviewer is asked, with `{role}` and `{partner}` to fill in.
     """
 
     name: str
     short: str
+    dimension: str
     template: str
 
     def question(self, *, role: str, partner: str) -> str:
@@ -30,45 +32,56 @@ class Metric:
         return f"{self.name}: {self.template.format(role=role, partner=partner)}"
 
 
+CONVERSATION = "Fundamental Conversational Skills"
+MULTIMODAL = "Multimodal Understanding Abilities"
+ROLE_PLAYING = "Role-Playing Qualities"
+
 METRICS: tuple[Metric, ...] = (
     Metric(
         "Instruction Adherence",
         "Instruct.",
+        CONVERSATION,
         "Do the responses accurately adhere to the task instruction, directly role-playing as {role} and only "
         "including words that {role} should say, without any additional explanatory prefixes or suffixes?",
     ),
-    Metric("Fluency", "Fluency", "Are the responses grammatically correct and smoothly articulated?"),
+    Metric("Fluency", "Fluency", CONVERSATION, "Are the responses grammatically correct and smoothly articulated?"),
     Metric(
         "Coherency",
         "Coherency",
+        CONVERSATION,
         "Do the responses maintain a coherent thread of dialogue without contradicting earlier parts of the "
         "conversation or previously established facts?",
     ),
     Metric(
         "Image-Text Relevance",
         "Image",
+        MULTIMODAL,
         "Are the responses closely related to the visual content of the image?",
     ),
     Metric(
         "Response Accuracy",
         "Accuracy",
+        MULTIMODAL,
         "Do the responses accurately answer {partner}'s words or appropriately initiate a conversation based on the "
         "image?",
     ),
     Metric(
         "Personality Consistency",
         "Personal.",
+        ROLE_PLAYING,
         "Do the responses accurately and sufficiently reflect the personality of {role}?",
     ),
     Metric(
         "Knowledge Consistency",
         "Knowledge",
+        ROLE_PLAYING,
         "Are the responses consistent with the factual knowledge that {role} should possess, including experiences, "
         "abilities, and relationships?",
     ),
     Metric(
         "Tone Consistency",
         "Tone",
+        ROLE_PLAYING,
         "Do the responses maintain a consistent tone that aligns with {role}'s typical manner of speaking and "
         "catchphrases, rather than resembling the style of AI assistants?",
     ),

@@ -16,6 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.projections.polar import PolarAxes
 
 from eval.judging.metrics import METRIC_NAMES
+from eval.results.report import Report
 
 WIDTH = 3.35  # inches, a paper's column
 DIAMETER, LABEL_HEIGHT = 2.05, 0.27  # inches, of the circle and of the labels above and below it
@@ -54,6 +55,16 @@ class Line:
     name: str
     values: np.ndarray
     complete: bool = True
+
+
+def radar_lines(report: Report) -> list[Line]:
+    """The agents' lines; one without the paper's number is marked and drawn by its sample means."""
+    return [
+        Line(one.agent.name, one.paper[None][:-1], complete=True)
+        if one.agent.complete
+        else Line(one.agent.name, report.samples(one.agent.folder).value[: len(METRIC_NAMES)], complete=False)
+        for one in report.agents
+    ]
 
 
 def radar_png(lines: Sequence[Line]) -> bytes:

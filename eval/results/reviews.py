@@ -1,4 +1,4 @@
-"""One file of reviews: what could be counted, what could not and why, and its published CSV."""
+"""Review files as one long-form table: a record for each metric of each row, and the published CSV of a file."""
 
 from __future__ import annotations
 
@@ -6,69 +6,302 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_utils.errors import MMRoleError
+from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import read_json
+from data_utils.layout import (
+    KINDS,
+    RELEASED_JUDGE,
+    SHORT_SPLITS,
+    file_of_tests,
+    judge_folder,
+    results_folder,
+    reviews_folder,
+)
+from data_utils.paths import UnreadableError, is_folder, is_there, listed
+from data_utils.prompts import prompt_language
+from data_utils.stats.card import category
 from eval.judging.metrics import METRIC_NAMES
 from eval.judging.prompt import is_reviewable
-from eval.judging.scores import ScoreReading, read_record
+from eval.judging.scores import read_record
 
+FILES = tuple((split, kind) for split in SHORT_SPLITS for kind in KINDS)
+PUBLISHED_ROWS = {"in": 72, "out": 26}  # per file
+IN_WEIGHT, OUT_WEIGHT = 0.75, 0.25
+
+NO_ANSWER = "no answer"
+NOT_REVIEWED = "not reviewed"
+FAILED = "failed"
+READ = "read"
 ZERO_DENOMINATOR = "model B scored 0, so the ratio is undefined"
-_LEAST_DENOMINATOR = 1e-6  # what is less was mended by a bad hand, and would swallow the mean
+_LEAST_DENOMINATOR = 1e-6  # a smaller one was not written by a judge and would dominate the mean
+
+DISPLAY_NAMES = {
+    "gpt-4-turbo": "GPT-4 Turbo",
+    "gemini-pro-vision": "Gemini Pro Vision",
+    "claude-3-opus": "Claude 3 Opus",
+    "qwen-vl-max": "QWen-VL-Max",
+    "llava-next-yi-34b": "LLaVA-NeXT-34B",
+    "yi-vl-34b": "Yi-VL-34B",
+    "internvl-chat-v1-5": "InternVL-Chat-V1.5",
+    "qwen-vl-chat": "QWen-VL-Chat",
+    "llava-next-mistral-7b": "LLaVA-NeXT-Mistral-7B",
+    "yi-vl-6b": "Yi-VL-6B",
+    "mmrole-agent": "MMRole-Agent",
+}
 
 
-@dataclass(frozen=True)
-class FailedReview:
-    """One review without a usable ratio: which row, which metric, why."""
+class Record(NamedTuple):
+    """The review of one row on one metric. Every table and figure is computed from a list of these.
 
-    id: str
+    Attributes:
+        judge: Name of the judge.
+        agent: The agent's folder.
+        split: "in" or "out"; empty for a file given by itself.
+        kind: "comment", "human-role" or "inter-role"; a file's stem if it was given by itself.
+        number: The row's position in its file, from 0.
+        row: The row's id.
+        character: The role that the agent plays.
+        script: What the role is from.
+        category: The paper's category of the script.
+        language: The language that the role is asked to answer in.
+        picture: The image's path below the image folder.
+        metric: Name of the metric.
+        a: Score of the evaluated answer; nan without one.
+        b: Score of the reference; nan without one.
+        ratio: a / b; nan where it is undefined.
+        answer_length: Characters of the evaluated answer.
+        reference_length: Characters of the reference.
+        status: `READ`, `FAILED`, `NOT_REVIEWED` or `NO_ANSWER`.
+        reader: "published" or "forgiving"; empty without scores.
+        reason: Why there is no ratio; empty with one.
+        attempts: How many texts the judge was asked for.
+        swapped: Whether the judge saw the reference as model A.
+    """
+
+    judge: str
+    agent: str
+    split: str
+    kind: str
+    number: int
+    row: str
+    character: str
+    script: str
+    category: str
+    language: str
+    picture: str
     metric: str
+    a: float
+    b: float
+    ratio: float
+    answer_length: int
+    reference_length: int
+    status: str
+    reader: str
     reason: str
+    attempts: int
+    swapped: bool
+
+
+def ratios_of(records: Iterable[Record]) -> np.ndarray:
+    """(rows, metrics) ratios of records in file order; nan where there is none."""
+    return np.array([record.ratio for record in records]).reshape(-1, len(METRIC_NAMES))
 
 
 @dataclass
-class FileResult:
-    """What one file of reviews holds.
+class ReviewFile:
+    """One file of reviews.
 
     Attributes:
         path: The file.
-        rows: How many rows it has.
-        ratios: (reviewed rows, 8) float64, score of model A over score of model B; nan where a review failed.
-        empty: Ids of rows without an answer, which are never reviewed.
-        not_reviewed: Ids of rows that have an answer and no review.
-        failures: The reviews that `ratios` has a nan for.
-        forgiven: How many pairs only the forgiving reader could read.
-        retried: How many reviews took more than one attempt, failed ones included.
+        rows: Its rows, as read.
+        records: One per row and metric, in file order.
     """
 
     path: Path
-    rows: int
-    ratios: np.ndarray
-    empty: list[str] = field(default_factory=list)
-    not_reviewed: list[str] = field(default_factory=list)
-    failures: list[FailedReview] = field(default_factory=list)
-    forgiven: int = 0
-    retried: int = 0
+    rows: list[Mapping[str, Any]]
+    records: list[Record]
 
     @property
     def reviewed(self) -> int:
-        """How many rows have reviews; the CSV's `count`."""
-        return len(self.ratios)
+        """How many rows have reviews: the CSV's `count`."""
+        return len(self.rows) - len(self.ids(NO_ANSWER)) - len(self.ids(NOT_REVIEWED))
+
+    @property
+    def failures(self) -> list[Record]:
+        """The reviews without a usable ratio."""
+        return [record for record in self.records if record.status == FAILED]
 
     @property
     def means(self) -> np.ndarray:
-        """(8,) mean ratio per metric over the rows where it did not fail; nan where none is left."""
-        return np.array([sequential_mean(column) for column in self.ratios.T])
+        """(metrics,) mean ratio over the rows where it is defined; nan where there is none."""
+        return np.array([sequential_mean(column) for column in ratios_of(self.records).T])
+
+    def ids(self, status: str) -> list[str]:
+        """Ids of the rows whose reviews all have this status, `NO_ANSWER` or `NOT_REVIEWED`."""
+        return [record.row for record in self.records[:: len(METRIC_NAMES)] if record.status == status]
+
+
+@dataclass
+class Agent:
+    """The reviews of one agent.
+
+    Attributes:
+        folder: Its folder's name under `{in,out}-test_reviews`.
+        files: Its files by (split, kind); a missing or unreadable one is left out.
+        unreadable: The files that exist but could not be read.
+        problems: What kept files from being read or written.
+    """
+
+    folder: str
+    files: dict[tuple[str, str], ReviewFile] = field(default_factory=dict)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[MMRoleError] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The paper's name for a published folder, else the folder's name with unprintable characters escaped."""
+        plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in self.folder)
+        return DISPLAY_NAMES.get(self.folder, plain)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all six files could be read and no answer in them is still to be reviewed."""
+        return len(self.files) == len(FILES) and not any(file.ids(NOT_REVIEWED) for file in self.files.values())
+
+    @property
+    def status(self) -> str:
+        """`complete`, or what is missing for the paper's number, and whether the rows are the published ones."""
+        missing = [f"{split}-test/{kind}" for split, kind in FILES if (split, kind) not in self.files]
+        waiting = sum(len(file.ids(NOT_REVIEWED)) for file in self.files.values())
+        notes = [f"no readable {', '.join(missing)}"] if missing else []
+        notes += [f"answers not reviewed: {waiting}"] if waiting else []
+        status = f"incomplete: {'; '.join(notes)}" if notes else "complete"
+        rows = sum(len(file.rows) for file in self.files.values())
+        published = sum(PUBLISHED_ROWS[split] for split, _ in self.files)
+        return status if rows == published else f"{status}; {rows} rows where the published files have {published}"
+
+    def records(self, split: str | None = None) -> list[Record]:
+        """The records of one split, or of both, in a fixed order."""
+        keys = [key for key in FILES if key in self.files and split in (None, key[0])]
+        return [record for key in keys for record in self.files[key].records]
+
+    def paper_scores(self, split: str | None = None) -> np.ndarray:
+        """Return the paper's numbers: the metrics, then Overall; nan where something is missing for them.
+
+        Per split the plain mean of its three files' means; then 0.75 In + 0.25 Out; Overall is the mean over metrics.
+        """
+        if split is None:
+            # published: the caption speaks of the samples' mean, but the table weighs the two test sets 3 : 1.
+            metrics = IN_WEIGHT * self._split_means("in") + OUT_WEIGHT * self._split_means("out")
+        else:
+            metrics = self._split_means(split)
+        return np.append(metrics, metrics.mean())
+
+    def _split_means(self, split: str) -> np.ndarray:
+        files = [self.files[split, kind] for kind in KINDS if (split, kind) in self.files]
+        if len(files) < len(KINDS) or any(file.ids(NOT_REVIEWED) for file in files):
+            return np.full(len(METRIC_NAMES), math.nan)
+        return sum(file.means for file in files) / len(KINDS)
+
+
+def reviews_path(eval_dir: Path, split: str, folder: str, kind: str, judge: str = RELEASED_JUDGE) -> Path:
+    """One file of an agent's reviews."""
+    return reviews_folder(eval_dir, split, folder, judge=judge) / file_of_tests(kind)
+
+
+def csv_path(eval_dir: Path, split: str, folder: str, kind: str, judge: str = RELEASED_JUDGE) -> Path:
+    """The CSV of one file of an agent's reviews."""
+    return (results_folder(eval_dir, split, folder, judge=judge) / file_of_tests(kind)).with_suffix(".csv")
+
+
+def unexplained_csvs(eval_dir: Path, judge: str = RELEASED_JUDGE) -> list[Path]:
+    """CSVs of any agent whose reviews do not exist (any more), in order."""
+    return [
+        path
+        for split, kind in FILES
+        for path in sorted(csv_path(eval_dir, split, "", kind, judge).parent.glob(f"[!.]*/{kind}_test.csv"))
+        if _has_no_reviews(reviews_path(eval_dir, split, path.parent.name, kind, judge))
+    ]
+
+
+def _has_no_reviews(path: Path) -> bool:
+    try:
+        return not is_there(path)
+    except UnreadableError:
+        return False  # they may exist
+
+
+def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE) -> list[Agent]:
+    """Read the reviews of all agents; what cannot be read is kept as the agent's problem.
+
+    Args:
+        eval_dir: The evaluation folder.
+        judge: Whose reviews to read.
+
+    Returns:
+        The agents that have at least one such file, readable or not, by folder name.
+
+    Raises:
+        MMRoleError: If there is none.
+    """
+    folders: set[str] = set()
+    closed: list[MMRoleError] = []
+    for split in SHORT_SPLITS:
+        try:
+            shown = listed(reviews_folder(eval_dir, split, judge=judge))
+            folders |= {folder.name for folder in shown if is_folder(folder)}
+        except UnreadableError as error:
+            closed += [error] if str(error) not in map(str, closed) else []
+    agents = [_read_agent(eval_dir, folder, closed, judge) for folder in sorted(folders)]
+    agents = [agent for agent in agents if agent.files or agent.unreadable]
+    if not agents:
+        raise_problems(closed)
+        raise MMRoleError(
+            "no reviews here: no folder in-test_reviews/<agent> or out-test_reviews/<agent> has a file of reviews",
+            judge_folder(eval_dir, judge),
+            "--eval_dir, --judge",
+            "run `bash eval/RM_review.sh` first, or give the folder that holds in-test_reviews and out-test_reviews",
+        )
+    return agents
+
+
+def _read_agent(eval_dir: Path, folder: str, closed: list[MMRoleError], judge: str) -> Agent:
+    agent = Agent(folder, problems=list(closed))
+    for split, kind in FILES:
+        path = reviews_path(eval_dir, split, folder, kind, judge)
+        try:
+            if not is_there(path):
+                continue
+            agent.files[split, kind] = read_reviews(path, judge=judge, agent=folder, split=split, kind=kind)
+        except MMRoleError as error:
+            if str(error) not in map(str, agent.problems):  # a closed folder is reported once
+                agent.problems.append(error)
+            agent.unreadable.append((split, kind))
+    return agent
+
+
+def ranked(agents: list[Agent]) -> list[Agent]:
+    """Best first: by the paper's Overall, then those without one by the plain mean of all their ratios."""
+
+    def key(agent: Agent) -> tuple[bool, float, str]:
+        overall, ratios = agent.paper_scores()[-1], ratios_of(agent.records())
+        has_none = math.isnan(overall)
+        if has_none:
+            overall = np.nanmean(ratios) if not np.isnan(ratios).all() else -math.inf
+        return has_none, -overall, agent.folder
+
+    return sorted(agents, key=key)
 
 
 def sequential_mean(values: Sequence[float] | np.ndarray) -> float:
-    """The mean of what is not nan, or nan if nothing is left."""
+    """The mean of all values that are not nan, or nan if all are."""
     total, count = 0.0, 0
     # published: one double after the other in file order. `sum` (compensated from Python 3.12 on) and numpy (pairwise)
     # differ in the last digits, which the CSV shows.
@@ -79,14 +312,20 @@ def sequential_mean(values: Sequence[float] | np.ndarray) -> float:
     return total / count if count else math.nan
 
 
-def read_reviews(path: Path) -> FileResult:
-    """Reads one file of reviews; failed reviews become data.
+def read_reviews(
+    path: Path, *, judge: str = RELEASED_JUDGE, agent: str = "", split: str = "", kind: str | None = None
+) -> ReviewFile:
+    """Read one file of reviews; failed reviews become data.
 
     Args:
         path: A file in the released format, from here or from the released scripts.
+        judge: Name of the judge, for the records.
+        agent: The agent's folder, for the records.
+        split: "in" or "out", for the records.
+        kind: Kind of the rows, for the records; the file's stem by default.
 
     Returns:
-        Everything that can be counted in it.
+        The rows and a record for each metric of each.
 
     Raises:
         MMRoleError: If the file cannot be read, is no JSON or no list of rows.
@@ -97,62 +336,83 @@ def read_reviews(path: Path) -> FileResult:
     strangers = [number for number, row in enumerate(rows, 1) if not isinstance(row, Mapping)]
     if strangers:
         raise _not_rows(path, rows[strangers[0] - 1], f"row {strangers[0]}")
-    return _count(path, rows)
+    head = (judge, agent, split, path.stem if kind is None else kind)
+    records = [record for number, row in enumerate(rows) for record in _records(head, number, row)]
+    return ReviewFile(path, rows, records)
 
 
-def csv_bytes(result: FileResult) -> bytes:
+def csv_bytes(file: ReviewFile) -> bytes:
     """The published CSV: `count` and the mean ratios, floats in full, lines ended as `csv.writer` does."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["count", *METRIC_NAMES])
-    writer.writerow([result.reviewed, *result.means.tolist()])
+    writer.writerow([file.reviewed, *file.means.tolist()])
     return text.getvalue().encode("ascii")
 
 
-def describe(result: FileResult) -> list[str]:
+def describe(file: ReviewFile) -> list[str]:
     """Lines for people: how many rows were counted, and everything that was not, with the reason."""
-    counted = [f"{result.rows} rows", f"{result.reviewed} counted"]
-    counted += [f"{len(result.empty)} without an answer"] if result.empty else []
-    counted += [f"{len(result.not_reviewed)} not reviewed"] if result.not_reviewed else []
-    counted += [f"failed reviews: {len(result.failures)}"] if result.failures else []
+    empty, waiting, failures = file.ids(NO_ANSWER), file.ids(NOT_REVIEWED), file.failures
+    counted = [f"{len(file.rows)} rows", f"{file.reviewed} counted"]
+    counted += [f"{len(empty)} without an answer"] if empty else []
+    counted += [f"{len(waiting)} not reviewed"] if waiting else []
+    counted += [f"failed reviews: {len(failures)}"] if failures else []
     lines = [", ".join(counted)]
-    lines += [f"without an answer: {_some(result.empty)}"] if result.empty else []
-    lines += [f"not reviewed: {_some(result.not_reviewed)}"] if result.not_reviewed else []
+    lines += [f"without an answer: {_some(empty)}"] if empty else []
+    lines += [f"not reviewed: {_some(waiting)}"] if waiting else []
     for metric in METRIC_NAMES:
-        reasons = Counter(failure.reason for failure in result.failures if failure.metric == metric)
+        reasons = Counter(record.reason for record in failures if record.metric == metric)
         if reasons:
-            left = result.reviewed - reasons.total()
+            left = file.reviewed - reasons.total()
             why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-            lines.append(f"{metric}: mean over {left} of {result.reviewed} ({why})")
-    lines += [f"pairs that only the forgiving reader could read: {result.forgiven}"] if result.forgiven else []
+            lines.append(f"{metric}: mean over {left} of {file.reviewed} ({why})")
+    forgiven = sum(record.reader == "forgiving" for record in file.records)
+    lines += [f"pairs that only the forgiving reader could read: {forgiven}"] if forgiven else []
     return lines
 
 
-def _count(path: Path, rows: Sequence[Mapping[str, Any]]) -> FileResult:
-    reviewed = [row for row in rows if row.get("rm_review")]
-    result = FileResult(path, len(rows), np.full((len(reviewed), len(METRIC_NAMES)), math.nan))
-    for row in rows:
-        if not row.get("rm_review"):
-            (result.not_reviewed if _has_answer(row) else result.empty).append(str(row.get("id")))
-    for i, row in enumerate(reviewed):
-        reviews = row["rm_review"]
-        for j, metric in enumerate(METRIC_NAMES):
-            record = reviews.get(metric) if isinstance(reviews, Mapping) else reviews
-            reading = read_record(record)
-            ratio, reason = _ratio(reading)
-            result.ratios[i, j] = ratio
-            if reason:
-                result.failures.append(FailedReview(str(row.get("id")), metric, reason))
-            result.forgiven += reading.reader == "forgiving"
-            result.retried += isinstance(record, Mapping) and record.get("attempts", 1) not in (None, 1)
-    return result
+def _records(head: tuple[str, str, str, str], number: int, row: Mapping[str, Any]) -> list[Record]:
+    reviews = row.get("rm_review")
+    answer, reference = answer_of(row), _text(row, 1, "value")
+    script = str(row.get("script", ""))
+    about = (number, str(row.get("id")), str(row.get("role", "")), script, category(script), prompt_language(script))
+    about = (*about, str(row.get("image", "")))
+    lengths = (len(answer), len(reference))
+    records = []
+    for metric in METRIC_NAMES:
+        a = b = ratio = math.nan
+        status, reader, reason, attempts, swapped = READ, "", "", 1, False
+        if not reviews:
+            status = reason = NOT_REVIEWED if _has_answer(row) else NO_ANSWER
+        else:
+            stored = reviews.get(metric) if isinstance(reviews, Mapping) else reviews
+            reading = read_record(stored)
+            if isinstance(stored, Mapping):
+                attempts, swapped = stored.get("attempts") or 1, stored.get("swapped") is True
+            reader = reading.reader or ""
+            a, b = reading.pair or (a, b)
+            if swapped:  # stored as the judge wrote them: model A was the reference
+                a, b = b, a
+            ratio, reason = (math.nan, reading.reason) if reading.pair is None else _ratio(a, b)
+            status = FAILED if reason else READ
+        records.append(Record(*head, *about, metric, a, b, ratio, *lengths, status, reader, reason, attempts, swapped))
+    return records
 
 
-def _ratio(reading: ScoreReading) -> tuple[float, str]:
+def answer_of(row: Mapping[str, Any]) -> str:
+    """The evaluated answer of a row of any shape; empty without one."""
+    return _text(row, 1, "answer")
+
+
+def _text(row: Mapping[str, Any], turn: int, key: str) -> str:
+    try:
+        return str(row["conversations"][turn].get(key) or "")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return ""
+
+
+def _ratio(a: float, b: float) -> tuple[float, str]:
     """The ratio and no reason, or nan and the reason."""
-    if reading.pair is None:
-        return math.nan, reading.reason
-    a, b = reading.pair
     return (a / b, "") if b >= _LEAST_DENOMINATOR else (math.nan, ZERO_DENOMINATOR)
 
 

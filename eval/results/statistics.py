@@ -1,71 +1,226 @@
-"""Sample means with bootstrap percentile intervals."""
+"""Estimates with intervals for rows that come in clusters, and comparisons of agents on the same rows.
+
+Rows of one character are not independent, so a character is a cluster. Every estimate here is a smooth function of
+means; it is linearized, the influences of its rows are summed per cluster, and the variance is that of the clusters'
+sums (the CR1 sandwich estimator) with a t quantile at clusters - 1 degrees of freedom.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
-RESAMPLES = 4_000
+from eval.judging.metrics import METRICS
+
 LEVEL = 0.95
-_BLOCK = 2_000_000  # drawn row numbers at a time, to bound memory for any number of rows
+POWER = 0.8
+FEWEST_CLUSTERS = 8  # below, an estimate has no interval
+FLIPS = 9_999
+DIMENSIONS = tuple(dict.fromkeys(metric.dimension for metric in METRICS))
+OVERALL = "Overall"
+COLUMNS = (*(metric.name for metric in METRICS), *DIMENSIONS, OVERALL)
+
+
+def _weights() -> np.ndarray:
+    dimensions = np.array([[metric.dimension == name for name in DIMENSIONS] for metric in METRICS], dtype=float)
+    overall = np.full((len(METRICS), 1), 1 / len(METRICS))
+    return np.concatenate([np.eye(len(METRICS)), dimensions / dimensions.sum(axis=0), overall], axis=1)
+
+
+WEIGHTS = _weights()  # (metrics, columns): each column is a weighted mean of metrics
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Means with their intervals; each array is (9,): the eight metrics, then their mean, Overall."""
+    """Estimates of several columns; each array is (columns,).
 
-    mean: np.ndarray
+    Attributes:
+        value: The estimate; nan without data.
+        error: Its standard error; nan below `FEWEST_CLUSTERS`.
+        low: Lower end of the 95 % interval; nan below `FEWEST_CLUSTERS`.
+        high: Its upper end.
+        rows: How many rows contribute.
+        clusters: How many clusters contribute.
+        design_effect: Variance over that of as many independent rows.
+    """
+
+    value: np.ndarray
+    error: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    rows: np.ndarray
+    clusters: np.ndarray
+    design_effect: np.ndarray
 
 
-def sample_means(ratios: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Mean ratio per metric over all samples, and Overall, with 95 % bootstrap percentile intervals.
-
-    Whole rows are drawn, so that Overall's interval keeps the correlation of a row's eight ratios. Equal input and seed
-    give equal intervals. (scipy.stats.bootstrap would do; importing it takes longer than all of this.)
+def linearized(value: np.ndarray, influence: np.ndarray, present: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """Return the interval of an estimate from the influences of its rows.
 
     Args:
-        ratios: (rows, 8), nan where a review failed; a failed one is left out of its metric's mean.
-        seed: Of the draws.
-        resamples: How many draws of all rows.
+        value: (columns,) the estimate.
+        influence: (rows, columns) first-order change of the estimate by each row; sums to 0 in each column.
+        present: (rows, columns) whether a row contributes.
+        clusters: (rows,) number of each row's cluster, from 0.
+    """
+    rows = present.sum(axis=0)
+    count = int(clusters.max()) + 1 if len(clusters) else 0
+    belongs = np.zeros((count, len(clusters)))
+    belongs[clusters, np.arange(len(clusters))] = 1
+    number = (belongs @ present > 0).sum(axis=0)
+    influence = np.where(present, influence, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        together = ((belongs @ influence) ** 2).sum(axis=0) * (number / (number - 1))
+        alone = (influence**2).sum(axis=0) * (rows / (rows - 1))
+        effect = np.where((alone > 0) & (number > 1), together / alone, np.nan)
+        error = np.where((number >= FEWEST_CLUSTERS) & np.isfinite(value), np.sqrt(together), np.nan)
+        half = error * stdtrit(np.maximum(number - 1, 1), (1 + LEVEL) / 2)
+    return Estimate(value, error, value - half, value + half, rows, number, effect)
+
+
+def mean(values: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """Means over rows: the metrics, the dimensions and Overall, which are means of metrics' means.
+
+    Args:
+        values: (rows, metrics), nan where there is none.
+        clusters: (rows,) number of each row's cluster.
+    """
+    return _of_metrics(values, np.where(np.isnan(values), np.nan, 1.0), clusters)
+
+
+def ratio_of_means(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """Mean of `a` over mean of `b`, which no single small `b` can dominate; arguments as for `mean`."""
+    return _of_metrics(a, b, clusters)
+
+
+def _of_metrics(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """sum(a) / sum(b) per metric, and the weighted means of these."""
+    valid = ~(np.isnan(a) | np.isnan(b))
+    a, b = np.where(valid, a, 0.0), np.where(valid, b, 0.0)
+    total = b.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = np.where(total > 0, a.sum(axis=0) / total, np.nan)
+        influence = np.where(total > 0, (a - value * b) / total, 0.0)
+    missing = np.isnan(value)
+    weighted = np.where(missing @ WEIGHTS > 0, np.nan, np.where(missing, 0.0, value) @ WEIGHTS)
+    return linearized(weighted, influence @ WEIGHTS, valid @ WEIGHTS > 0, clusters)
+
+
+def difference(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> tuple[Estimate, np.ndarray]:
+    """The mean difference of two agents on the same rows.
+
+    Args:
+        first: (rows, metrics), nan where there is none.
+        second: The same rows of the other agent; only pairs without nan count.
+        clusters: (rows,) number of each row's cluster.
 
     Returns:
-        Means and interval ends; nan where no row is left.
+        The estimate of each column, and (rows, columns) what each row adds to it, for `sign_flip`.
     """
-    rows, metrics = ratios.shape
-    valid = ~np.isnan(ratios)
-    # One product gives sums and counts of every draw: (rows, 2 * metrics).
-    table = np.concatenate([np.where(valid, ratios, 0.0), valid.astype(np.float64)], axis=1)
-    mean = _with_overall(table.sum(axis=0, keepdims=True), metrics)[0]
-    if not rows:
-        return Estimate(mean, mean, mean)
-    generator = np.random.default_rng(seed)
-    block = max(1, min(resamples, _BLOCK // rows))
-    draws = [
-        _with_overall(_draw(generator, min(block, resamples - start), rows) @ table, metrics)
-        for start in range(0, resamples, block)
-    ]
-    tail = 100 * (1 - LEVEL) / 2
-    ends = np.array([_percentiles(column, tail) for column in np.concatenate(draws).T])
-    return Estimate(mean, ends[:, 0], ends[:, 1])
+    paired = first - second
+    valid = ~np.isnan(paired)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(valid, paired / valid.sum(axis=0), 0.0) @ WEIGHTS
+    return mean(paired, clusters), np.where(valid @ WEIGHTS > 0, shares, np.nan)
 
 
-def _draw(generator: np.random.Generator, draws: int, rows: int) -> np.ndarray:
-    """(draws, rows) how often each row was drawn, `rows` drawn with replacement each time."""
-    chosen = generator.integers(rows, size=(draws, rows)) + np.arange(draws)[:, None] * rows
-    return np.bincount(chosen.ravel(), minlength=draws * rows).reshape(draws, rows).astype(np.float64)
+def cluster_numbers(names: Sequence[object]) -> np.ndarray:
+    """Number clusters from 0 in order of first appearance."""
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=int)
 
 
-def _with_overall(sums: np.ndarray, metrics: int) -> np.ndarray:
-    """(draws, 2 * metrics) sums and counts -> (draws, metrics + 1) means and their mean; nan where a count is 0."""
-    counts = sums[:, metrics:]
-    means = np.divide(sums[:, :metrics], counts, out=np.full_like(counts, math.nan), where=counts > 0)
-    return np.concatenate([means, means.mean(axis=1, keepdims=True)], axis=1)
+def sign_flip(differences: np.ndarray, clusters: np.ndarray, seed: int = 0, flips: int = FLIPS) -> np.ndarray:
+    """Two-sided p values of "no difference" by flipping the signs of whole clusters.
+
+    Args:
+        differences: (rows, comparisons); nan where a row cannot be compared. Equal seeds flip equal clusters.
+        clusters: (rows,) number of each row's cluster.
+        seed: Of the flips.
+        flips: How many are drawn.
+
+    Returns:
+        (comparisons,) p values, at least 1 / (flips + 1); nan below `FEWEST_CLUSTERS`.
+    """
+    present = ~np.isnan(differences)
+    count = int(clusters.max()) + 1 if len(clusters) else 0
+    belongs = np.zeros((count, len(clusters)))
+    belongs[clusters, np.arange(len(clusters))] = 1
+    totals = belongs @ np.where(present, differences, 0.0)
+    number = (belongs @ present > 0).sum(axis=0)
+    signs = np.random.default_rng(seed).integers(0, 2, size=(flips, count)) * 2.0 - 1.0
+    observed = np.abs(totals.sum(axis=0))
+    tolerance = 1e-12 * np.abs(totals).sum(axis=0)
+    beaten = (np.abs(signs @ totals) >= observed - tolerance).sum(axis=0)
+    return np.where(number >= FEWEST_CLUSTERS, (1 + beaten) / (1 + flips), np.nan)
 
 
-def _percentiles(values: np.ndarray, tail: float) -> np.ndarray:
-    values = values[~np.isnan(values)]
-    return np.percentile(values, [tail, 100 - tail]) if len(values) else np.full(2, math.nan)
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p values of a family of comparisons; nan is no member of the family."""
+    adjusted = np.full(len(p), np.nan)
+    order = [i for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def smallest_difference(error: np.ndarray, clusters: np.ndarray, comparisons: int = 1) -> np.ndarray:
+    """The smallest true difference that a two-sided test at 5 % shows with 80 % power.
+
+    Args:
+        error: Standard error of a difference.
+        clusters: How many clusters it rests on.
+        comparisons: Size of the family; above 1, for the hardest step of Holm's procedure.
+    """
+    freedom = np.maximum(clusters - 1, 1)
+    return error * (stdtrit(freedom, 1 - (1 - LEVEL) / 2 / comparisons) + stdtrit(freedom, POWER))
+
+
+def length_regression(
+    a: np.ndarray, b: np.ndarray, answer: np.ndarray, reference: np.ndarray, clusters: np.ndarray
+) -> tuple[Estimate, int]:
+    """Regress a row's mean log ratio on its log length difference.
+
+    Args:
+        a: (rows, metrics) scores of the answers; a score of 0 has no logarithm and is left out.
+        b: (rows, metrics) scores of the references.
+        answer: (rows,) lengths of the answers.
+        reference: (rows,) lengths of the references.
+        clusters: (rows,) number of each row's cluster.
+
+    Returns:
+        Estimates of three columns: the slope, the geometric mean ratio, and that ratio adjusted to answers as long as
+        their references; and how many rows were left out for a score or a length of 0.
+    """
+    scored = ~(np.isnan(a) | np.isnan(b)).any(axis=1)
+    usable = scored & (a > 0).all(axis=1) & (b > 0).all(axis=1) & (answer > 0) & (reference > 0)
+    left_out = int(scored.sum() - usable.sum())
+    y = np.log(a[usable] / b[usable]).mean(axis=1)
+    x = np.log(answer[usable] / reference[usable])
+    design = np.column_stack([np.ones_like(x), x])
+    if len(y) < 3 or np.ptp(x) == 0:
+        nothing = np.full(3, np.nan)
+        zero = np.zeros(3, dtype=int)
+        return Estimate(nothing, nothing, nothing, nothing, zero, zero, nothing), left_out
+    inverse = np.linalg.inv(design.T @ design)
+    coefficients = inverse @ design.T @ y
+    influence = (y - design @ coefficients)[:, None] * (design @ inverse)
+    logs = np.array([coefficients[1], y.mean(), coefficients[0]])
+    columns = np.column_stack([influence[:, 1], (y - y.mean()) / len(y), influence[:, 0]])
+    numbers = cluster_numbers(clusters[usable].tolist())
+    estimate = linearized(logs, columns, np.ones_like(columns, dtype=bool), numbers)
+
+    def scaled(values: np.ndarray) -> np.ndarray:
+        return np.append(values[:1], np.exp(values[1:]))
+
+    return (
+        Estimate(
+            scaled(estimate.value), estimate.error, scaled(estimate.low), scaled(estimate.high),
+            estimate.rows, estimate.clusters, estimate.design_effect,
+        ),
+        left_out,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The report of all agents: the paper's table, sample means with intervals, counts; as Markdown, CSV and JSON."""
+"""The report's tables, and all of its numbers as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -13,224 +13,408 @@ from unicodedata import east_asian_width
 
 import numpy as np
 
+from data_utils.layout import SHORT_SPLITS
 from eval.judging.metrics import METRIC_NAMES, METRICS
-from eval.results.agents import FILES, SPLITS, AgentResult, ranked
-from eval.results.reviews import FileResult, describe
-from eval.results.statistics import LEVEL, Estimate, sample_means
+from eval.results.report import (
+    MEAN_RATIO,
+    RATIO_OF_MEANS,
+    SETS,
+    AgentReport,
+    Comparison,
+    Report,
+    counts,
+    told_apart,
+)
+from eval.results.reviews import FILES, NO_ANSWER, NOT_REVIEWED, Record, ReviewFile, describe
+from eval.results.statistics import COLUMNS as ALL_COLUMNS
+from eval.results.statistics import DIMENSIONS, FEWEST_CLUSTERS, LEVEL, OVERALL, POWER, Estimate
 
-COLUMNS = (*METRIC_NAMES, "Overall")
-SHORT_COLUMNS = (*(metric.short for metric in METRICS), "Overall")
-SETS: dict[str | None, str] = {None: "all", "in": "In-Test", "out": "Out-Test"}
+COLUMNS = (*METRIC_NAMES, OVERALL)
+SHORT_COLUMNS = (*(metric.short for metric in METRICS), OVERALL)
 PAPER = "paper (0.75 In + 0.25 Out)"
 NOTHING = "–"
+_LEFT = ("Agent", "Set", "Note", "Group", "Comparisons")
+_PLACES = [ALL_COLUMNS.index(column) for column in COLUMNS]
+_COUNTS = tuple(counts([]))
 
 
 @dataclass(frozen=True)
-class AgentReport:
-    """One agent with everything the report says of it.
+class Table:
+    """A table for people.
 
     Attributes:
-        agent: Its files.
-        paper: By split (None is both): (9,) the paper's number for the metrics and Overall; nan where it has none.
-        samples: By split: the means over all reviewed samples, with intervals.
-        counts: By split: rows, reviewed, without_answer, not_reviewed, failed_reviews, forgiving_reader, retried.
+        title: Its heading.
+        note: What its numbers are, in a sentence or two.
+        heading: Names of the columns; those in `_LEFT` hold text, the others numbers.
+        rows: The cells.
     """
 
-    agent: AgentResult
-    paper: dict[str | None, np.ndarray]
-    samples: dict[str | None, Estimate]
-    counts: dict[str | None, dict[str, int]]
+    title: str
+    note: str
+    heading: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds text."""
+        return self.heading[column] in _LEFT
 
 
-def build_report(agents: list[AgentResult], *, seed: int = 0) -> list[AgentReport]:
-    """Computes all numbers, best agent first.
-
-    Args:
-        agents: As read.
-        seed: Of the bootstrap; the same one for each agent, so no agent's interval depends on the others.
-    """
+def tables(report: Report) -> list[Table]:
+    """All tables, in the order of the report."""
+    agents = report.agents
+    level = f"{LEVEL:.0%}"
     return [
-        AgentReport(
-            agent,
-            {split: agent.paper_scores(split) for split in SETS},
-            {split: sample_means(agent.ratios(split), seed=seed) for split in SETS},
-            {split: _counts(agent.results(split)) for split in SETS},
-        )
-        for agent in ranked(agents)
+        Table(
+            "The paper's table",
+            "Per test set the plain mean of its three files; then 0.75 In-Test + 0.25 Out-Test.",
+            ["Agent", *COLUMNS, "Note"],
+            [[one.agent.name, *map(number, one.paper[None]), note(one)] for one in agents],
+        ),
+        Table(
+            "In-Test and Out-Test",
+            "",
+            ["Agent", "Set", *COLUMNS],
+            [[one.agent.name, SETS[split], *map(number, one.paper[split])] for split in SHORT_SPLITS for one in agents],
+        ),
+        Table(
+            "Sample means",
+            f"Over all reviewed samples, with {level} intervals clustered by character: rows of one character are not "
+            f"independent. Below {FEWEST_CLUSTERS} characters no interval is given. Not the paper's number.",
+            ["Agent", "Set", *COLUMNS],
+            [
+                [one.agent.name, SETS[split], *_intervals(report.samples(one.agent.folder, split))]
+                for split in SETS
+                for one in agents
+            ],
+        ),
+        *(_matrix(report, split) for split in SETS),
+        Table(
+            "Other estimates of Overall",
+            "Ratio of means: mean score of the agent over mean score of the reference, per metric, then averaged; a "
+            "single low score of the reference cannot dominate it. Design effect: variance of the sample mean over "
+            "that of as many independent rows. Length: slope of the log ratio on the log of (answer's length / "
+            "reference's length), and the geometric mean ratio before and after adjusting to equal lengths; rows "
+            "with a score of 0 have no logarithm.",
+            [
+                "Agent",
+                "Mean ratio",
+                "Design effect",
+                "Ratio of means",
+                "Length slope",
+                "Geometric",
+                "Adjusted",
+                "Left out",
+            ],
+            [_others(report, one) for one in agents],
+        ),
+        Table(
+            "What this test set can show",
+            f"Smallest true difference between two agents that the test shows with {POWER:.0%} power, for the median "
+            "pair: alone, and as the hardest of all pairs.",
+            ["Set", "Comparisons", *COLUMNS],
+            [
+                [SETS[split], name, *(number(values.get(column, math.nan)) for column in COLUMNS)]
+                for split in SETS
+                for name, values in (
+                    ("one", {s.column: s.one_comparison for s in report.smallest if s.split == split}),
+                    ("all pairs", {s.column: s.all_comparisons for s in report.smallest if s.split == split}),
+                )
+            ],
+        ),
+        Table(
+            "Dimensions",
+            f"Means of the metrics of a dimension, with {level} intervals clustered by character.",
+            ["Agent", "Set", *DIMENSIONS],
+            [
+                [one.agent.name, SETS[split], *_intervals(report.samples(one.agent.folder, split), DIMENSIONS)]
+                for split in SETS
+                for one in agents
+            ],
+        ),
+        *(_by(report, by) for by in ("kind", "category", "language", "character")),
+        Table(
+            "Counts",
+            "A failed review is that of one metric; means leave it out.",
+            ["Agent", "Set", *(name.replace("_", " ").capitalize() for name in _COUNTS)],
+            [[one.agent.name, SETS[split], *map(str, one.counts[split].values())] for split in SETS for one in agents],
+        ),
     ]
 
 
-def _counts(results: Sequence[FileResult]) -> dict[str, int]:
-    return {
-        "rows": sum(result.rows for result in results),
-        "reviewed": sum(result.reviewed for result in results),
-        "without_answer": sum(len(result.empty) for result in results),
-        "not_reviewed": sum(len(result.not_reviewed) for result in results),
-        "failed_reviews": sum(len(result.failures) for result in results),
-        "forgiving_reader": sum(result.forgiven for result in results),
-        "retried": sum(result.retried for result in results),
+def _by(report: Report, by: str) -> Table:
+    """Overall of each agent by the groups of one field; a column an agent, so that many groups fit."""
+    values = dict.fromkeys(group.value for _, group in report.estimates if group.by == by)
+    found = {
+        (group.value, group.agent): e
+        for (name, group), e in report.estimates.items()
+        if (name, group.by) == (MEAN_RATIO, by)
     }
-
-
-def terminal_table(reports: list[AgentReport]) -> str:
-    """What is printed: the paper's table with short headings, then the sample means' Overall and the counts."""
-    paper = [[report.agent.name, *map(_number, report.paper[None])] for report in reports]
-    samples = [
+    return Table(
+        f"Overall by {by}",
+        f"Sample means, with {LEVEL:.0%} intervals where there are {FEWEST_CLUSTERS} characters or more.",
+        ["Group", *(one.agent.name for one in report.agents)],
         [
-            report.agent.name,
-            _interval(report.samples[None], -1),
-            *(str(report.counts[None][key]) for key in ("rows", "reviewed", "without_answer", "failed_reviews")),
-            _note(report),
-        ]
-        for report in reports
-    ]
-    heading = ["Agent", f"Overall [{LEVEL:.0%}]", "Rows", "Reviewed", "No answer", "Failed", "Note"]
-    return (
-        f"The paper's table (0.75 In-Test + 0.25 Out-Test):\n\n{_markdown(['Agent', *SHORT_COLUMNS], paper)}\n"
-        f"Means over all reviewed samples:\n\n{_markdown(heading, samples)}"
+            [
+                value,
+                *(
+                    _intervals(found[value, one.agent.folder], [OVERALL])[0]
+                    if (value, one.agent.folder) in found
+                    else NOTHING
+                    for one in report.agents
+                ),
+            ]
+            for value in values
+        ],
     )
 
 
-def markdown(reports: list[AgentReport]) -> str:
+def _matrix(report: Report, split: str | None) -> Table:
+    """The differences of all pairs of agents on one set."""
+    found = {(c.first, c.second): c for c in report.comparisons if (c.split, c.column) == (split, OVERALL)}
+    rows = []
+    for i, first in enumerate(report.agents, 1):
+        cells = [f"{i} {first.agent.name}"]
+        for second in report.agents:
+            pair = (first.agent.folder, second.agent.folder)
+            sign = 1 if pair in found else -1
+            comparison = found.get(pair) or found.get(pair[::-1])
+            cells.append(NOTHING if comparison is None else _compared(comparison, sign))
+        rows.append(cells)
+    return Table(
+        f"Who can be told apart: {SETS[split]}",
+        "Difference in Overall on the rows that both agents have: the row's agent minus the column's. Bold: told apart "
+        "at 5 %, by flipping the signs of characters, with Holm's procedure over all pairs. "
+        f"{apart_line(report, split)}",
+        ["Agent", *(f"{i}" for i in range(1, len(report.agents) + 1))],
+        rows,
+    )
+
+
+def _compared(comparison: Comparison, sign: int) -> str:
+    if math.isnan(comparison.difference):
+        return NOTHING
+    text = f"{sign * comparison.difference:+.3f}"
+    return f"**{text}**" if comparison.apart else text
+
+
+def _others(report: Report, one: AgentReport) -> list[str]:
+    folder, last = one.agent.folder, ALL_COLUMNS.index(OVERALL)
+    ratio = report.samples(folder)
+    effect = ratio.design_effect[last]
+    return [
+        one.agent.name,
+        _intervals(ratio, [OVERALL])[0],
+        NOTHING if math.isnan(effect) else f"{effect:.2f}",
+        _intervals(report.samples(folder, statistic=RATIO_OF_MEANS), [OVERALL])[0],
+        *(_interval(one.length, i) for i in range(3)),
+        str(one.length_left_out),
+    ]
+
+
+def markdown(report: Report) -> str:
     """The whole report for people: `table.md`."""
-    paper = [[report.agent.name, *map(_number, report.paper[None]), _note(report)] for report in reports]
-    splits = [
-        [report.agent.name, SETS[split], *map(_number, report.paper[split])] for split in SPLITS for report in reports
-    ]
+    parts = ["# MMRole-Eval results\n", "Each number is a mean of (score of the agent / score of the ground truth).\n"]
+    for table in tables(report):
+        parts += [f"## {table.title}\n", *([f"{table.note}\n"] if table.note else []), markdown_table(table)]
+    return "\n".join([*parts, "## What was counted in each file\n", *_file_notes(report.agents)])
+
+
+def terminal_table(report: Report) -> str:
+    """What is printed: the paper's table with short headings, the sample means' Overall, counts, who is told apart."""
+    agents = report.agents
+    paper = [[one.agent.name, *map(number, one.paper[None])] for one in agents]
+    shown = ("rows", "reviewed", "without_answer", "failed_reviews")
     samples = [
-        [report.agent.name, SETS[split], *(_interval(report.samples[split], i) for i in range(len(COLUMNS)))]
-        for split in SETS
-        for report in reports
-    ]
-    counts = [
-        [report.agent.name, SETS[split], *map(str, report.counts[split].values())]
-        for split in SETS
-        for report in reports
-    ]
-    count_names = [name.replace("_", " ").capitalize() for name in _counts([])]
-    return "\n".join(
         [
-            "# MMRole-Eval results\n",
-            "Each number is a mean of (score of the agent / score of the ground truth).\n",
-            "## The paper's table\n",
-            "Per test set the plain mean of its three files; then 0.75 In-Test + 0.25 Out-Test.\n",
-            _markdown(["Agent", *COLUMNS, "Note"], paper),
-            "## In-Test and Out-Test\n",
-            _markdown(["Agent", "Set", *COLUMNS], splits),
-            "## Sample means\n",
-            f"Over all reviewed samples, with {LEVEL:.0%} bootstrap percentile intervals. Not the paper's number.\n",
-            _markdown(["Agent", "Set", *COLUMNS], samples),
-            "## Counts\n",
-            "A failed review is one of a row's eight; means leave it out.\n",
-            _markdown(["Agent", "Set", *count_names], counts),
-            "## What was counted in each file\n",
-            *_file_notes(reports),
+            one.agent.name,
+            _intervals(report.samples(one.agent.folder), [OVERALL])[0],
+            *(str(one.counts[None][key]) for key in shown),
+            note(one),
         ]
+        for one in agents
+    ]
+    heading = [f"Overall [{LEVEL:.0%}]", "Rows", "Reviewed", "No answer", "Failed", "Note"]
+    return (
+        "The paper's table (0.75 In-Test + 0.25 Out-Test):\n\n"
+        f"{markdown_table(Table('', '', ['Agent', *SHORT_COLUMNS], paper))}\n"
+        "Means over all reviewed samples, intervals clustered by character:\n\n"
+        f"{markdown_table(Table('', '', ['Agent', *heading], samples))}"
+        + "".join(f"\n{line}" for line in (apart_line(report, split, most=3) for split in SETS) if line)
     )
 
 
-def table_csv(reports: list[AgentReport]) -> str:
-    """The report for programs and spreadsheets: one line per agent, set and statistic."""
+def apart_line(report: Report, split: str | None = None, *, most: int | None = None) -> str:
+    """Say how many pairs of agents can be told apart, and which (`most` of them) cannot; empty for a single agent."""
+    alike, pairs = told_apart(report, split)
+    names = {one.agent.folder: one.agent.name for one in report.agents}
+    if not pairs:
+        return ""
+    which = "; ".join(f"{names[c.first]} and {names[c.second]}" for c in alike[:most])
+    which += f"; {len(alike) - most} more (see table.md)" if most is not None and len(alike) > most else ""
+    not_apart = f" Cannot be told apart: {which}." if alike else ""
+    return f"{SETS[split]}: Overall differs for {pairs - len(alike)} of {pairs} pairs of agents (5 %, Holm).{not_apart}"
+
+
+def table_csv(report: Report) -> str:
+    """The report for spreadsheets: one line per agent, set and statistic."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["agent", "folder", "set", "statistic", *COLUMNS, *_counts([]), "status"])
-    for report in reports:
+    writer.writerow(["agent", "folder", "set", "statistic", *COLUMNS, *_COUNTS, "status"])
+    for one in report.agents:
         for split, set_name in SETS.items():
             low, high = f"sample mean, {LEVEL:.0%} interval low", f"sample mean, {LEVEL:.0%} interval high"
-            estimate = report.samples[split]
+            estimate = report.samples(one.agent.folder, split)
             statistics = {
-                PAPER if split is None else "paper (mean of three files)": report.paper[split],
-                "sample mean": estimate.mean,
-                low: estimate.low,
-                high: estimate.high,
+                PAPER if split is None else "paper (mean of three files)": one.paper[split],
+                "sample mean": estimate.value[_PLACES],
+                low: estimate.low[_PLACES],
+                high: estimate.high[_PLACES],
             }
-            about = [report.agent.name, report.agent.folder, set_name]
-            counts, status = report.counts[split].values(), report.agent.status
+            about = [one.agent.name, one.agent.folder, set_name]
             writer.writerows(
-                [*about, name, *(f"{value:.3f}" for value in values), *counts, status]
+                [*about, name, *(f"{value:.3f}" for value in values), *one.counts[split].values(), one.agent.status]
                 for name, values in statistics.items()
             )
     return text.getvalue()
 
 
-def report_json(reports: list[AgentReport], settings: dict[str, Any]) -> str:
-    """Everything, unrounded, with each failed review; a number that does not exist is null."""
+def statistics_csv(report: Report) -> str:
+    """Every estimate, unrounded: one line per agent, statistic, group and column."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    names = ("value", "error", "low", "high", "rows", "clusters", "design_effect")
+    writer.writerow(["agent", "statistic", "by", "group", "column", *names])
+    for (statistic, group), estimate in report.estimates.items():
+        arrays = [getattr(estimate, name).tolist() for name in names]
+        writer.writerows(
+            [group.agent, statistic, group.by, group.value, column, *values]
+            for column, *values in zip(ALL_COLUMNS, *arrays, strict=True)
+        )
+    return text.getvalue()
+
+
+def records_csv(report: Report) -> str:
+    """The long-form table itself: one line per judge, agent, row and metric."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(Record._fields)
+    for one in report.agents:
+        writer.writerows(one.agent.records())
+    return text.getvalue()
+
+
+def report_json(report: Report, settings: dict[str, Any]) -> str:
+    """Everything but the groups, unrounded, with each failed review; a number that does not exist is null."""
     agents = [
         {
-            "name": report.agent.name,
-            "folder": report.agent.folder,
-            "complete": report.agent.complete,
-            "status": report.agent.status,
-            "paper": {SETS[split]: _named(values) for split, values in report.paper.items()},
+            "name": one.agent.name,
+            "folder": one.agent.folder,
+            "complete": one.agent.complete,
+            "status": one.agent.status,
+            "paper": {SETS[split]: _named(values) for split, values in one.paper.items()},
             "sample_means": {
-                SETS[split]: {key: _named(getattr(estimate, key)) for key in ("mean", "low", "high")}
-                for split, estimate in report.samples.items()
+                SETS[split]: {
+                    key: _named(getattr(report.samples(one.agent.folder, split), field)[_PLACES])
+                    for key, field in _FIELDS.items()
+                }
+                for split in SETS
             },
-            "counts": {SETS[split]: counts for split, counts in report.counts.items()},
-            "files": {f"{split}-test/{kind}": _file(report.agent.files.get((split, kind))) for split, kind in FILES},
-            "problems": [str(problem) for problem in report.agent.problems],
+            "length": {
+                name: {key: _finite(getattr(one.length, key)[i]) for key in ("value", "low", "high")}
+                for i, name in enumerate(("slope", "geometric_mean_ratio", "adjusted"))
+            }
+            | {"left_out": one.length_left_out},
+            "counts": {SETS[split]: counted for split, counted in one.counts.items()},
+            "files": {f"{split}-test/{kind}": _file(one.agent.files.get((split, kind))) for split, kind in FILES},
+            "problems": [str(problem) for problem in one.agent.problems],
         }
-        for report in reports
+        for one in report.agents
     ]
+    content = {
+        "settings": settings,
+        "agents": agents,
+        "comparisons": [
+            _plain(comparison._asdict() | {"apart": comparison.apart}) for comparison in report.comparisons
+        ],
+        "smallest_differences": [_plain(smallest._asdict()) for smallest in report.smallest],
+    }
     # ASCII-escaped: ids and folder names may hold what no UTF-8 file can.
-    return json.dumps({"settings": settings, "agents": agents}, indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def _file(result: FileResult | None) -> dict[str, Any] | None:
-    if result is None:
+_FIELDS = {"mean": "value", "low": "low", "high": "high", "design_effect": "design_effect"}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    values = {key: _finite(value) if isinstance(value, float) else value for key, value in values.items()}
+    return values | {"split": SETS[values["split"]]}
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _file(file: ReviewFile | None) -> dict[str, Any] | None:
+    if file is None:
         return None
+    counted = counts(file.records)
     return {
-        "rows": result.rows,
-        "count": result.reviewed,
-        "means": _named(result.means),
-        "without_answer": result.empty,
-        "not_reviewed": result.not_reviewed,
-        "failures": [vars(failure) for failure in result.failures],
-        "forgiving_reader": result.forgiven,
-        "retried": result.retried,
+        "rows": counted["rows"],
+        "count": counted["reviewed"],
+        "means": _named(file.means),
+        "without_answer": file.ids(NO_ANSWER),
+        "not_reviewed": file.ids(NOT_REVIEWED),
+        "failures": [{"id": record.row, "metric": record.metric, "reason": record.reason} for record in file.failures],
+        "forgiving_reader": counted["forgiving_reader"],
+        "retried": counted["retried"],
     }
 
 
 def _named(values: np.ndarray) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in zip(COLUMNS, values.tolist(), strict=False)}
+    return {name: _finite(value) for name, value in zip(COLUMNS, values.tolist(), strict=False)}
 
 
-def _file_notes(reports: list[AgentReport]) -> Iterable[str]:
-    for report in reports:
-        yield f"\n**{_cell(report.agent.name)}** ({report.agent.status})\n"
-        for (split, kind), result in report.agent.files.items():
-            first, *rest = describe(result)
+def _file_notes(agents: list[AgentReport]) -> Iterable[str]:
+    for one in agents:
+        yield f"\n**{_cell(one.agent.name)}** ({one.agent.status})\n"
+        for (split, kind), file in one.agent.files.items():
+            first, *rest = describe(file)
             yield f"- {split}-test/{kind}: {first}"
             yield from (f"  - {line}" for line in rest)
     yield ""
 
 
-def _note(report: AgentReport) -> str:
+def note(one: AgentReport) -> str:
     """What a reader of the table must know: incomplete, other rows than the published ones, failures."""
-    notes = [] if report.agent.status == "complete" else [report.agent.status]
-    failed = report.counts[None]["failed_reviews"]
+    notes = [] if one.agent.status == "complete" else [one.agent.status]
+    failed = one.counts[None]["failed_reviews"]
     return "; ".join([*notes, f"failed reviews: {failed}"] if failed else notes)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three decimals, or a dash."""
     return NOTHING if math.isnan(value) else f"{value:.3f}"
 
 
+def _intervals(estimate: Estimate, columns: Sequence[str] = COLUMNS) -> list[str]:
+    return [_interval(estimate, ALL_COLUMNS.index(column)) for column in columns]
+
+
 def _interval(estimate: Estimate, i: int) -> str:
-    if math.isnan(estimate.mean[i]):
-        return NOTHING
-    return f"{estimate.mean[i]:.3f} [{estimate.low[i]:.3f}, {estimate.high[i]:.3f}]"
+    if math.isnan(estimate.low[i]):
+        return number(estimate.value[i])
+    return f"{estimate.value[i]:.3f} [{estimate.low[i]:.3f}, {estimate.high[i]:.3f}]"
 
 
 def _cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
-def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(table: Table) -> str:
     """A Markdown table that is also aligned as plain text: names to the left, numbers to the right."""
-    cells = [[_cell(text) for text in row] for row in (heading, *rows)]
+    cells = [[_cell(text) for text in row] for row in (table.heading, *table.rows)]
     widths = [max(3, *map(_width, column)) for column in zip(*cells, strict=True)]
-    left = [name in ("Agent", "Set", "Note") for name in heading]
+    left = [table.is_text(i) for i in range(len(table.heading))]
 
     def line(row: Sequence[str]) -> str:
         padding = [" " * (width - _width(text)) for text, width in zip(row, widths, strict=True)]

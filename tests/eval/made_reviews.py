@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.judging.metrics import METRIC_NAMES
-from eval.results.agents import FILES
+from eval.results.reviews import FILES
 
 CLEAN = (8.0, 10.0)
 

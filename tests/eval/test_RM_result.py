@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 
 from data_utils.errors import MMRoleError
-from eval.results.agents import FILES
-from eval.RM_result import build_parser, main
+from eval.results.reviews import FILES
+from eval.RM_result import REPORT_FILES, build_parser, main
 from tests.conftest import ROOT
 from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows
-
-REPORT = ("table.md", "table.csv", "report.json", "radar.png")
 
 
 def run(*arguments: object) -> int:
@@ -33,7 +31,7 @@ def test_published_reviews_give_the_published_files(shared: Path, tmp_path: Path
     assert len(expected) == 48
     for path in expected:
         assert (eval_dir / path.relative_to(published)).read_bytes() == path.read_bytes()
-    assert all((eval_dir / "report" / name).stat().st_size for name in REPORT)
+    assert all((eval_dir / "report" / name).stat().st_size for name in REPORT_FILES)
 
 
 def test_all_agents_are_not_slow(shared: Path, tmp_path: Path) -> None:
@@ -88,7 +86,7 @@ def test_broken_file_is_told_and_the_rest_is_done(tmp_path: Path, capsys: pytest
     assert "bad (incomplete: no readable in-test/comment" in told.out
     assert len(list(tmp_path.glob("*_results/*/*.csv"))) == 11
     assert not (tmp_path / "in-test_results" / "bad" / "comment_test.csv").exists()
-    assert all((tmp_path / "report" / name).is_file() for name in REPORT)
+    assert all((tmp_path / "report" / name).is_file() for name in REPORT_FILES)
 
 
 def test_a_csv_of_earlier_reviews_is_not_left_as_if_it_were_theirs(
@@ -128,7 +126,7 @@ def test_a_reader_that_has_seen_enough_stops_nothing(tmp_path: Path) -> None:
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(list(tmp_path.glob("*_results/*/*.csv"))) == len(FILES)
-    assert all((tmp_path / "report" / name).is_file() for name in REPORT)
+    assert all((tmp_path / "report" / name).is_file() for name in REPORT_FILES)
 
 
 def test_the_folder_of_evaluations_is_that_of_the_other_scripts() -> None:
@@ -189,7 +187,7 @@ def test_reports_are_the_same_each_time(tmp_path: Path) -> None:
     write_agent(tmp_path, "made", [made_row(i, (i, 10)) for i in range(1, 9)])
     for name in ("first", "again"):
         assert run("--eval_dir", tmp_path, "--report_dir", tmp_path / name, "--seed", 7) == 0
-    for name in REPORT:
+    for name in REPORT_FILES:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert json.loads((tmp_path / "first" / "report.json").read_text())["settings"]["seed"] == 7
 
@@ -211,7 +209,7 @@ def test_script_runs_from_any_directory(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "我的 $agent_1$" in done.stdout and "The paper's table" in done.stdout
-    assert all((tmp_path / "my eval" / "report" / name).is_file() for name in REPORT)
+    assert all((tmp_path / "my eval" / "report" / name).is_file() for name in REPORT_FILES)
 
 
 def test_script_tells_user_errors_without_a_traceback(tmp_path: Path) -> None:

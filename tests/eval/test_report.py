@@ -3,12 +3,17 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval.judging.metrics import METRIC_NAMES
-from eval.results.agents import read_agents
-from eval.results.tables import COLUMNS, build_report, markdown, report_json, table_csv, terminal_table
+import numpy as np
+import pytest
+
+from eval.judging.metrics import METRIC_NAMES, METRICS
+from eval.results.report import MEAN_RATIO, build_report
+from eval.results.reviews import read_agents
+from eval.results.tables import COLUMNS, markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
 from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows
 
 
@@ -89,16 +94,71 @@ def test_json_has_everything_and_no_nan(tmp_path: Path) -> None:
     ]
     assert agents["part"]["files"]["out-test/inter-role"] is None
     assert set(agents["part"]["paper"]["all"].values()) == {None}
-    assert set(agents["part"]["sample_means"]["all"]) == {"mean", "low", "high"}
+    assert set(agents["part"]["sample_means"]["all"]) == {"mean", "low", "high", "design_effect"}
     assert report["settings"] == {"seed": 0}
 
 
 def test_an_agents_interval_does_not_depend_on_the_others(tmp_path: Path) -> None:
-    write_two(tmp_path)
+    write_characters(tmp_path, {"whole": lambda i: 7 + i % 3, "other": lambda i: 5})
     agents = read_agents(tmp_path)
-    both = {report.agent.folder: report for report in build_report(agents)}
-    alone = build_report([agent for agent in agents if agent.folder == "whole"])[0]
-    assert alone.samples[None].low.tolist() == both["whole"].samples[None].low.tolist()
+    alone = build_report([agent for agent in agents if agent.folder == "whole"])
+    assert alone.samples("whole").low.tolist() == build_report(agents).samples("whole").low.tolist()
+    assert np.isfinite(alone.samples("whole").low).all()
+
+
+def write_characters(eval_dir: Path, scores: dict[str, Callable[[int], float]], characters: int = 9) -> None:
+    """Agents with a row in each file for each of some characters, scored by its number."""
+    for agent, score in scores.items():
+        rows = [made_row(i, (score(i), 10)) | {"role": f"character {i}"} for i in range(characters)]
+        write_agent(eval_dir, agent, rows)
+
+
+def test_few_characters_give_points_and_no_interval(tmp_path: Path) -> None:
+    write_characters(tmp_path, {"few": lambda i: 7 + i % 3}, characters=7)
+    estimate = build_report(read_agents(tmp_path)).samples("few")
+    assert np.isfinite(estimate.value).all() and np.isnan([estimate.low, estimate.high]).all()
+    assert (estimate.clusters == 7).all() and (estimate.rows == 42).all()
+
+
+def test_agents_are_compared_on_the_rows_that_both_have(tmp_path: Path) -> None:
+    write_characters(tmp_path, {"good": lambda i: 9 - 0.1 * (i % 3), "bad": lambda i: 6 - 0.1 * (i % 2)})
+    path = review_path(tmp_path, "bad", "in", "comment")
+    write_rows(path, json.loads(path.read_text(encoding="utf-8"))[:4])
+    report = build_report(read_agents(tmp_path))
+    found = {c.split: c for c in report.comparisons if c.column == "Overall"}
+    assert [found[None].rows, found["in"].rows, found["out"].rows] == [49, 22, 27]
+    assert (found[None].first, found[None].second, found[None].clusters) == ("good", "bad", 9)
+    assert found["out"].difference == pytest.approx(0.9 - 0.01 * 1 - (0.6 - 0.01 * 4 / 9))
+    assert found[None].low < found[None].difference < found[None].high and found[None].apart
+    assert "Overall differs for 1 of 1 pairs" in terminal_table(report)
+    smallest = [s for s in report.smallest if (s.split, s.column) == (None, "Overall")]
+    assert 0 < smallest[0].one_comparison < 0.1 and smallest[0].all_comparisons == smallest[0].one_comparison
+
+
+def test_agents_that_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
+    write_characters(tmp_path, {"one": lambda i: 8 + i % 2, "two": lambda i: 8 + (i + 1) % 2, "far": lambda i: 2})
+    text = markdown(build_report(read_agents(tmp_path)))
+    assert "Cannot be told apart: two and one" in text or "Cannot be told apart: one and two" in text
+    assert "**-0." in text
+
+
+def test_groups_of_every_kind_have_their_means(tmp_path: Path) -> None:
+    write_characters(tmp_path, {"made": lambda i: 9 if i == 0 else 8})
+    report = build_report(read_agents(tmp_path))
+    rows = csv_rows(statistics_csv(report))
+    means = {
+        (r["by"], r["group"]): float(r["value"])
+        for r in rows
+        if r["column"] == "Overall" and r["statistic"] == MEAN_RATIO
+    }
+    expected = {("character", "character 0"): 0.9, ("character", "character 1"): 0.8, ("kind", "comment"): 7.3 / 9}
+    expected |= {("split", "in"): 7.3 / 9, ("category", "other"): 7.3 / 9, ("language", "English"): 7.3 / 9}
+    assert {key: means[key] for key in expected} == pytest.approx(expected)
+    columns = {r["column"] for r in rows}
+    assert columns == {*METRIC_NAMES, *(metric.dimension for metric in METRICS), "Overall"}
+    lines = csv_rows(records_csv(report))
+    assert len(lines) == 6 * 9 * len(METRIC_NAMES)
+    assert {lines[0][name] for name in ("character", "ratio", "status")} == {"character 0", "0.9", "read"}
 
 
 def test_text_is_the_same_each_time(tmp_path: Path) -> None:
