@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from qwen_vl.checkpoint import CheckpointError
 
 _MAX_VALUE = 300
+_MOST_PROBLEMS = 100  # that are printed
 _INDENT = " " * 9
 
 
@@ -63,8 +64,9 @@ class ProblemsError(MMRoleError):
         if len(self.problems) == 1:
             return str(self.problems[0])
         total = len(self.problems)
-        blocks = [f"[{number}/{total}]\n{problem}" for number, problem in enumerate(self.problems, 1)]
-        return "\n".join([f"{total} problems:", *blocks])
+        blocks = [f"[{number}/{total}]\n{problem}" for number, problem in enumerate(self.problems[:_MOST_PROBLEMS], 1)]
+        more = [f"… and {total - _MOST_PROBLEMS:,} more problems"] if total > _MOST_PROBLEMS else []
+        return "\n".join([f"{total} problems:", *blocks, *more])
 
 
 def four_parts(errors: Iterable[MMRoleError | CheckpointError]) -> list[MMRoleError]:

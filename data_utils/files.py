@@ -1,45 +1,44 @@
-"""Files that are whole or not there: atomic writing, and the journal that makes long runs resumable."""
+"""Reads JSON files and writes files atomically: at any moment the old or the whole new content is in place."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_utils.errors import MMRoleError
+from data_utils.paths import UnreadableError
 
-Facts = Mapping[str, Any]  # JSON values
-JOURNAL_FORMAT = 1
-_SYNC_SECONDS = 1.0
+Row = dict[str, Any]  # a record of a data file
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_json(path: str | Path, *, nan: bool = False) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file; a file of JSON lines gives the list of their values.
+
+    A byte order mark, which Windows editors write, is skipped.
 
     Args:
         path: The file.
         nan: Also takes NaN and Infinity, which JSON does not have and Python writes.
 
     Raises:
-        MMRoleError: If the file is missing, not readable, not UTF-8 or not JSON (with line and column).
+        UnreadableError: If the file is missing, not readable, not UTF-8 or not JSON (with line and column).
     """
     path = Path(path)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=float if nan else _no_constant)
+        text = path.read_bytes().decode("utf-8-sig")
+        return _parse(text, float if nan else _no_constant)
     except OSError as error:
-        raise MMRoleError(
+        raise UnreadableError(
             f"cannot read the file: {error.strerror}", path, fix="check the path and its permissions"
         ) from None
     except UnicodeDecodeError as error:
-        raise MMRoleError(
+        raise UnreadableError(
             "the file is not UTF-8 text", f"byte {error.object[error.start]:#04x}", f"{path}, byte {error.start}",
             "save it as UTF-8",
         ) from None  # fmt: skip
@@ -47,65 +46,122 @@ def read_json(path: str | Path, *, nan: bool = False) -> Any:
         line = error.doc.split("\n")[error.lineno - 1]
         near = line[max(0, error.colno - 30) : error.colno + 10]
         near = near if error.doc[error.pos :].strip() else "the file ends here"
-        raise MMRoleError(
+        raise UnreadableError(
             f"the file is not valid JSON: {error.msg}", near, f"{path}, line {error.lineno}, column {error.colno}",
-            "correct it there, or fetch or build the file anew",
+            "correct it there, or download or build the file again",
         ) from None  # fmt: skip
     except (ValueError, RecursionError) as error:
-        raise MMRoleError(f"the file is not valid JSON: {error}", path, fix="fetch or build the file anew") from None
+        fix = "download or build the file again"
+        raise UnreadableError(f"the file is not valid JSON: {error}", path, fix=fix) from None
+
+
+def _parse(text: str, constant: Callable[[str], Any]) -> Any:
+    try:
+        return json.loads(text, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        try:
+            return [json.loads(line, parse_constant=constant) for line in text.split("\n") if line.strip()]
+        except json.JSONDecodeError:
+            raise error from None  # not JSON lines either
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def published_json(rows: Any) -> bytes:
-    """The bytes of a published file: indented by four, not ASCII-escaped, no newline at the end.
+    """Return the bytes of a published file: indented by four, not ASCII-escaped, no newline at the end.
 
     Raises:
         MMRoleError: If a text holds half of a surrogate pair, which no UTF-8 file can.
     """
-    text = json.dumps(rows, ensure_ascii=False, indent=4)  # published: data, answers and reviews are all written so
+    return _encoded(json.dumps(rows, ensure_ascii=False, indent=4), None)  # published: all files are written so
+
+
+def _encoded(text: str, where: str | None) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         near = text[max(0, error.start - 40) : error.start + 10]
-        raise MMRoleError(
-            "a text holds half of a surrogate pair", near, fix="remove or replace that character in the data"
-        ) from None
+        fix = "remove or replace that character in the data"
+        raise MMRoleError("a text holds half of a surrogate pair", near, where, fix) from None
 
 
 def write_json(path: str | Path, rows: Any) -> None:
-    """Writes rows in the published format, atomically; see `write_bytes`."""
+    """Write rows in the published format, atomically; see `write_bytes`."""
     write_bytes(path, published_json(rows))
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text atomically, newlines as they are; see `write_bytes`."""
+    """Write UTF-8 text atomically, newlines as they are; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file so that at any moment either the old or the whole new content is there.
+    """Write a file atomically and make its folder if needed.
 
     Raises:
-        MMRoleError: If it cannot be written (disk full, no permission); the old content then still stands.
+        MMRoleError: If it cannot be written (disk full, no permission); the old content is then unchanged.
     """
+    _write_chunks(Path(path), [data])
+
+
+def write_rows(path: Path, rows: Iterable[Row], *, as_lines: bool = False) -> int:
+    """Write more rows than memory holds in the published format, atomically; the bytes are those of `published_json`.
+
+    Args:
+        path: The file; its folder is made if needed.
+        rows: Samples. An error that they raise leaves the old file unchanged.
+        as_lines: Writes JSON lines instead, one row a line.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        MMRoleError: If the file or a text cannot be written; the old content is then unchanged.
+    """
+    count = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal count
+        for count, row in enumerate(rows, 1):
+            where = f"sample {row['id']}" if "id" in row else f"row {count}"
+            if as_lines:
+                yield _encoded(json.dumps(row, ensure_ascii=False) + "\n", where)
+            else:
+                text = json.dumps(row, ensure_ascii=False, indent=4).replace("\n", "\n    ")
+                yield (b"[\n    " if count == 1 else b",\n    ") + _encoded(text, where)
+        if not as_lines:
+            yield b"\n]" if count else b"[]"
+
+    _write_chunks(path, chunks())
+    return count
+
+
+def _write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        discard(temporary)
         raise write_error(path, error, "what was there before is unchanged") from error
+    finally:
+        discard(temporary)
 
 
 def make_folder(folder: Path, kept: str) -> None:
-    """Makes a folder and those above it where they are missing.
+    """Make a folder and those above it.
 
     Args:
-        folder: Which.
+        folder: The folder.
         kept: What is not lost if it cannot be made, for the message.
 
     Raises:
@@ -118,282 +174,21 @@ def make_folder(folder: Path, kept: str) -> None:
 
 
 def discard(temporary: Path) -> None:
-    """Removes a half-written file if it is there; where even that cannot be done, why it was written counts more."""
+    """Remove a temporary file if there is one; failing to do so is no error."""
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
 
 
 def write_error(path: Path, error: OSError, kept: str) -> MMRoleError:
-    """The four-part error for a file that could not be written."""
+    """Return the four-part error for a file that could not be written."""
     fix = "free some space" if error.errno in _FULL else "check the folder and its permissions"
     return MMRoleError(f"cannot write: {error.strerror}", path, fix=f"{fix}, then run the same command again; {kept}")
 
 
-@dataclass
-class JournalContent:
-    """What a journal holds.
-
-    Attributes:
-        settings: What must be equal for two runs to share a file.
-        info: What is good to know about the run, and never compared.
-        entries: The value of each finished unit; of two lines with one key the later counts.
-        end: Bytes up to the end of the last whole line.
-    """
-
-    settings: dict[str, Any]
-    info: dict[str, Any]
-    entries: dict[str, Any] = field(default_factory=dict)
-    end: int = 0
-
-
-def read_journal(path: Path, is_value: Callable[[str, Any], bool] | None = None) -> JournalContent | None:
-    """Reads a journal without locking it; None where there is none, or not even a whole first line.
-
-    A half-written last line, which a killed run leaves behind, does not count.
-
-    Args:
-        path: The file.
-        is_value: Whether a unit's key and value are what they should be; anything is without it.
-
-    Raises:
-        MMRoleError: If it cannot be read or any other line is broken.
-    """
-    content: JournalContent | None = None
-    broken: int | None = None
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if broken is not None:
-                    raise _broken_line(path, broken)
-                record = _parse_line(line)
-                if record is None:
-                    broken = number
-                elif content is None:
-                    content = _from_header(path, record, len(line))
-                elif not _is_entry(record) or (is_value and not is_value(record["key"], record["value"])):
-                    raise _broken_line(path, number)
-                else:
-                    content.entries[record["key"]] = record["value"]
-                    content.end += len(line)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise MMRoleError(f"cannot read the journal: {error.strerror}", path, fix="check its permissions") from error
-    return content
-
-
-def check_settings(path: Path, content: JournalContent, settings: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Refuses to go on with a journal that other settings began.
-
-    Args:
-        path: The journal, for the message.
-        content: What it holds.
-        settings: The present run's settings.
-        info: The present run's info; `info["names"]` may name the things behind settings (a fingerprint's folder).
-
-    Raises:
-        MMRoleError: If a setting differs; both values of each are named.
-    """
-    now = json.loads(json.dumps(dict(settings)))
-    keys = [key for key in {**content.settings, **now} if content.settings.get(key) != now.get(key)]
-    if not keys:
-        return
-    there_names, now_names = content.info.get("names"), info.get("names")
-    lines = [
-        f"{key}: {_named(content.settings, there_names, key)} there, {_named(now, now_names, key)} now" for key in keys
-    ]
-    raise MMRoleError(
-        "results of different settings would be mixed in one file",
-        lines,
-        path,
-        "run with the settings it was begun with, or choose another output folder, or give --overwrite to start anew",
-    )
-
-
-class Journal:
-    """An append-only file of finished units, for one writing process.
-
-    One JSON line per unit, handed to the system before `add` returns: killing the process loses nothing. It is forced
-    to the disk once a second, so that a power cut loses a second's work. The first line holds the run's settings. Use
-    `open`.
-    """
-
-    def __init__(self, path: Path, descriptor: int, content: JournalContent) -> None:
-        self.path = path
-        self._descriptor = descriptor
-        self._content = content
-        self._broken = False
-        self._synced = 0.0  # by time.monotonic()
-
-    @classmethod
-    def open(
-        cls, path: Path, settings: Facts, info: Facts, *, overwrite: bool = False, at_once: bool = True
-    ) -> Journal:
-        """Opens a journal for writing and locks it; a new one is begun where there is none, or one without a unit.
-
-        A half-written last line is cut off.
-
-        Args:
-            path: The file; its folder must exist.
-            settings: What must be equal for a run to go on with it; JSON values.
-            info: Other facts about the run, kept when the journal is new.
-            overwrite: Throws away what is there.
-            at_once: False throws it away, and begins the new one, no earlier than the first unit comes.
-
-        Raises:
-            MMRoleError: If another process writes it, other settings began it, a line is broken, or it cannot be
-                written.
-        """
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise write_error(path, error, "nothing was started") from error
-        try:
-            _lock(path, descriptor)
-            content = None if overwrite else read_journal(path)
-            if content is None or not content.entries:
-                return cls._begin(path, descriptor, settings, info, at_once=at_once)
-            check_settings(path, content, settings, info)
-            os.ftruncate(descriptor, content.end)
-            return cls(path, descriptor, content)
-        except BaseException as error:
-            os.close(descriptor)
-            if isinstance(error, OSError):
-                raise write_error(path, error, "nothing was started") from error
-            raise
-
-    @classmethod
-    def _begin(cls, path: Path, descriptor: int, settings: Facts, info: Facts, *, at_once: bool) -> Journal:
-        journal = cls(path, descriptor, JournalContent(dict(settings), dict(info)))
-        if at_once:
-            journal._append_header()
-        _sync_folder(path.parent)
-        return journal
-
-    @property
-    def entries(self) -> Mapping[str, Any]:
-        """The value of each finished unit by its key."""
-        return self._content.entries
-
-    def add(self, key: str, value: Any) -> None:
-        """Appends one unit; it outlives this process when this returns.
-
-        Raises:
-            MMRoleError: If it cannot be written; the journal then ends with the unit before and can be gone on with.
-        """
-        if not self._content.end:
-            self._append_header()
-        self._append({"key": key, "value": value})
-        self._content.entries[key] = value
-
-    def _append_header(self) -> None:
-        header = {"settings": self._content.settings, "info": self._content.info}
-        self._append({"journal": JOURNAL_FORMAT, **header}, errors="backslashreplace")  # paths need not be UTF-8
-
-    def _append(self, record: dict[str, Any], errors: str = "strict") -> None:
-        assert not self._broken, "a journal that could not be written must be opened anew"
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", errors) + b"\n"
-        try:
-            if not self._content.end:  # what is there goes as late as this
-                os.ftruncate(self._descriptor, 0)
-            _write_all(self._descriptor, line)
-            if time.monotonic() - self._synced >= _SYNC_SECONDS:
-                os.fsync(self._descriptor)
-                self._synced = time.monotonic()
-        except OSError as error:
-            self._cut()
-            self._broken = True
-            raise write_error(self.path, error, "everything finished so far is kept") from error
-        self._content.end += len(line)
-
-    def _cut(self) -> None:
-        try:
-            os.ftruncate(self._descriptor, self._content.end)
-        except OSError:
-            return  # a half-written line may stay; the next run cuts it off
-
-    def sync(self) -> None:
-        """Forces everything to the disk.
-
-        Raises:
-            MMRoleError: If the disk does not take it.
-        """
-        try:
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise write_error(self.path, error, "everything finished so far is kept") from error
-
-    def close(self) -> None:
-        """Forces everything to the disk and closes the file, which frees the lock."""
-        if self._descriptor >= 0:
-            try:
-                self.sync()
-            finally:
-                os.close(self._descriptor)
-                self._descriptor = -1
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _lock(path: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fix = "wait until it has ended, or choose another output folder"
-        raise MMRoleError("another process is writing this journal", path, fix=fix) from None
-
-
-def _parse_line(line: bytes) -> Any:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        return json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_entry(record: Any) -> bool:
-    return isinstance(record, dict) and isinstance(record.get("key"), str) and "value" in record
-
-
-def _broken_line(path: Path, number: int) -> MMRoleError:
-    fix = "delete that line if the rest is sound (its unit is done again), or give --overwrite to start anew"
-    return MMRoleError("the journal is damaged", path, f"line {number}", fix)
-
-
-def _from_header(path: Path, record: Any, length: int) -> JournalContent:
-    parts = [record.get(name) for name in ("settings", "info")] if isinstance(record, dict) else []
-    if not parts or "journal" not in record or not all(isinstance(part, dict) for part in parts):
-        raise _broken_line(path, 1)
-    if record["journal"] != JOURNAL_FORMAT:
-        raise MMRoleError(
-            "the journal was written by another version", record["journal"], path, "give --overwrite to start anew"
-        )
-    return JournalContent(record["settings"], record["info"], end=length)
-
-
-def _named(settings: Mapping[str, Any], names: object, key: str) -> str:
-    value = json.dumps(settings[key], ensure_ascii=False) if key in settings else "nothing"
-    return f"{value} ({names[key]})" if isinstance(names, Mapping) and key in names else value

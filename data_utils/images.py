@@ -1,22 +1,36 @@
-"""Where a sample's image lies: only ever below the image folder; and which images of two data roots clash."""
+"""Images of data roots: their names, where they lie (only ever below the image folder), and what form they have."""
 
 from __future__ import annotations
 
 import filecmp
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
 
 from data_utils.errors import MMRoleError, raise_problems
+from data_utils.layout import PLAIN_IMAGE
 from data_utils.paths import is_file
 
-PLAIN_IMAGE = "play/plain.png"  # made for characters without pictures, in any data root
-_NO_IMAGES = (".json", ".txt", ".md", ".db", ".ini")  # what else lies in folders of pictures
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+NO_IMAGES = (".json", ".txt", ".md", ".db", ".ini")  # other files in folders of pictures
+# Forms of pictures that people see otherwise than the model, which reads 8-bit RGB without any metadata.
+FORMS = {
+    "rotated_image": "an EXIF orientation, which the model ignores: it sees the picture turned or mirrored",
+    "deep_image": "more than 8 bits per channel, which are clipped: the model sees most of it white",
+    "transparent_image": "transparency, which the model ignores: it sees the colours behind it",
+    "animated_image": "several frames: the model sees the first one",
+}
+_ORIENTATION = 0x0112  # of EXIF
 _LONGEST_NAME = 200  # bytes; file systems take 255, and suffixes are added
 
 
 def image_name_problem(name: str) -> str | None:
-    """Why an image name cannot be allowed, or None. Allowed is a relative path that stays below the image folder."""
+    """Return why an image name is not allowed, or None. It must be a relative path below the image folder."""
     if not name.strip():
         return "the image name is empty"
     if "://" in name or name.lower().startswith(("data:", "file:", "http:", "https:")):
@@ -31,7 +45,7 @@ def image_name_problem(name: str) -> str | None:
 
 
 def file_name_problem(name: str) -> str | None:
-    """Why a character's or a script's name cannot be a part of file names, or None."""
+    """Return why a character's or a script's name cannot be a part of file names, or None."""
     if not name.strip() or name != name.strip():
         return "it is empty or has blanks at its edges"
     if any("\ud800" <= character <= "\udfff" for character in name):
@@ -44,15 +58,12 @@ def file_name_problem(name: str) -> str | None:
 
 
 def find_image(image_dir: str | Path, name: str, *, follow_links: bool = False) -> Path | None:
-    """The file of an image.
+    """Return the file of an image, or None if there is none.
 
     Args:
         image_dir: The image folder; it may itself be a link.
         name: The image's name in the data, relative to that folder.
-        follow_links: Allows symbolic links below the folder that lead out of it, such as a linked COCO folder.
-
-    Returns:
-        Its path, or None where there is no such file.
+        follow_links: Allow symbolic links that lead out of the folder, such as a linked COCO folder.
 
     Raises:
         MMRoleError: If the name is not allowed, or a link leads out of the folder and links are not allowed.
@@ -75,12 +86,12 @@ def find_image(image_dir: str | Path, name: str, *, follow_links: bool = False) 
 
 
 def leads_outside(image_dir: Path, path: Path) -> bool:
-    """Whether links lead from an image's path out of the image folder, which may itself be a link."""
+    """Return whether links lead from an image's path out of the image folder, which may itself be a link."""
     return not path.resolve().is_relative_to(image_dir.resolve())
 
 
 def images_below(root: Path) -> Iterator[tuple[str, Path]]:
-    """The images of a data root in order, with their names: all below `images/` but texts and hidden files.
+    """Yield the images of a data root in order, with their names: all files below `images/` but texts and hidden ones.
 
     Links to folders are entered, but not one to MS-COCO's images, which are the same everywhere.
     """
@@ -89,16 +100,16 @@ def images_below(root: Path) -> Iterator[tuple[str, Path]]:
         folder = Path(place)
         folders[:] = sorted(name for name in folders if not _stays_out(images, folder / name))
         for path in (folder / name for name in sorted(files)):
-            if not path.name.startswith(".") and path.suffix.lower() not in _NO_IMAGES and path.is_file():
+            if not path.name.startswith(".") and path.suffix.lower() not in NO_IMAGES and path.is_file():
                 yield path.relative_to(images).as_posix(), path
 
 
 def clashing_images(root: Path, others: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """The images that are another picture in another data root: one name, different bytes.
+    """Yield the images that are another picture in another data root: one name, different bytes.
 
     Args:
         root: The data root whose images are compared.
-        others: Those that they are compared with.
+        others: The data roots that they are compared with.
 
     Yields:
         The name, and the first of the others in which it is another picture.
@@ -109,9 +120,9 @@ def clashing_images(root: Path, others: Sequence[Path]) -> Iterator[tuple[str, P
     problems = []
     for name, path in images_below(root):
         for other in others:
-            there = other / "images" / name
+            same_name = other / "images" / name
             try:
-                if name != PLAIN_IMAGE and there.is_file() and not _same(path, there):
+                if name != PLAIN_IMAGE and same_name.is_file() and not _same(path, same_name):
                     yield name, other
                     break
             except OSError as error:
@@ -120,8 +131,52 @@ def clashing_images(root: Path, others: Sequence[Path]) -> Iterator[tuple[str, P
     raise_problems(problems)
 
 
+def image_forms(image: Image.Image) -> list[str]:
+    """Return the keys of `FORMS` that apply to an opened picture."""
+    forms = {
+        "rotated_image": image.getexif().get(_ORIENTATION) in range(2, 9),
+        "deep_image": image.mode.startswith("I") or image.mode == "F",
+        "transparent_image": image.has_transparency_data and _alpha(image).getextrema()[0] < 255,
+        "animated_image": getattr(image, "n_frames", 1) > 1,
+    }
+    return [form for form, applies in forms.items() if applies]
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA").getchannel("A")
+
+
+def upright_rgb(data: bytes) -> tuple[bytes, str]:
+    """Return a picture as people see it: upright, 8-bit RGB, transparency on white.
+
+    Args:
+        data: The content of a picture file.
+
+    Returns:
+        The content and suffix of a JPEG or WebP or PNG file; the very bytes if nothing needs to change.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as image:
+        suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(image.format or "", "")
+        if suffix and not image_forms(image) and image.mode in ("RGB", "L"):
+            return data, suffix
+        picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I"):
+        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    content = io.BytesIO()
+    if suffix == ".jpg":
+        picture.convert("RGB").save(content, "JPEG", quality=95)
+        return content.getvalue(), suffix
+    picture.convert("RGB").save(content, "PNG")
+    return content.getvalue(), ".png"
+
+
 def _stays_out(images: Path, folder: Path) -> bool:
-    """Whether a folder is a link to MS-COCO's images, or to one that it lies in itself."""
+    """Return whether a folder is a link to MS-COCO's images, or to a folder that contains it."""
     if not folder.is_symlink():
         return False
     loops = folder.parent.resolve().is_relative_to(folder.resolve())

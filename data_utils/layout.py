@@ -9,7 +9,39 @@ from data_utils.errors import MMRoleError
 SHORT_SPLITS = {"in": "in-distribution", "out": "out-of-distribution"}  # as folders of eval/ and the paper name them
 SPLITS = tuple(SHORT_SPLITS.values())
 KINDS = ("comment", "human-role", "inter-role")
+# What the ids of a kind's dialogues hold: "<character>_<this>_<COCO or script>_<number>".
+KIND_IN_ID = {"comment": "comment", "human-role": "human-role-dialogue", "inter-role": "role-role-dialogue"}
+TRAIN_FILE = "data/train/train_85k.json"
+RM_TRAIN_FILE = "RM_data/train/RM-train_23k.json"
+RM_TEST_FILE = "RM_data/test/RM-test_320.json"
+COCO = "COCO/"  # how the names of MS-COCO's images begin
+PLAIN_IMAGE = "play/plain.png"  # made for characters without pictures, in any data root
 RELEASED_JUDGE = "reward-model"  # its reviews and results have the published place
+
+
+def file_name(name: str) -> str:
+    """Return a character's or a script's name as files and folders are named after it."""
+    return name.replace(" ", "_")
+
+
+def profiles_folder(data_root: str | Path, split: str) -> Path:
+    """Return the folder of `profiles.json` and `roles.json` of a split."""
+    return Path(data_root) / "profiles" / split
+
+
+def annotations_path(data_root: str | Path) -> Path:
+    """Return the path of what is known about images."""
+    return Path(data_root) / "images" / "annotations.json"
+
+
+def dialogues_folder(data_root: str | Path, split: str, kind: str) -> Path:
+    """Return the folder of a kind's dialogue files; the published single file has the same name and `.json`."""
+    return Path(data_root) / "dialogues" / split / kind
+
+
+def play_path(data_root: str | Path, name: str) -> Path:
+    """Return the path of the questions that a character of one's own is asked."""
+    return Path(data_root) / "data" / "play" / f"{file_name(name)}.json"
 
 
 def file_of_tests(kind: str) -> str:
@@ -18,7 +50,7 @@ def file_of_tests(kind: str) -> str:
 
 
 def paths_of_tests(data_root: str | Path) -> list[Path]:
-    """Gives the paths of the six test files of a data root, whether they are there or not."""
+    """Return the paths of the six test files of a data root, whether they exist or not."""
     return [Path(data_root) / "data" / "test" / split / file_of_tests(kind) for split in SPLITS for kind in KINDS]
 
 

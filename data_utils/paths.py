@@ -1,4 +1,4 @@
-"""What is there. What may not be looked at is an error here, and not, as for `Path.glob`, the same as nothing there."""
+"""Looks at files and folders; one that may not be read is an error here, and not, as for `Path.glob`, an empty one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from data_utils.errors import MMRoleError
 
-SHOWN = "[!.]*"  # macOS puts a hidden ._x beside each x on foreign disks
+SHOWN = "*"  # hidden files are never listed
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class UnreadableError(MMRoleError):
-    """A folder or file that may not be read; its text is the same for all that lies in a closed folder."""
+    """A file or folder that cannot be read; the text is the same for everything in a closed folder."""
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything of that name.
+    """Return whether a path exists.
 
     Raises:
         UnreadableError: If that may not be seen.
@@ -29,7 +29,7 @@ def is_there(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder.
+    """Return whether there is such a folder.
 
     Raises:
         UnreadableError: If that may not be seen.
@@ -38,7 +38,7 @@ def is_folder(path: Path) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file.
+    """Return whether there is such a file.
 
     Raises:
         UnreadableError: If that may not be seen.
@@ -47,25 +47,27 @@ def is_file(path: Path) -> bool:
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
-    """What lies in a folder, in order; nothing if there is no such folder.
+    """Return what a folder holds, in order, without hidden files; nothing if there is no such folder.
+
+    macOS puts a hidden `._x` beside each `x` on foreign disks, which is no data.
 
     Args:
-        folder: Which.
+        folder: The folder.
         pattern: What the names must match.
 
     Raises:
         UnreadableError: If it may not be read.
     """
     try:
-        return sorted(path for path in folder.iterdir() if path.match(pattern))
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.match(pattern))
     except OSError as error:
-        if error.errno in _NOT_THERE:
+        if error.errno in _ABSENT:
             return []
         raise _unreadable(folder, error) from error
 
 
 def sha256_of(path: Path) -> str | None:
-    """The sha256 of a file's content, or None where there is no file.
+    """Return the sha256 of a file's content, or None if there is no file.
 
     Raises:
         MMRoleError: If it cannot be read.
@@ -84,7 +86,7 @@ def _is(kind: Callable[[int], bool], path: Path) -> bool:
     except ValueError:  # a name with a null byte
         return False
     except OSError as error:
-        if error.errno in _NOT_THERE:
+        if error.errno in _ABSENT:
             return False
         raise _unreadable(path, error) from error
 
@@ -94,7 +96,7 @@ def _unreadable(path: Path, error: OSError) -> UnreadableError:
 
 
 def _closed(path: Path) -> Path:
-    """The folder on the way to a path that nobody may enter, or the path itself."""
+    """Return the folder on the way to a path that may not be entered, or the path itself."""
     for part in [*reversed(path.parents), path]:
         try:
             part.stat()

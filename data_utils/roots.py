@@ -1,4 +1,7 @@
-"""Data roots: their characters, dialogues and test sets, of one root or of several together."""
+"""Data roots: their characters, dialogues and test sets, of one root or of several together.
+
+Only this module reads and writes `profiles.json`, `roles.json` and `annotations.json`.
+"""
 
 from __future__ import annotations
 
@@ -7,121 +10,146 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_utils.errors import MMRoleError, ProblemsError, raise_problems
+from data_utils.errors import MMRoleError, raise_problems
+from data_utils.files import Row, write_json
 from data_utils.images import clashing_images
-from data_utils.layout import SPLITS, paths_of_tests
-from data_utils.paths import SHOWN, is_file, is_folder, listed
+from data_utils.layout import SPLITS, annotations_path, dialogues_folder, paths_of_tests, profiles_folder
+from data_utils.paths import is_file, is_folder, listed
 from data_utils.prompts import Role
-from data_utils.schema import Dialogue, Named, Profiles, Roles, Row, read_rows, read_value
+from data_utils.schema import Annotation, Dialogue, Named, Profiles, Roles, read_rows, read_value
 
 _MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
 class Characters:
-    """Who can speak: ``profiles`` maps a name to its profile text, ``scripts`` a name to the script that lists it."""
+    """All characters who can speak.
+
+    Attributes:
+        profiles: The profile text of each.
+        scripts: The script of each, as `roles.json` lists it.
+    """
 
     profiles: Mapping[str, str]
     scripts: Mapping[str, str]
 
     def role(self, name: str) -> Role:
-        """Gives the character ``name``.
+        """Return a character by name.
 
         Raises:
-            MMRoleError: no script lists it, or it has no profile.
+            MMRoleError: No script lists it, or it has no profile.
         """
         if name not in self.scripts:
-            raise MMRoleError(
-                "unknown speaker",
-                value=name,
-                where="roles.json",
-                fix="list the character under its script in roles.json",
-            )
+            fix = "list the character under its script in roles.json"
+            raise MMRoleError("unknown speaker", name, "roles.json", fix)
         if name not in self.profiles:
-            raise MMRoleError(
-                "a speaker without a profile", value=name, where="profiles.json", fix="add its profile to profiles.json"
-            )
+            raise MMRoleError("a speaker without a profile", name, "profiles.json", "add its profile to profiles.json")
         return Role(name, self.scripts[name], self.profiles[name])
 
 
-def load_characters(data_root: str | Path, splits: Sequence[str] = SPLITS) -> Characters:
-    """Reads ``profiles/<split>/{profiles,roles}.json`` of a data root, all splits into one.
+@dataclass
+class SplitProfiles:
+    """The characters of one split of a data root.
+
+    Attributes:
+        profiles: `profiles.json`: the profile text of each character.
+        roles: `roles.json`: the characters of each script.
+    """
+
+    profiles: dict[str, str]
+    roles: dict[str, list[str]]
+
+    @property
+    def scripts(self) -> dict[str, str]:
+        """The script of each character."""
+        return {name: script for script, names in self.roles.items() for name in names}
+
+
+def read_profiles(data_root: Path, split: str, *, may_lack: bool = False) -> tuple[SplitProfiles, list[MMRoleError]]:
+    """Read the characters of a split.
+
+    Args:
+        data_root: The data root.
+        split: The split.
+        may_lack: Takes a missing file for an empty one.
+
+    Returns:
+        The characters, and everything that is wrong with their files.
+    """
+    folder = profiles_folder(data_root, split)
+    content: list[dict[str, Any]] = []
+    problems: list[MMRoleError] = []
+    for path, form in ((folder / "profiles.json", Profiles), (folder / "roles.json", Roles)):
+        value, wrong = ({}, []) if may_lack and not is_file(path) else read_value(path, form)
+        content.append(value)
+        problems += wrong
+    return SplitProfiles(*content), problems
+
+
+def write_profiles(data_root: Path, split: str, characters: SplitProfiles) -> None:
+    """Write the characters of a split.
 
     Raises:
-        ProblemsError: files are missing or wrong, with everything that is.
+        MMRoleError: A file cannot be written.
     """
-    profiles: dict[str, str] = {}
-    scripts: dict[str, str] = {}
-    problems: list[MMRoleError] = []
-    for split in splits:
-        folder = Path(data_root) / "profiles" / split
-        own, wrong = read_value(folder / "profiles.json", Profiles)
-        roles, wrong_roles = read_value(folder / "roles.json", Roles)
-        problems += [*wrong, *wrong_roles]
-        profiles.update(own)
-        scripts.update({name: script for script, names in roles.items() for name in names})
+    folder = profiles_folder(data_root, split)
+    write_json(folder / "profiles.json", characters.profiles)
+    write_json(folder / "roles.json", characters.roles)
+
+
+def add_profile(data_root: Path, split: str, name: str, script: str, profile: str) -> None:
+    """Add a character to a split, or give it a new profile.
+
+    Raises:
+        ProblemsError: Files that exist are wrong, with everything that is.
+        MMRoleError: A file cannot be written.
+    """
+    characters, problems = read_profiles(data_root, split, may_lack=True)
     raise_problems(problems)
-    return Characters(profiles, scripts)
+    characters.profiles[name] = profile
+    if name not in characters.roles.setdefault(script, []):
+        characters.roles[script].append(name)
+    write_profiles(data_root, split, characters)
+
+
+def read_annotations(data_root: Path) -> tuple[list[Row], list[MMRoleError]]:
+    """Read what is known about images: the rows, none if there is no file, and everything that is wrong with it."""
+    path = annotations_path(data_root)
+    return read_rows(path, Annotation) if is_file(path) else ([], [])
+
+
+def write_annotations(data_root: Path, rows: Sequence[Row]) -> None:
+    """Write what is known about images.
+
+    Raises:
+        MMRoleError: The file cannot be written.
+    """
+    write_json(annotations_path(data_root), rows)
 
 
 def dialogue_files(data_root: str | Path, split: str, kind: str) -> list[Path]:
-    """Gives the files of ``dialogues/<split>/<kind>``: the single file first, then a folder's in order of file name.
+    """Return the files of a kind's dialogues: the single file first, then a folder's in order of file name.
 
     Published splits have the one or the other; new dialogues beside a published single file make a folder.
 
     Raises:
-        UnreadableError: a folder may not be read.
+        UnreadableError: A folder may not be read.
     """
-    place = Path(data_root) / "dialogues" / split / kind
-    single = place.with_name(f"{kind}.json")
-    return [*([single] if is_file(single) else []), *listed(place, f"{SHOWN}.json")]
-
-
-def iterate_dialogues(data_root: str | Path, split: str, kind: str) -> Iterator[dict[str, Any]]:
-    """Yields the dialogues of ``dialogues/<split>/<kind>``, in order of file name.
-
-    Raises:
-        MMRoleError: there is neither a folder nor a file.
-        ProblemsError: a file is broken or its rows are wrong, with everything that is wrong in it.
-    """
-    place = Path(data_root) / "dialogues" / split / kind
-    files = dialogue_files(data_root, split, kind)
-    if not files and not is_folder(place):
-        raise MMRoleError(
-            "no dialogues", value=f"{kind} ({split})", where=str(place), fix="check the data root, or download the data"
-        )
-    for file in files:
-        rows, problems = read_rows(file, Dialogue)
-        raise_problems(problems)
-        yield from rows
-
-
-def tested_dialogues(data_root: str | Path) -> frozenset[str]:
-    """Gives the ids of the dialogues from which the data root's test samples were drawn.
-
-    Raises:
-        ProblemsError: a test file is missing or wrong, with everything that is.
-    """
-    ids: list[str] = []
-    problems: list[MMRoleError] = []
-    for path in paths_of_tests(data_root):
-        rows, wrong = read_rows(path, Named)
-        ids += [row["id"] for row in rows]
-        problems += wrong if is_file(path) else [_no_test_file(path)]
-    raise_problems(problems)
-    return frozenset(map(dialogue_id, ids))
+    folder = dialogues_folder(data_root, split, kind)
+    single = folder.with_name(f"{kind}.json")
+    return [*([single] if is_file(single) else []), *listed(folder, "*.json")]
 
 
 def dialogue_id(sample_id: str) -> str:
-    """Gives the id of the dialogue a sample was made from (``<dialogue id>_<turn>``)."""
+    """Return the id of the dialogue that a sample was made from (`<dialogue id>_<turn>`)."""
     return sample_id.rpartition("_")[0]
 
 
-class Sources:
-    """The dialogues and characters of a data root and of further ones.
+class DataRoots:
+    """The dialogues and characters of a data root and of further ones that add to it.
 
     Args:
-        roots: The data root, and further ones that add to it.
+        roots: The data root, and further ones.
 
     Attributes:
         characters: Everybody who may speak.
@@ -129,8 +157,8 @@ class Sources:
         problems: What was found wrong so far; whoever reads dialogues raises them when all are read.
 
     Raises:
-        ProblemsError: Roots are not there or given twice; files of characters are missing or wrong, or two roots have
-            different ones of one name, with everything that is.
+        ProblemsError: Roots do not exist or are given twice; files of characters are missing or wrong, or two roots
+            have different ones of one name, with everything that is.
     """
 
     def __init__(self, roots: Sequence[Path]) -> None:
@@ -142,36 +170,38 @@ class Sources:
         profiles: dict[str, str] = {}
         scripts: dict[str, str] = {}
         for root in self.roots:
-            own, own_scripts = self._people(root)
-            self.problems += _two_of_one_name(root, profiles, own, scripts, own_scripts)
-            profiles.update(own)
-            scripts.update(own_scripts)
+            new = self._characters(root)
+            self.problems += _different_characters(root, profiles, scripts, new)
+            profiles.update(new.profiles)
+            scripts.update(new.scripts)
         if not scripts and not self.problems:
             fix = "choose the folder that holds profiles/ and dialogues/"
             self.problems.append(MMRoleError("no profiles/<split>/roles.json", None, self.roots[0], fix))
         raise_problems(self.problems)
         self.characters = Characters(profiles, scripts)
 
-    def _people(self, root: Path) -> tuple[dict[str, str], dict[str, str]]:
-        """The profile and the script of each character of a root."""
+    def _characters(self, root: Path) -> Characters:
         profiles: dict[str, str] = {}
         scripts: dict[str, str] = {}
-        for split, folder in ((split, root / "profiles" / split) for split in SPLITS):
-            if not is_folder(folder):
-                continue
-            profiles.update(self._value(folder / "profiles.json", Profiles))
-            for script, names in self._value(folder / "roles.json", Roles).items():
+        for split in (split for split in SPLITS if is_folder(profiles_folder(root, split))):
+            found, problems = read_profiles(root, split)
+            self.problems += problems
+            profiles.update(found.profiles)
+            scripts.update(found.scripts)
+            for script, names in found.roles.items():
                 self.roles.setdefault(split, {}).setdefault(script, []).extend(names)
-                scripts.update(dict.fromkeys(names, script))
-        return profiles, scripts
+        return Characters(profiles, scripts)
 
     def dialogues(self, split: str, kind: str) -> Iterator[Row]:
-        """The dialogues of all roots; a file that is wrong goes to `problems`, and so do ids that come again."""
+        """Yield the dialogues of all roots; a file that is wrong, or repeats ids, goes to `problems`."""
         for path in (path for root in self.roots for path in self._files(root, split, kind)):
             rows = self.rows(path, Dialogue)
             places = {row["id"]: self._places.setdefault(row["id"], path) for row in rows}
             for other in dict.fromkeys(place for place in places.values() if place != path):
-                self.problems.append(_again(path, other, [name for name, place in places.items() if place == other]))
+                names = [name for name, place in places.items() if place == other]
+                what = f"{len(names):,} dialogue(s) of two files have the same id"
+                fix = "give each a different id, or remove those of one file"
+                self.problems.append(MMRoleError(what, _first_names(names), f"{path} and {other}", fix))
             yield from rows
 
     def _files(self, root: Path, split: str, kind: str) -> list[Path]:
@@ -182,122 +212,90 @@ class Sources:
             return []
 
     def rows(self, path: Path, record: Any) -> list[Row]:
-        """The rows of a file; there are none if it is wrong, which goes to `problems`."""
+        """Return the rows of a file; none if it is wrong, which goes to `problems`."""
         rows, problems = read_rows(path, record)
         self.problems += problems
         return rows
 
     def tested(self) -> frozenset[str]:
-        """The dialogues that test samples of any root were drawn from; what is wrong with these goes to `problems`."""
-        found: set[str] = set()
-        for root in self.roots:
-            if is_folder(root / "data" / "test"):
-                try:
-                    found |= tested_dialogues(root)
-                except ProblemsError as error:
-                    self.problems += error.problems
-        return frozenset(found)
+        """Return the dialogues that test samples of any root were drawn from; these never train.
 
-    def whole_tests(self, out: Path) -> list[Path]:
-        """The roots that have a test set, all six files of it; one that is not whole goes to `problems`.
+        What is wrong with the test sets goes to `problems`, a missing file too: without it nobody knows which
+        dialogues must not train.
+        """
+        found: list[str] = []
+        for root in (root for root in self.roots if is_folder(root / "data" / "test")):
+            for path in paths_of_tests(root):
+                rows, wrong = read_rows(path, Named)
+                found += [row["id"] for row in rows]
+                if not is_file(path):
+                    fix = "download or build the test files again; one that has no samples holds []"
+                    what = "cannot read the file: a test set has six, and this one is missing"
+                    wrong = [MMRoleError(what, path, fix=fix)]
+                self.problems += wrong
+        return frozenset(map(dialogue_id, found))
+
+    def complete_tests(self, out: Path) -> list[Path]:
+        """Return the roots that have all six test files; a root that lacks some of them goes to `problems`.
 
         Args:
-            out: Where test files are written: a test set that is not whole there may be made whole.
+            out: Where test files are written: the missing ones may be added there.
         """
-        whole = []
+        complete = []
         for root in self.roots:
             absent = [path for path in paths_of_tests(root) if not is_file(path)]
             if not absent:
-                whole.append(root)
+                complete.append(root)
             elif len(absent) < len(paths_of_tests(root)) and out.resolve() != (root / "data" / "test").resolve():
-                self.problems.append(_not_whole(root, absent))
-        return whole
+                what = f"a test set has six files, and {len(absent)} of this one are missing"
+                fix = "download or build the test files again, or move the others away to draw new ones"
+                self.problems.append(MMRoleError(what, [str(path.relative_to(root)) for path in absent], root, fix))
+        return complete
 
     def compare_images(self) -> None:
-        """Whether an image of a root is another picture in an earlier one, where it would be shown; see `problems`."""
+        """Find images of a root that are another picture in an earlier one, which would be shown; see `problems`."""
         for number, root in enumerate(self.roots):
             clashes = list(clashing_images(root, self.roots[:number]))
             for other in dict.fromkeys(other for _, other in clashes):
-                self.problems.append(_clash(root, other, [name for name, where in clashes if where == other]))
-
-    def _value(self, path: Path, form: Any) -> dict[str, Any]:
-        value, problems = read_value(path, form)
-        self.problems += problems
-        return value
+                names = [name for name, where in clashes if where == other]
+                what = f"{len(names):,} image(s) of two data roots have the same name and are different pictures"
+                fix = (
+                    "rename those of one root, also in its annotations, dialogues and samples, "
+                    "or give its script another name"
+                )
+                place = f"{root / 'images'} and {other / 'images'}"
+                self.problems.append(MMRoleError(what, _first_names(names), place, fix))
 
 
 def root_problems(roots: Sequence[Path]) -> list[MMRoleError]:
-    """The roots that are not there, and those that are given twice, under whatever names."""
+    """Return the roots that do not exist, and those that are given twice, under whatever names."""
     problems = []
-    there: list[Path] = []
+    found: list[Path] = []
     for root in roots:
-        same = next((other for other in there if other.samefile(root)), None) if is_folder(root) else None
+        same = next((other for other in found if other.samefile(root)), None) if is_folder(root) else None
         if not is_folder(root):
             problems.append(MMRoleError("there is no such data root", root, fix="check the path"))
         elif same:
             fix = "give each data root once: every sample would come twice"
             problems.append(MMRoleError("a data root is given twice", root, f"it is {same}", fix))
         else:
-            there.append(root)
+            found.append(root)
     return problems
 
 
-def _two_of_one_name(
-    root: Path,
-    profiles: Mapping[str, str],
-    own: Mapping[str, str],
-    scripts: Mapping[str, str],
-    own_scripts: Mapping[str, str],
+def _different_characters(
+    root: Path, profiles: Mapping[str, str], scripts: Mapping[str, str], new: Characters
 ) -> list[MMRoleError]:
-    """Whom a root's profiles or scripts make another person than the roots before it do."""
-    changed = {name for name in own.keys() & profiles.keys() if own[name] != profiles[name]}
-    moved = {name for name in own_scripts.keys() & scripts.keys() if own_scripts[name] != scripts[name]}
-    if not changed | moved:
+    """Return the characters whose profile or script differs from that of a character of the same name before."""
+    changed = {name for name in new.profiles.keys() & profiles.keys() if new.profiles[name] != profiles[name]}
+    changed |= {name for name in new.scripts.keys() & scripts.keys() if new.scripts[name] != scripts[name]}
+    if not changed:
         return []
+    what = f"{len(changed):,} character(s) of two data roots have the same name and are different people"
     fix = "rename those of one root, also in its dialogues and samples, or take them out of its profiles and roles"
-    return [
-        MMRoleError(
-            f"{len(changed | moved):,} character(s) of two data roots have the same name and are different people",
-            _some_of(sorted(changed | moved)),
-            root / "profiles",
-            fix,
-        )
-    ]
+    return [MMRoleError(what, _first_names(sorted(changed)), root / "profiles", fix)]
 
 
-def _again(path: Path, other: Path, names: Sequence[str]) -> MMRoleError:
-    return MMRoleError(
-        f"{len(names):,} dialogue(s) of two files have the same id",
-        _some_of(names),
-        f"{path} and {other}",
-        "give each an id of its own, or take those of one file out",
-    )
-
-
-def _not_whole(root: Path, absent: Sequence[Path]) -> MMRoleError:
-    return MMRoleError(
-        f"a test set has six files, and {len(absent)} of this one are missing",
-        [str(path.relative_to(root)) for path in absent],
-        root,
-        "fetch or build the test files anew, or move those that are there away to draw new ones",
-    )
-
-
-def _some_of(names: Sequence[str]) -> list[str]:
+def _first_names(names: Sequence[str]) -> list[str]:
     more = [f"… and {len(names) - _MOST_NAMES:,} more"] if len(names) > _MOST_NAMES else []
     return [*names[:_MOST_NAMES], *more]
-
-
-def _clash(root: Path, other: Path, names: Sequence[str]) -> MMRoleError:
-    return MMRoleError(
-        f"{len(names):,} image(s) of two data roots have the same name and are different pictures",
-        _some_of(names),
-        f"{root / 'images'} and {other / 'images'}",
-        "rename those of one root, also in its annotations, dialogues and samples, or give its script another name",
-    )
-
-
-def _no_test_file(path: Path) -> MMRoleError:
-    # Without it nobody knows which dialogues must not train.
-    fix = "fetch or build the test files anew; one that has no samples holds []"
-    return MMRoleError("cannot read the file: a test set has six, and this one is missing", path, fix=fix)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from data_utils.errors import MMRoleError
+from data_utils.errors import MMRoleError, raise_problems
+from data_utils.files import Row
 from data_utils.layout import KINDS, SPLITS
 from data_utils.prompts import CURIOUS_HUMAN, HUMAN, SYSTEM_MESSAGE, ImageInformation, picture_line, role_play_prompt
-from data_utils.roots import Characters, iterate_dialogues, load_characters, tested_dialogues
+from data_utils.roots import Characters, DataRoots
 
 
 def build_sample(
@@ -87,21 +88,44 @@ def iterate_samples(
 
 
 def training_samples(
-    data_root: str | Path, *, kinds: Sequence[str] = KINDS, sane_partner: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Yields the in-distribution training samples of a data root, one kind after the other.
+    roots: DataRoots,
+    *,
+    kinds: Sequence[str] = KINDS,
+    sane_partner: bool = False,
+    counts: Counter[str] | None = None,
+) -> Iterator[Row]:
+    """Yield the in-distribution training samples of data roots, one kind after the other.
 
     A dialogue from which a test sample was drawn is left out whole. On all 14,346 published dialogues this gives the
     85,456 samples of train_85k.json.
 
+    Args:
+        roots: Where dialogues and characters come from.
+        kinds: The kinds of dialogues.
+        sane_partner: The partner is the dialogue's other speaker, instead of the published rule.
+        counts: Counts samples by kind, and dialogues ("dialogues", "held out").
+
     Raises:
-        MMRoleError: a file of the data root is missing or a dialogue cannot be built.
+        ProblemsError: After the last sample, if files are wrong or dialogues cannot be built, with everything that is;
+            or if there is no sample.
     """
-    characters = load_characters(data_root, SPLITS[:1])
-    tested = tested_dialogues(data_root)
+    counts = Counter() if counts is None else counts
+    tested = roots.tested()
     for kind in kinds:
-        kept = (d for d in iterate_dialogues(data_root, SPLITS[0], kind) if d["id"] not in tested)
-        yield from iterate_samples(kept, characters, sane_partner=sane_partner, training=True)
+        for dialogue in roots.dialogues(SPLITS[0], kind):
+            counts["held out" if dialogue["id"] in tested else "dialogues"] += 1
+            if dialogue["id"] in tested:
+                continue
+            try:
+                for sample in iterate_samples([dialogue], roots.characters, sane_partner=sane_partner, training=True):
+                    counts[kind] += 1
+                    yield sample
+            except MMRoleError as error:
+                roots.problems.append(error)
+    if not any(counts[kind] for kind in kinds) and not roots.problems:
+        fix = "see data_utils.grow for how to get dialogues, data_utils.check for what is wrong"
+        roots.problems.append(MMRoleError("no dialogue gives a training sample", None, roots.roots[0], fix))
+    raise_problems(roots.problems)
 
 
 def _published_partner(conversation: Sequence[Mapping[str, str]], turn: int) -> str:

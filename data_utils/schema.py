@@ -16,10 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from data_utils.errors import MMRoleError
-from data_utils.files import read_json
+from data_utils.files import Row, read_json
 from data_utils.images import image_name_problem
-
-Row = dict[str, Any]
 
 
 def _check_image_name(name: str) -> str:

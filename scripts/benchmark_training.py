@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json, write_json
+from data_utils.roots import DataRoots
 from data_utils.samples import training_samples
 from finetune.data import PackedCollator, PaddedCollator, SupervisedDataset
 
@@ -45,7 +46,9 @@ def run_training(options: argparse.Namespace, arguments: Sequence[str]) -> dict[
 def _samples(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Real training samples whose image is there, spread over the data."""
     there = (
-        row for row in training_samples(options.data_root) if (options.data_root / "images" / row["image"]).is_file()
+        row
+        for row in training_samples(DataRoots([options.data_root]))
+        if (options.data_root / "images" / row["image"]).is_file()
     )
     return islice(there, 0, None, SPREAD)
 

@@ -10,20 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from data_utils.errors import MMRoleError, raise_problems, shown
+from data_utils.files import Row, write_rows
+from data_utils.layout import RM_TEST_FILE, RM_TRAIN_FILE
 from data_utils.prompts import picture_line
-from data_utils.row_files import first_problems, write_rows
-from data_utils.schema import ReviewedRow, Row, read_rows
+from data_utils.schema import ReviewedRow, read_rows
 
-RM_TRAIN_FILE, RM_TEST_FILE = "RM_data/train/RM-train_23k.json", "RM_data/test/RM-test_320.json"
 PUBLISHED_REVIEWS, PUBLISHED_VALIDATION = 23_520, 320
 
 ReviewPrompts = Callable[[Mapping[str, Any]], Mapping[str, tuple[str, str]]]
 
 
-def read_reviews(folder: Path) -> list[tuple[str, Row]]:
-    """The reviewed rows below a folder, each with the agent that was reviewed (the name of its file's folder).
+def build_reviews(reviews: Path, out: Path, prompts: ReviewPrompts, *, validation: int, seed: int) -> None:
+    """Write the reward model's files from a folder of reviews, and print what they hold; see `write_reviews`."""
+    if validation < 0:
+        raise MMRoleError("a number must be at least 0", validation, "--validation", "give a larger number")
+    rows = read_reviews(reviews)
+    trained, held_out = write_reviews(out, rows, prompts, validation=validation, seed=seed)
+    agents = len({agent for agent, _ in rows})
+    print(f"{trained:,} reward-model samples and {held_out:,} for validation, of {agents} agents")
+    if trained + held_out != PUBLISHED_REVIEWS:
+        print(f"not the paper's {PUBLISHED_REVIEWS:,} reviews of 10 agents")
+    print(f"written to {(out / RM_TRAIN_FILE).resolve()} and {Path(RM_TEST_FILE).name}")
 
-    If there are folders `<split>-test_reviews` below it, only what lies in these is read.
+
+def read_reviews(folder: Path) -> list[tuple[str, Row]]:
+    """Return the reviewed rows below a folder, each with the reviewed agent (the name of its file's folder).
+
+    If there are folders `<split>-test_reviews` below it, only these are read.
 
     Raises:
         ProblemsError: There are none, or files are wrong, with everything that is.
@@ -38,24 +51,24 @@ def read_reviews(folder: Path) -> list[tuple[str, Row]]:
         found += [(path.parent.name, row) for row in rows]
     if not problems and not any(row.get("rm_review") for _, row in found):
         problems.append(MMRoleError("no reviews", None, folder, "give the folder that eval/RM_review.sh wrote to"))
-    raise_problems(first_problems(problems))
+    raise_problems(problems)
     return found
 
 
 def write_reviews(
     data_root: Path, reviews: Sequence[tuple[str, Row]], prompts: ReviewPrompts, *, validation: int, seed: int
 ) -> tuple[int, int]:
-    """Writes the reward model's training and validation files.
+    """Write the reward model's training and validation files.
 
     Args:
         data_root: Where `RM_data/` is.
         reviews: Agents and their reviewed rows.
         prompts: Makes {metric: (system, text)} from a row.
         validation: How many reviews are kept for validation, drawn from all.
-        seed: What they are drawn from.
+        seed: Of the drawing.
 
     Returns:
-        How many train and how many validate.
+        The numbers of training and of validation samples.
 
     Raises:
         MMRoleError: There are too few reviews, ids come again, or a file cannot be written.
@@ -78,10 +91,10 @@ def write_reviews(
 
 
 def named_function(name: str) -> ReviewPrompts:
-    """The function that `module:function` names; when it is called, what it gives is checked.
+    """Return the function that `module:function` names; whenever it is called, its result is checked.
 
     Raises:
-        MMRoleError: There is none.
+        MMRoleError: There is no such function.
     """
     try:
         function = pkgutil.resolve_name(name)
@@ -114,15 +127,15 @@ def _review_samples(reviews: Sequence[tuple[str, Row]], prompts: ReviewPrompts) 
 def reward_model_samples(
     rows: Iterable[Mapping[str, Any]], review_prompts: ReviewPrompts, *, agent: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Yields a reward-model training sample per review: the review prompt as user turn, the review as the assistant's.
+    """Yield a reward-model training sample per review: the review prompt as user turn, the review as the assistant's.
 
     Args:
         rows: Reviewed rows in the published form; a row without ``rm_review`` (an empty answer) gives nothing.
         review_prompts: Makes {metric: (system, text)} from a row; the data tools know no prompts of the evaluation.
-        agent: Who gave the answers; put before the ids, which would otherwise repeat from agent to agent.
+        agent: The reviewed agent; put before the ids, which would otherwise repeat from agent to agent.
 
     Raises:
-        MMRoleError: a review is of a metric for which there is no prompt.
+        MMRoleError: A review is of a metric for which there is no prompt.
     """
     for row in rows:
         if not row.get("rm_review"):
@@ -130,7 +143,7 @@ def reward_model_samples(
         prompts = review_prompts(row)
         for metric, review in row["rm_review"].items():
             if not review["score"]:
-                continue  # nobody could read a score in it: it would teach the judge to be unreadable
+                continue  # without a readable score it would teach the judge to write none
             if metric not in prompts:
                 raise MMRoleError(
                     "a review of an unknown metric",

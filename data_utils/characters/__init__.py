@@ -1,1 +1,1 @@
-"""Brings a character of your own into a data root: `python -m data_utils.characters`."""
+"""Adds a character of your own to a data root: `python -m data_utils.characters`."""

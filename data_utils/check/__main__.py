@@ -1,7 +1,77 @@
-import sys
+"""Checks a data root and reports everything that is wrong with it: `python -m data_utils.check DATA_ROOT`.
 
-from data_utils.check.checker import main
-from data_utils.errors import run_main
+It checks characters, annotations, dialogues, images, and test, training and reward-model files; missing parts are named
+and not checked. Exit status:
+
+    0  nothing is wrong, or warnings and notes only (quirks of the published data are warnings)
+    1  errors: what stops training or evaluation, or makes their results wrong
+    2  it could not be run: no data root, a wrong option
+    3  no errors, but MS-COCO images are missing, which scripts/download_data.sh fetches
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_utils.check.roots import as_json, as_text, check_roots, exit_status
+from data_utils.check.samples import LengthMeter
+from data_utils.errors import MMRoleError, run_main
+from data_utils.files import write_text
+from qwen_vl import QwenVLTokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_utils.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data_root", type=Path, metavar="DATA_ROOT", help="the folder that holds data/, dialogues/, …")
+    parser.add_argument("--extra_root", type=Path, action="append", default=[], help="a further root; repeatable")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there, as JSON")
+    parser.add_argument("--decode", action="store_true", help="decode every image that is referred to")
+    parser.add_argument("--tokenizer", type=Path, metavar="CHECKPOINT", help="measure training samples in its tokens")
+    parser.add_argument("--max_length", type=_at_least(1), default=3072, help="tokens the trainer keeps (%(default)s)")
+    parser.add_argument(
+        "--examples", type=_at_least(0), default=5, help="how many to show of each finding (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    meter = _meter(options.tokenizer, options.max_length) if options.tokenizer else None
+    reports = check_roots(
+        options.data_root, options.extra_root, decode=options.decode, meter=meter, examples=options.examples
+    )
+    if options.json:
+        write_text(options.json, as_json(reports))
+    _show(as_text(reports))
+    return exit_status(reports)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def _show(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; the status still counts
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _meter(checkpoint: Path, max_length: int) -> LengthMeter:
+    try:
+        return LengthMeter(QwenVLTokenizer.from_pretrained(checkpoint), max_length)
+    except (FileNotFoundError, ValueError) as error:
+        raise MMRoleError("no tokenizer there", str(error), "--tokenizer", "choose a checkpoint's folder") from error
+
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -1,205 +1,138 @@
-"""The data doctor: everything that is wrong with a data root at once: `python -m data_utils.check DATA_ROOT`.
-
-It looks at characters, annotations, dialogues, images, and test, training and reward-model files; what is not there is
-named and not looked at. Exit status:
-
-    0  nothing is wrong, or warnings and notes only (quirks of the published data are warnings)
-    1  errors: what stops training or evaluation, or makes their results wrong
-    2  it could not be run: no data root, a wrong option
-    3  no errors, but MS-COCO images are missing, which scripts/download_data.sh fetches
-"""
+"""What the checks of one data root share: its report, the ids and images seen so far, and how files are read."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_utils.check.dialogues import check_annotations, check_dialogues, read_characters
-from data_utils.check.findings import Report
-from data_utils.check.root import COCO, Examination, image_files
-from data_utils.check.samples import LengthMeter, check_reward_model, check_tests, check_training
-from data_utils.errors import MMRoleError, raise_problems
-from data_utils.files import write_text
-from data_utils.images import clashing_images
-from data_utils.layout import SPLITS
-from data_utils.roots import Characters, root_problems
-from qwen_vl import QwenVLImageProcessor, QwenVLTokenizer
+from data_utils.check.report import Report
+from data_utils.errors import MMRoleError
+from data_utils.files import Row, read_json
+from data_utils.images import find_image, leads_outside
+from data_utils.paths import UnreadableError, listed
+from data_utils.roots import Characters
+from data_utils.schema import Record, validate_row
+from qwen_vl.tokenization import SPECIAL_TOKENS
 
-PARTS = ("dialogues", "profiles", "data", "RM_data")
+SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+_LEFTOVER = re.compile(r"\{[A-Za-z_]+\}")
 
 
-def check_roots(
-    data_root: Path,
-    extra_roots: Sequence[Path] = (),
-    *,
-    decode: bool = False,
-    meter: LengthMeter | None = None,
-    examples: int = 5,
-) -> list[tuple[Path, Report]]:
-    """Looks at a data root, and at further ones that add characters or dialogues to it.
+@dataclass
+class Checker:
+    """The state of checking one data root.
 
-    Args:
-        data_root: The data set's folder.
-        extra_roots: Further folders of the same layout; they may use the first one's characters and images.
-        decode: Also decodes every image that is referred to.
-        meter: Also measures the training samples.
-        examples: How many examples of each kind of finding to keep.
-
-    Returns:
-        Each root with its report.
-
-    Raises:
-        MMRoleError: A folder is not there, holds nothing of a data root, or is given twice.
+    Attributes:
+        root: The data root.
+        report: What was found.
+        characters: The characters of all roots.
+        image_roots: The data roots whose images may be referred to, this one first.
+        tested: Ids of the dialogues that test samples were drawn from, of all roots.
+        test_samples: Test samples and their files by the id of their dialogue.
+        images: The file and id that first refers to an image.
+        trained: Images of dialogues that training samples are made of.
+        ids: The root and the file in which an id was seen first, by kind of record.
     """
-    roots = [data_root, *extra_roots]
-    for root in roots:
-        if not any((root / part).is_dir() for part in PARTS):
-            fix = f"choose a folder that holds {', '.join(PARTS)}"
-            raise MMRoleError("the folder holds no data", None if root.is_dir() else "not there", root, fix)
-    raise_problems(root_problems(roots))
-    profiles: dict[str, str] = {}
-    scripts: dict[str, str] = {}
-    everybody = Characters(profiles, scripts)
-    all_of_them = [
-        Examination(root, Report(examples), everybody, [root, *(other for other in roots if other != root)])
-        for root in roots
-    ]
-    for examination in all_of_them:
-        _join(examination, profiles, scripts)
-    for number, examination in enumerate(all_of_them):
-        check_tests(examination)
-        for image, other in clashing_images(examination.root, roots[:number]):
-            examination.report.add("clashing_image", f"images/{image}", detail=f"another one in {other}")
-    tested = {name for examination in all_of_them for name in examination.tested}
-    ids: dict[tuple[str, str], tuple[Path, str]] = {}
-    for examination in all_of_them:
-        examination.tested = tested
-        examination.ids = ids = {**ids, **examination.ids}
-        check_annotations(examination)
-        check_dialogues(examination)
-        check_training(examination, meter)
-        check_reward_model(examination, meter)
-        _check_images(examination, decode)
-        _check_test_images(examination)
-        if meter is not None:
-            lengths = [f"{file}: the longest sample has {n:,} tokens" for file, n in meter.longest.items()]
-            examination.report.remarks += lengths or ["no training file here to measure: build it first"]
-            meter.longest.clear()
-    return [(examination.root, examination.report) for examination in all_of_them]
 
+    root: Path
+    report: Report
+    characters: Characters
+    image_roots: list[Path]
+    tested: set[str] = field(default_factory=set)
+    test_samples: dict[str, list[tuple[str, Row]]] = field(default_factory=dict)
+    images: dict[str, tuple[str, str]] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
+    ids: dict[tuple[str, str], tuple[Path, str]] = field(default_factory=dict)
 
-def _join(examination: Examination, profiles: dict[str, str], scripts: dict[str, str]) -> None:
-    own_profiles, own_scripts = read_characters(examination)
-    for name in own_scripts.keys() & scripts.keys():
-        examination.report.add("duplicate_id", "profiles", name, "a character of another data root has this name")
-    profiles.update(own_profiles)
-    scripts.update(own_scripts)
+    def name(self, path: Path) -> str:
+        """Return a file's name as findings show it."""
+        return path.relative_to(self.root).as_posix()
 
-
-def _check_images(examination: Examination, decode: bool) -> None:
-    """Looks for all images that are referred to, and for those that nothing refers to."""
-    report = examination.report
-    processor = QwenVLImageProcessor()
-    for image, (file, name) in sorted(examination.images.items()):
-        report.checked["images referred to"] += 1
+    def files(self, folder: str) -> list[Path]:
+        """Return the JSON files of a folder, in order; a folder that may not be read is a finding."""
         try:
-            path = examination.find_image(image)
+            return listed(self.root / folder, "*.json")
         except MMRoleError as error:
-            report.add("wrong_field", file, f"{name}, image", f"{error.what}: {image}")
-            continue
-        if path is None:
-            report.add("missing_coco" if image.startswith(COCO) else "missing_image", file, name, image)
-            continue
-        examination.check_link(file, name, image, path)
-        if decode:
-            report.checked["images decoded"] += 1
-            try:
-                processor.load(path)
-            except (OSError, ValueError) as error:
-                report.add("broken_image", f"images/{image}", name, str(error).replace(str(path), "").strip())
-    for image in image_files(examination.root):
-        if image not in examination.images and not image.startswith("play/"):
-            report.add("unused_image", f"images/{image}")
+            self.report.add("unreadable_file", folder, detail=error.what)
+            return []
+
+    def rows(self, path: Path, record: type[Record], sort: str) -> Iterator[Row]:
+        """Yield the valid rows of a file; all others, and repeated ids, are findings.
+
+        Args:
+            path: The file.
+            record: What its rows must be.
+            sort: The kind of record within which ids must differ; empty if rows have none.
+        """
+        try:
+            rows = read_json(path)
+        except MMRoleError as error:
+            self.problem(path, error)
+            return
+        if not isinstance(rows, list):
+            self.report.add(
+                "wrong_field", self.name(path), "the file", f"a list is expected, not {type(rows).__name__}"
+            )
+            return
+        for number, row in enumerate(rows, 1):
+            problems = validate_row(row, record, number, path)
+            for problem in problems:
+                self.problem(path, problem)
+            if problems:
+                continue
+            if sort:
+                key = (sort, row["id"])
+                if key in self.ids:
+                    root, file = self.ids[key]
+                    other = f" of {root}" if root != self.root else ""
+                    self.report.add("duplicate_id", self.name(path), row["id"], f"also in {file}{other}")
+                self.ids.setdefault(key, (self.root, self.name(path)))
+            yield row
+
+    def problem(self, path: Path, problem: MMRoleError) -> None:
+        """Report a file that cannot be read, or a wrong field of one."""
+        if isinstance(problem, UnreadableError):
+            parts = (str(part) for part in (problem.what, problem.value) if part and str(part) != str(path))
+            self.report.add("unreadable_file", self.name(path), _place(problem, path), ", ".join(parts))
+        else:
+            value = "" if problem.value is None else f", not {problem.value}"
+            self.report.add("wrong_field", self.name(path), _place(problem, path), f"{problem.what}{value}")
+
+    def find_image(self, image: str) -> Path | None:
+        """Return the file of an image in any of the roots, or None.
+
+        Raises:
+            MMRoleError: The name is not allowed.
+        """
+        found = (find_image(folder, image, follow_links=True) for folder in self._image_folders())
+        return next(filter(None, found), None)
+
+    def check_link(self, file: str, name: str, image: str, path: Path) -> None:
+        """Report an image, as `find_image` found it, if a link leads out of its image folder."""
+        folder = next(folder for folder in self._image_folders() if path == folder / image)
+        if leads_outside(folder, path):
+            self.report.add("image_outside", file, name, f"{image} -> {path.resolve()}")
+
+    def _image_folders(self) -> list[Path]:
+        return [root / "images" for root in self.image_roots]
+
+    def check_text(self, file: str, name: str, text: str) -> None:
+        """Report a special token or a leftover of a template in a text of the sources."""
+        self.check_special(file, name, text)
+        leftover = _LEFTOVER.search(text)
+        if leftover:
+            self.report.add("template_leftover", file, name, leftover[0])
+
+    def check_special(self, file: str, name: str, text: str) -> None:
+        """Report a special token, which training would obey."""
+        token = SPECIAL.search(text)
+        if token:
+            self.report.add("special_token", file, name, token[0])
 
 
-def _check_test_images(examination: Examination) -> None:
-    prefix = f"data/test/{SPLITS[0]}/"
-    tests = {
-        row["image"]: file for rows in examination.wanted.values() for file, row in rows if file.startswith(prefix)
-    }
-    for image in sorted(tests.keys() & examination.trained):
-        if not image.startswith(COCO):
-            examination.report.add("test_image_trains", tests[image], image)
-    of_script = sum(not image.startswith(COCO) for image in tests)
-    examination.report.remark("test_image_trains", f"of {of_script}")
-
-
-def as_text(reports: Sequence[tuple[Path, Report]]) -> str:
-    """The reports for a person, one below the other."""
-    return "\n\n".join(f"{root}\n{report.as_text()}" for root, report in reports)
-
-
-def as_json(reports: Sequence[tuple[Path, Report]]) -> str:
-    """The reports as JSON: the data root's, and `extra_roots` in it."""
-    first, *others = ({"root": str(root), **report.as_json()} for root, report in reports)
-    return json.dumps({**first, "extra_roots": others}, ensure_ascii=False, indent=4) + "\n"
-
-
-def exit_status(reports: Sequence[tuple[Path, Report]]) -> int:
-    """The status of all roots together: 1 before 3 before 0."""
-    return min((report.exit_status() for _, report in reports), key=[1, 3, 0].index)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; gives the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_utils.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data_root", type=Path, metavar="DATA_ROOT", help="the folder that holds data/, dialogues/, …")
-    parser.add_argument("--extra_root", type=Path, action="append", default=[], help="a further root; repeatable")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there, as JSON")
-    parser.add_argument("--decode", action="store_true", help="decode every image that is referred to")
-    parser.add_argument("--tokenizer", type=Path, metavar="CHECKPOINT", help="measure training samples in its tokens")
-    parser.add_argument("--max_length", type=_at_least(1), default=3072, help="tokens the trainer keeps (%(default)s)")
-    parser.add_argument(
-        "--examples", type=_at_least(0), default=5, help="how many to show of each finding (%(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    meter = _meter(options.tokenizer, options.max_length) if options.tokenizer else None
-    reports = check_roots(
-        options.data_root, options.extra_root, decode=options.decode, meter=meter, examples=options.examples
-    )
-    if options.json:
-        write_text(options.json, as_json(reports))
-    _show(as_text(reports))
-    return exit_status(reports)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """What reads a flag's whole number."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
-
-
-def _show(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; the status still counts
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _meter(checkpoint: Path, max_length: int) -> LengthMeter:
-    try:
-        return LengthMeter(QwenVLTokenizer.from_pretrained(checkpoint), max_length)
-    except (FileNotFoundError, ValueError) as error:
-        raise MMRoleError("no tokenizer there", str(error), "--tokenizer", "choose a checkpoint's folder") from error
+def _place(error: MMRoleError, path: Path) -> str:
+    """Return where in the file an error is: row and sample, or line and column."""
+    where = str(error.where or "")
+    return where.removeprefix(str(path)).removeprefix(", ") if where.startswith(str(path)) else ""

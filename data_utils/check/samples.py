@@ -1,4 +1,4 @@
-"""The data doctor's look at test, training and reward-model files."""
+"""Checks test, training and reward-model files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_utils.check.root import Examination
+from data_utils.check.checker import Checker
 from data_utils.errors import MMRoleError
-from data_utils.layout import KINDS, SPLITS
+from data_utils.files import Row
+from data_utils.layout import KINDS, SPLITS, file_of_tests
 from data_utils.paths import is_folder
 from data_utils.prompts import picture_line
 from data_utils.roots import dialogue_id
 from data_utils.samples import build_sample
-from data_utils.schema import Named, RewardSample, Row, TestSample, TrainSample, validate_row
+from data_utils.schema import Named, RewardSample, TestSample, TrainSample, validate_row
 from qwen_vl.tokenization import IMAGE_SPAN, QwenVLTokenizer
 
 _PICTURE_LINE = re.compile(r"Picture 1: <img>images/([^<>\n]*)</img>\n")
@@ -39,7 +40,7 @@ class LengthMeter:
         frame = [{"from": "user", "value": picture_line("x") + "T"}, {"from": "assistant", "value": "A"}]
         self._frame = self._whole(frame) - self._counter.count("T") - self._counter.count("A")
 
-    def measure(self, examination: Examination, file: str, row: Row) -> None:
+    def measure(self, checker: Checker, file: str, row: Row) -> None:
         """Measures a sample whose tags are sound."""
         turns = row["conversations"]
         total = self._length(turns)
@@ -50,7 +51,7 @@ class LengthMeter:
         answer = len(self._tokenizer.encode(turns[-1]["value"])) if turns[-1]["from"] == "assistant" else 0
         lost = over - 2  # the end mark and the newline after the answer go first
         kind = "cut_end" if lost <= 0 or not answer else "lost_answer" if lost >= answer else "cut_answer"
-        examination.report.add(kind, file, row["id"], f"{total:,} tokens, {min(max(lost, 0), answer)} of {answer} lost")
+        checker.report.add(kind, file, row["id"], f"{total:,} tokens, {min(max(lost, 0), answer)} of {answer} lost")
 
     def _length(self, turns: list[Row]) -> int:
         """Tokens of a whole sample; lines that come again and again are counted once if that changes nothing."""
@@ -65,90 +66,86 @@ class LengthMeter:
         return len(self._preprocess(turns, self._tokenizer, max_length=2**62)[0])
 
 
-def check_tests(examination: Examination) -> None:
+def check_tests(checker: Checker) -> None:
     """Looks at the test files, and remembers of which dialogues they are."""
-    root, report = examination.root, examination.report
+    root, report = checker.root, checker.report
     folders = [root / "data" / "test" / split for split in SPLITS]
     if not any(map(is_folder, folders)):
         report.absent.append("data/test")
         return
     for folder in folders:  # if there is one, all six files must be
-        for path in sorted(
-            {*examination.files(examination.name(folder)), *(folder / f"{kind}_test.json" for kind in KINDS)}
-        ):
-            for row in examination.rows(path, TestSample, "test sample"):
-                _check_test(examination, examination.name(path), row)
+        for path in sorted({*checker.files(checker.name(folder)), *(folder / file_of_tests(kind) for kind in KINDS)}):
+            for row in checker.rows(path, TestSample, "test sample"):
+                _check_test(checker, checker.name(path), row)
 
 
-def check_rebuilt(examination: Examination, dialogue: Row) -> None:
+def check_rebuilt(checker: Checker, dialogue: Row) -> None:
     """Holds the test samples of a dialogue against what is built from it, in the published form or the sane one."""
-    for file, sample in examination.wanted.get(dialogue["id"], []):
+    for file, sample in checker.test_samples.get(dialogue["id"], []):
         turn = sample["id"].rpartition("_")[2]
         try:
-            built = [
-                build_sample(dialogue, int(turn), examination.characters, sane_partner=sane) for sane in (False, True)
-            ]
+            built = [build_sample(dialogue, int(turn), checker.characters, sane_partner=sane) for sane in (False, True)]
         except (MMRoleError, ValueError) as error:
-            examination.report.add("test_differs", file, sample["id"], f"it cannot be built: {str(error)[:80]}")
+            checker.report.add("test_differs", file, sample["id"], f"it cannot be built: {str(error)[:80]}")
             continue
         differences = [_difference(sample, one) for one in built]
         if all(differences):
-            examination.report.add("test_differs", file, sample["id"], differences[0])
+            checker.report.add("test_differs", file, sample["id"], differences[0])
         else:
-            examination.report.checked["test samples as built from their dialogue"] += 1
+            checker.report.checked["test samples as built from their dialogue"] += 1
 
 
-def check_training(examination: Examination, meter: LengthMeter | None) -> None:
+def check_training(checker: Checker, meter: LengthMeter | None) -> None:
     """Looks at the agent's training files."""
-    report = examination.report
-    for path in _files(examination, "data/train"):
-        file = examination.name(path)
+    report = checker.report
+    for path in _files(checker, "data/train"):
+        file = checker.name(path)
         # Two files may be built from the same dialogues, one with those of further roots.
-        for row in examination.rows(path, TrainSample, f"training sample of {path}"):
+        for row in checker.rows(path, TrainSample, f"training sample of {path}"):
             report.checked["training samples"] += 1
-            if dialogue_id(row["id"]) in examination.tested:
+            if dialogue_id(row["id"]) in checker.tested:
                 report.add("test_in_train", file, row["id"])
-            _check_conversation(examination, file, row, meter)
+            _check_conversation(checker, file, row, meter)
 
 
-def check_reward_model(examination: Examination, meter: LengthMeter | None) -> None:
+def check_reward_model(checker: Checker, meter: LengthMeter | None) -> None:
     """Looks at the reward model's training and validation files."""
-    report = examination.report
+    report = checker.report
     trained: set[str] = set()
     for part, what in (("train", "reward-model samples"), ("test", "reward-model validation samples")):
-        for path in _files(examination, f"RM_data/{part}"):
-            file = examination.name(path)
-            for row in examination.rows(path, RewardSample, f"review of {path}"):
+        for path in _files(checker, f"RM_data/{part}"):
+            file = checker.name(path)
+            for row in checker.rows(path, RewardSample, f"review of {path}"):
                 report.checked[what] += 1
                 if part == "train":
                     trained.add(row["id"])
                 elif row["id"] in trained:
                     report.add("review_in_both", file, row["id"])
-                _check_conversation(examination, file, row, meter)
+                _check_conversation(checker, file, row, meter)
 
 
-def _files(examination: Examination, folder: str) -> list[Path]:
-    files = examination.files(folder)
+def _files(checker: Checker, folder: str) -> list[Path]:
+    files = checker.files(folder)
     if not files:
-        examination.report.absent.append(folder)
+        checker.report.absent.append(folder)
     return files
 
 
-def _check_test(examination: Examination, file: str, row: Row) -> None:
-    examination.report.checked["test samples"] += 1
+def _check_test(checker: Checker, file: str, row: Row) -> None:
+    checker.report.checked["test samples"] += 1
     for problem in validate_row(row, Named, 0, file):
-        examination.report.add("wrong_field", file, row["id"], problem.what)
-    examination.tested.add(dialogue_id(row["id"]))
-    examination.wanted.setdefault(dialogue_id(row["id"]), []).append((file, row))
-    examination.images.setdefault(row["image"], (file, row["id"]))
-    characters = examination.characters
+        checker.report.add("wrong_field", file, row["id"], problem.what)
+    checker.tested.add(dialogue_id(row["id"]))
+    checker.test_samples.setdefault(dialogue_id(row["id"]), []).append((file, row))
+    checker.images.setdefault(row["image"], (file, row["id"]))
+    characters = checker.characters
     if row["role"] not in characters.scripts:
-        examination.report.add("unknown_speaker", file, row["id"], row["role"])
+        checker.report.add("unknown_speaker", file, row["id"], row["role"])
     elif characters.scripts[row["role"]] != row["script"]:
         detail = f"script: {row['script']}, roles.json says {characters.scripts[row['role']]}"
-        examination.report.add("wrong_field", file, row["id"], detail)
+        checker.report.add("wrong_field", file, row["id"], detail)
     for turn in row["conversations"]:
-        examination.check_special(file, row["id"], turn["value"])
+        checker.check_special(file, row["id"], turn["value"])
 
 
 def _difference(sample: Row, built: Row) -> str:
@@ -159,47 +156,47 @@ def _difference(sample: Row, built: Row) -> str:
     return f"another {', '.join(names)}" if names else ""
 
 
-def _check_conversation(examination: Examination, file: str, row: Row, meter: LengthMeter | None) -> None:
+def _check_conversation(checker: Checker, file: str, row: Row, meter: LengthMeter | None) -> None:
     turns = row["conversations"]
     senders = [turn["from"] for turn in turns]
     asked = senders[1:] if senders[0] == "assistant" else senders  # published: the trainer drops a leading answer
     if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
-        examination.report.add("wrong_turns", file, row["id"], ", ".join(senders))
+        checker.report.add("wrong_turns", file, row["id"], ", ".join(senders))
     sound, first = True, int(senders[0] == "assistant")
     for number, turn in enumerate(turns):
         text = turn["value"]
         line = _PICTURE_LINE.match(text) if number == first and turn["from"] == "user" else None
         if line:
-            _refer(examination, file, row, line[1])
+            _refer(checker, file, row, line[1])
             text = text[line.end() :]
         elif number == first and row.get("image") and turn["from"] == "user":
-            examination.report.add("broken_image_tag", file, row["id"], f"no picture line for {row['image']}")
-        sound &= not _tag_faults(examination, file, row["id"], text)
-        examination.check_special(file, f"{row['id']}, turn {number}", _TAG.sub("", text))
+            checker.report.add("broken_image_tag", file, row["id"], f"no picture line for {row['image']}")
+        sound &= not _tag_faults(checker, file, row["id"], text)
+        checker.check_special(file, f"{row['id']}, turn {number}", _TAG.sub("", text))
     if meter is not None and sound:
-        meter.measure(examination, file, row)
+        meter.measure(checker, file, row)
 
 
-def _refer(examination: Examination, file: str, row: Row, image: str) -> None:
+def _refer(checker: Checker, file: str, row: Row, image: str) -> None:
     """The picture line's image: it must be the row's."""
     if row.get("image") not in (None, image):
-        examination.report.add("broken_image_tag", file, row["id"], f"picture {image}, image {row['image']}")
+        checker.report.add("broken_image_tag", file, row["id"], f"picture {image}, image {row['image']}")
     if len(f"images/{image}".encode()) > IMAGE_SPAN:
-        examination.report.add("broken_image_tag", file, row["id"], f"a path of over {IMAGE_SPAN} bytes")
-    examination.images.setdefault(image, (file, row["id"]))
+        checker.report.add("broken_image_tag", file, row["id"], f"a path of over {IMAGE_SPAN} bytes")
+    checker.images.setdefault(image, (file, row["id"]))
 
 
-def _tag_faults(examination: Examination, file: str, name: str, text: str) -> int:
+def _tag_faults(checker: Checker, file: str, name: str, text: str) -> int:
     """Reports image tags in a text; gives how many could not be tokenized."""
     paths = _TAG.findall(text)
     for path in paths:
-        examination.report.add("other_image_tag", file, name, path)
+        checker.report.add("other_image_tag", file, name, path)
         if path.startswith("images/"):
-            examination.images.setdefault(path.removeprefix("images/"), (file, name))
+            checker.images.setdefault(path.removeprefix("images/"), (file, name))
     faults = [f"a path of over {IMAGE_SPAN} bytes" for path in paths if len(path.encode()) > IMAGE_SPAN]
     faults += list(_unclosed(_TAG.sub("", text)))
     for fault in faults:
-        examination.report.add("broken_image_tag", file, name, fault)
+        checker.report.add("broken_image_tag", file, name, fault)
     return len(faults)
 
 

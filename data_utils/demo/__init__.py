@@ -1,1 +1,1 @@
-"""Draws a small made-up world in the layout of MMRole-Data: `python -m data_utils.demo`."""
+"""Draws a small made-up data set: `python -m data_utils.demo`."""

@@ -1,39 +1,40 @@
-"""Draws a small made-up world in the formats and layout of MMRole-Data: `python -m data_utils.demo OUT_DIR`.
-
-Six characters with profiles, simple pictures with annotations, dialogues of the three kinds, the six test files, a
-training file and, given the reviewer's prompts, a reward-model training file. The same seed draws the same bytes.
-"""
+"""The demo data set: characters, pictures, dialogues and samples, drawn from a seed and written as a data root."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_utils.build.reviews import ReviewPrompts, named_function, reward_model_samples
+from data_utils.build.reviews import ReviewPrompts, reward_model_samples
 from data_utils.demo.pictures import COLOURS, THINGS, TIMES, Scene, draw_scene, fitting_places
 from data_utils.demo.reviews import FAULTS, answered_row
 from data_utils.demo.story import Persona, annotate, comment_turns, draw_cast, human_turns, pair_turns, write_profile
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json, write_bytes, write_json
-from data_utils.layout import KINDS, SPLITS
+from data_utils.layout import (
+    COCO,
+    KIND_IN_ID,
+    KINDS,
+    RM_TRAIN_FILE,
+    SPLITS,
+    TRAIN_FILE,
+    dialogues_folder,
+    file_name,
+    file_of_tests,
+)
 from data_utils.paths import is_folder, is_there, listed
 from data_utils.prompts import HUMAN
-from data_utils.roots import Characters, dialogue_id
+from data_utils.roots import Characters, DataRoots, SplitProfiles, dialogue_id, write_annotations, write_profiles
 from data_utils.samples import build_sample, iterate_samples, speaker, training_samples
 
 MARKER = "demo.json"
-# The names of the published training files, whose numbers of samples these are not.
-TRAIN_FILE = "data/train/train_85k.json"
-RM_TRAIN_FILE = "RM_data/train/RM-train_23k.json"
 ROWS_PER_AGENT = 6
 _COCO_PICTURES, _SCRIPT_PICTURES = 8, 4
 _FIRST_COCO_NUMBER = 900001  # above all numbers of MS-COCO, so that no made-up picture is taken for one of its
-_IN_KIND = {"comment": "comment", "human-role": "human-role-dialogue", "inter-role": "role-role-dialogue"}
 _WRITERS = {"comment": comment_turns, "human-role": human_turns, "inter-role": pair_turns}
 # In-distribution dialogues of one character by kind: on pictures without and with annotations.
 _DIALOGUES = {"comment": (8, 4), "human-role": (5, 3), "inter-role": (4, 2)}
@@ -58,21 +59,18 @@ class World:
     dialogues: dict[tuple[str, str], dict[str, list[dict[str, Any]]]]
 
     def friend_of(self, persona: Persona) -> Persona:
-        """Gives the other character of the same script."""
+        """Return the other character of the same script."""
         return next(other for other in self.cast if other.script == persona.script and other != persona)
 
-    def profiles(self, split: str) -> dict[str, str]:
-        """Gives the content of the split's profiles.json."""
-        return {p.name: write_profile(p, self.friend_of(p)) for p in self.cast if p.split == split}
-
-    def roles(self, split: str) -> dict[str, list[str]]:
-        """Gives the content of the split's roles.json."""
+    def characters(self, split: str) -> SplitProfiles:
+        """Return the characters of a split."""
+        profiles = {p.name: write_profile(p, self.friend_of(p)) for p in self.cast if p.split == split}
         scripts = dict.fromkeys(p.script for p in self.cast if p.split == split)
-        return {script: [p.name for p in self.cast if p.script == script] for script in scripts}
+        return SplitProfiles(profiles, {s: [p.name for p in self.cast if p.script == s] for s in scripts})
 
 
 def draw_world(seed: int) -> World:
-    """Draws the characters, pictures and dialogues of ``seed``."""
+    """Draw the characters, pictures and dialogues of ``seed``."""
     cast = draw_cast(_rng(seed, "cast"))
     world = World(seed, cast, _draw_pictures(seed, cast), {})
     for split in SPLITS:
@@ -82,15 +80,15 @@ def draw_world(seed: int) -> World:
 
 
 def write_world(world: World, out_dir: Path, review_prompts: ReviewPrompts | None = None) -> dict[str, int]:
-    """Writes ``world`` as a data root.
+    """Write ``world`` as a data root.
 
     Args:
         world: What to write.
         out_dir: A new or empty folder, or one that already holds the demo of this seed.
-        review_prompts: Makes {metric: (system, text)} from a reviewed row; without it there is no reward-model file.
+        review_prompts: Makes {metric: (system, text)} from a reviewed row; without it no reward-model file is written.
 
     Returns:
-        How many of each thing there are.
+        The number of each thing written.
 
     Raises:
         MMRoleError: ``out_dir`` holds something else, or cannot be written.
@@ -99,20 +97,19 @@ def write_world(world: World, out_dir: Path, review_prompts: ReviewPrompts | Non
     _write_pictures(world, out_dir)
     counts = {"characters": len(world.cast), "pictures": len(world.pictures)}
     for split in SPLITS:
-        _write(out_dir / "profiles" / split / "profiles.json", world.profiles(split))
-        _write(out_dir / "profiles" / split / "roles.json", world.roles(split))
+        write_profiles(out_dir, split, world.characters(split))
     for (split, kind), files in world.dialogues.items():
         for name, dialogues in files.items():
-            path = out_dir / "dialogues" / split / kind
-            _write(path / f"{name}.json" if name else path.with_name(f"{kind}.json"), dialogues)
+            path = dialogues_folder(out_dir, split, kind)
+            write_json(path / f"{name}.json" if name else path.with_name(f"{kind}.json"), dialogues)
     counts["dialogues"] = sum(1 for _ in _all_dialogues(world))
     counts["test samples"] = _write_test_files(world, out_dir)
-    training = list(training_samples(out_dir))
-    _write(out_dir / TRAIN_FILE, training)
+    training = list(training_samples(DataRoots([out_dir])))
+    write_json(out_dir / TRAIN_FILE, training)
     counts["training samples"] = len(training)
     if review_prompts is not None:
         reviews = list(_reward_model_samples(world, [sample["id"] for sample in training], review_prompts))
-        _write(out_dir / RM_TRAIN_FILE, reviews)
+        write_json(out_dir / RM_TRAIN_FILE, reviews)
         counts["reward-model samples"] = len(reviews)
     return counts
 
@@ -129,7 +126,7 @@ def _draw_pictures(seed: int, cast: Sequence[Persona]) -> list[Picture]:
         return Scene(thing, colour, rng.choice(fitting_places(thing)), rng.choice(TIMES), tuple(taken))
 
     pictures = [
-        Picture(f"COCO/train2017/{number:012d}.jpg", draw())
+        Picture(f"{COCO}train2017/{number:012d}.jpg", draw())
         for number in range(_FIRST_COCO_NUMBER, _FIRST_COCO_NUMBER + _COCO_PICTURES)
     ]
     for script in dict.fromkeys(person.script for person in cast):
@@ -137,21 +134,21 @@ def _draw_pictures(seed: int, cast: Sequence[Persona]) -> list[Picture]:
         for number in range(1, _SCRIPT_PICTURES + 1):
             people = rng.sample(pair, rng.choice((1, 2)))
             scene = draw(people)
-            image = f"{script.replace(' ', '_')}/{number:02d}.jpg"
+            image = f"{file_name(script)}/{number:02d}.jpg"
             pictures.append(Picture(image, scene, annotate(scene, people, rng)))
     return pictures
 
 
 def _draw_dialogues(world: World, split: str, kind: str) -> dict[str, list[dict[str, Any]]]:
-    """Draws a split's dialogues of a kind: two files per character, or one of a dialogue each of the two sorts."""
+    """Draw a split's dialogues of a kind: two files per character, or one of a dialogue each of the two sorts."""
     rng = _rng(world.seed, f"dialogues/{split}/{kind}")
     files: dict[str, list[dict[str, Any]]] = {}
     for persona in (p for p in world.cast if p.split == split):
-        name = persona.name.replace(" ", "_")
-        folder = persona.script.replace(" ", "_")
-        for sort, place, count in zip(("COCO", "script"), ("COCO/train2017", folder), _DIALOGUES[kind], strict=True):
+        name = file_name(persona.name)
+        folder = file_name(persona.script)
+        for sort, place, count in zip(("COCO", "script"), (f"{COCO}train2017", folder), _DIALOGUES[kind], strict=True):
             choice = [picture for picture in world.pictures if picture.image.startswith(f"{place}/")]
-            stem = f"{name}_{_IN_KIND[kind]}_{sort}"
+            stem = f"{name}_{KIND_IN_ID[kind]}_{sort}"
             if split == SPLITS[0]:
                 drawn = rng.sample(choice, count)
                 ids = [f"{stem}_{number}" for number in range(count)]
@@ -176,24 +173,24 @@ def _all_dialogues(world: World) -> Iterator[dict[str, Any]]:
 
 
 def _characters(world: World) -> Characters:
-    profiles = {name: text for split in SPLITS for name, text in world.profiles(split).items()}
+    profiles = {name: text for split in SPLITS for name, text in world.characters(split).profiles.items()}
     return Characters(profiles, {person.name: person.script for person in world.cast})
 
 
 def _write_test_files(world: World, out_dir: Path) -> int:
-    """Writes the six test files, one sample per character in each, alternately without and with annotations."""
+    """Write the six test files, one sample per character in each, alternately without and with annotations."""
     characters = _characters(world)
     total = 0
     for (split, kind), files in world.dialogues.items():
         rng = _rng(world.seed, f"test/{split}/{kind}")
         samples = []
         for number, persona in enumerate(p for p in world.cast if p.split == split):
-            stem = f"{persona.name.replace(' ', '_')}_{_IN_KIND[kind]}_{('COCO', 'script')[number % 2]}"
+            stem = f"{file_name(persona.name)}_{KIND_IN_ID[kind]}_{('COCO', 'script')[number % 2]}"
             own = [d for dialogues in files.values() for d in dialogues if d["id"].startswith(stem)]
             dialogue = rng.choice(own)
             turns = [turn for turn, said in enumerate(dialogue["conversations"]) if speaker(said) != HUMAN]
             samples.append(build_sample(dialogue, rng.choice(turns), characters))
-        _write(out_dir / "data" / "test" / split / f"{kind}_test.json", samples)
+        write_json(out_dir / "data" / "test" / split / file_of_tests(kind), samples)
         total += len(samples)
     return total
 
@@ -201,7 +198,7 @@ def _write_test_files(world: World, out_dir: Path) -> int:
 def _reward_model_samples(
     world: World, training_ids: Sequence[str], review_prompts: ReviewPrompts
 ) -> Iterator[dict[str, Any]]:
-    """Yields what a reviewer learns from: the made-up agents' answers to drawn training samples, reviewed by rule."""
+    """Yield reward-model samples: the made-up agents' answers to drawn training samples, reviewed by rule."""
     rng = _rng(world.seed, "reviews")
     scenes = {picture.image: picture.scene for picture in world.pictures}
     people = {person.name: person for person in world.cast}
@@ -217,7 +214,7 @@ def _reward_model_samples(
 
 
 def _claim(out_dir: Path, seed: int) -> None:
-    """Marks the folder as a demo's, so that no real data root is ever overwritten."""
+    """Mark the folder as a demo's, so that no real data root is ever overwritten."""
     marker = out_dir / MARKER
     content = {"made_by": "python -m data_utils.demo", "seed": seed}
     if is_there(out_dir) and not is_folder(out_dir):
@@ -231,7 +228,7 @@ def _claim(out_dir: Path, seed: int) -> None:
         raise MMRoleError(
             "the folder is not empty and holds no demo", str(out_dir), "OUT_DIR", "choose a new or an empty folder"
         )
-    _write(marker, content)
+    write_json(marker, content)
 
 
 def _write_pictures(world: World, out_dir: Path) -> None:
@@ -239,38 +236,10 @@ def _write_pictures(world: World, out_dir: Path) -> None:
         drawn = draw_scene(picture.scene, _rng(world.seed, picture.image))
         content = io.BytesIO()
         drawn.save(content, "JPEG", quality=90)
-        _write(out_dir / "images" / picture.image, content.getvalue(), write_bytes)
-    annotations = [{"image": p.image, **p.annotation} for p in world.pictures if p.annotation]
-    _write(out_dir / "images" / "annotations.json", annotations)
-
-
-def _write(path: Path, content: Any, write: Callable[[Path, Any], None] = write_json) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MMRoleError(
-            f"cannot make the folder: {error.strerror}", str(path.parent), "OUT_DIR", "choose a folder you may write to"
-        ) from error
-    write(path, content)
+        write_bytes(out_dir / "images" / picture.image, content.getvalue())
+    write_annotations(out_dir, [{"image": p.image, **p.annotation} for p in world.pictures if p.annotation])
 
 
 def _rng(seed: int, part: str) -> random.Random:
-    """Gives a generator of the part's own, so that a change to one part leaves the others as they are."""
+    """Return a generator for one part, so that a change to it leaves the other parts as they are."""
     return random.Random(f"{seed}/{part}")  # noqa: S311 - draws a demo, keeps no secret
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_utils.demo", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the data root to write; new or empty")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--review_prompts",
-        metavar="MODULE:FUNCTION",
-        help="what makes the reviewer's prompts, eval.review_prompt:review_prompts; writes the reward-model file too",
-    )
-    options = parser.parse_args(arguments)
-    review_prompts = named_function(options.review_prompts) if options.review_prompts else None
-    counts = write_world(draw_world(options.seed), options.out_dir, review_prompts)
-    print(f"demo world (seed {options.seed}): {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    print(f"written to {options.out_dir.resolve()}")

@@ -10,9 +10,9 @@ from typing import Any
 from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import make_folder, write_json, write_text
 from data_utils.prompts import prompt_language
-from data_utils.roots import dialogue_files
+from data_utils.roots import add_profile, dialogue_files, read_profiles
 from data_utils.samples import speaker
-from data_utils.schema import Dialogue, Profiles, Roles, Row, read_rows, read_value
+from data_utils.schema import Dialogue, Row, read_rows
 
 JOURNAL = "grown.journal"
 IN_ID = {"comment": "comment", "human-role": "human-role-dialogue", "inter-role": "role-role-dialogue"}
@@ -32,7 +32,7 @@ def write_profile(root: Path, entries: Mapping[str, Any]) -> list[str]:
     for entry in entries.values():
         record = entry["grown"]
         folder, name, stem = root / "profiles" / record["split"], record["name"], file_name(record["name"])
-        profiles, roles = profiles_of(folder)
+        profiles = profiles_of(root, record["split"])
         if "replaces" not in entry and profiles.get(name, record["profile"]) != record["profile"]:
             kept.append(name)
             continue
@@ -42,10 +42,7 @@ def write_profile(root: Path, entries: Mapping[str, Any]) -> list[str]:
             language = "zh" if prompt_language(record["script"]) == "Chinese" else "en"
             _write(folder / f"raw_info_{language}" / f"{stem}.txt", record["text"])
         _write(folder / "detailed_profiles" / f"{stem}.json", record["detailed"])
-        _write(folder / "profiles.json", {**profiles, name: record["profile"]})
-        if name not in roles.setdefault(record["script"], []):
-            roles[record["script"]].append(name)
-        _write(folder / "roles.json", roles)
+        add_profile(root, record["split"], name, record["script"], record["profile"])
     return kept
 
 
@@ -78,17 +75,15 @@ def write_dialogues(root: Path, entries: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def profiles_of(folder: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The profiles and the roles of a split's folder; empty where there are none.
+def profiles_of(root: Path, split: str) -> dict[str, str]:
+    """Return the profiles of a split.
 
     Raises:
         ProblemsError: A file is wrong, with everything that is.
     """
-    forms = {folder / "profiles.json": Profiles, folder / "roles.json": Roles}
-    found = [read_value(path, form) if path.is_file() else ({}, []) for path, form in forms.items()]
-    raise_problems(problem for _, problems in found for problem in problems)
-    (profiles, _), (roles, _) = found
-    return profiles, roles
+    found, problems = read_profiles(root, split, may_lack=True)
+    raise_problems(problems)
+    return found.profiles
 
 
 def dialogues_there(root: Path, split: str, kinds: Sequence[str]) -> list[tuple[str, Row]]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_utils.files import Journal, JournalContent, check_settings, read_journal
+from data_utils.journal import Journal, JournalContent, check_settings, read_journal
 
 Record = Mapping[str, Any]
 

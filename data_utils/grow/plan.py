@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from data_utils.errors import MMRoleError, raise_problems
-from data_utils.files import read_journal, read_json
+from data_utils.files import read_json
 from data_utils.grow.files import JOURNAL, file_name, profiles_of
 from data_utils.grow.ids import Ids, dialogue_key
 from data_utils.grow.validation import (
@@ -27,10 +27,10 @@ from data_utils.grow.validation import (
     text_problem,
 )
 from data_utils.images import file_name_problem, find_image
+from data_utils.journal import read_journal
 from data_utils.layout import SPLITS
 from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, Role, prompt_language
-from data_utils.roots import Characters, load_characters
-from data_utils.schema import Annotation, read_rows
+from data_utils.roots import Characters, read_annotations, read_profiles
 
 TURNS = (8, 10, 12, 14)  # what nine in ten published human-role dialogues have
 INFORMATION = ("role_info", "place_info", "scene_info")
@@ -283,7 +283,7 @@ def _check_new(root: Path, plans: Sequence[ProfilePlan]) -> None:
     if any(plan.name.casefold() == HUMAN for plan in plans):
         problems.append(MMRoleError("human is who talks with characters", None, "the name", "choose another name"))
     raise_problems(problems)
-    there = {folder: profiles_of(folder)[0] for folder in (root / "profiles" / split for split in SPLITS)}
+    there = {root / "profiles" / split: profiles_of(root, split) for split in SPLITS}
     journal = read_journal(root / "profiles" / JOURNAL)
     entries = journal.entries if journal is not None else {}
     places = {name: folder for folder, profiles in there.items() for name in profiles}
@@ -319,7 +319,9 @@ def _name_problems(names: Mapping[str, str | Path]) -> list[MMRoleError]:
 
 def _cast(source: Path, split: str, wanted: Sequence[str] | None) -> tuple[Characters, list[Role]]:
     """Everybody of a data root's split, and who is wanted of them, whose names must be able to name files."""
-    cast = load_characters(source, [split])
+    found, wrong = read_profiles(source, split)
+    raise_problems(wrong)
+    cast = Characters(found.profiles, found.scripts)
     roles: list[Role] = []
     problems: list[MMRoleError] = []
     for name in dict.fromkeys(wanted or sorted(cast.scripts)):
@@ -375,7 +377,6 @@ def _script_images(source: Path, script: str) -> list[str]:
 
 
 def _annotations(source: Path) -> dict[str, dict[str, str]]:
-    path = source / "images" / "annotations.json"
-    rows, problems = read_rows(path, Annotation) if path.is_file() else ([], [])
+    rows, problems = read_annotations(source)
     raise_problems(problems)
     return {row["image"]: {key: row[key] for key in INFORMATION} for row in rows}

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_utils.errors import MMRoleError
-from data_utils.files import make_folder, read_journal
+from data_utils.files import make_folder
 from data_utils.grow.client import Budget, BudgetSpentError, Endpoint, NoAnswerError, Settings
 from data_utils.grow.files import JOURNAL, write_dialogues, write_profile
 from data_utils.grow.journal import GrowthJournal, Record, again
@@ -38,6 +38,7 @@ from data_utils.grow.plan import (
 )
 from data_utils.grow.templates import Templates
 from data_utils.grow.validation import UnusableError
+from data_utils.journal import read_journal
 from data_utils.layout import KINDS, SPLITS
 
 PROMPTS = Path(__file__).parent / "prompts"

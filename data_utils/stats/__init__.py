@@ -1,1 +1,1 @@
-"""Writes the data card of a data root: `python -m data_utils.stats`."""
+"""Writes the data card: `python -m data_utils.stats`."""

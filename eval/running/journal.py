@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_utils.files import JournalContent, check_settings, read_journal
+from data_utils.journal import JournalContent, check_settings, read_journal
 from data_utils.paths import listed
 
 FILE_KEY = ""  # a journal's lines about the result file itself; no unit has an empty key

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_utils.errors import MMRoleError
-from data_utils.files import JournalContent, published_json, read_json
+from data_utils.files import published_json, read_json
+from data_utils.journal import JournalContent
 from data_utils.paths import sha256_of
 from data_utils.schema import Row
 from eval.running.journal import FILE_KEY, journal_path, known_of

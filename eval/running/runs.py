@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_utils.errors import MMRoleError
-from data_utils.files import Journal, make_folder, published_json, write_bytes
+from data_utils.files import make_folder, published_json, write_bytes
+from data_utils.journal import Journal
 from data_utils.paths import sha256_of
 from eval.backends.backend import Backend, Request, Result
 from eval.running.console import Progress

@@ -10,7 +10,7 @@ import pytest
 from data_utils.build.reviews import reward_model_samples
 from data_utils.errors import MMRoleError
 from data_utils.layout import KINDS, SPLITS
-from data_utils.roots import Characters, dialogue_id, iterate_dialogues, load_characters
+from data_utils.roots import Characters, DataRoots, dialogue_id
 from data_utils.samples import build_sample, iterate_samples, training_samples
 
 CHARACTERS = Characters(
@@ -120,7 +120,10 @@ def data_root(tmp_path: Path) -> Path:
     comments = [comment(), comment("Wren_comment_COCO_1")]
     folder = tmp_path / "dialogues" / SPLITS[0]
     write(folder / "comment" / "Wren_COCO.json", comments)
-    write(folder / "human-role" / "Wren_COCO.json", [spoken("human", "Wren", "human", "Wren")])
+    write(
+        folder / "human-role" / "Wren_COCO.json",
+        [spoken("human", "Wren", "human", "Wren", name="Wren_human-role-dialogue_COCO_0")],
+    )
     write(folder / "inter-role" / "Wren_COCO.json", [spoken("Wren", "Bram", "Wren")])
     tested = [build_sample(comments[0], 1, CHARACTERS)]
     write(tmp_path / f"data/test/{SPLITS[0]}/comment_test.json", tested)
@@ -128,10 +131,10 @@ def data_root(tmp_path: Path) -> Path:
 
 
 def test_training_leaves_out_the_tested_dialogues_whole(data_root: Path):
-    assert [s["id"] for s in training_samples(data_root)] == [
+    assert [s["id"] for s in training_samples(DataRoots([data_root]))] == [
         "Wren_comment_COCO_1_1",
-        "Wren_role-role-dialogue_COCO_0_1",
-        "Wren_role-role-dialogue_COCO_0_3",
+        "Wren_human-role-dialogue_COCO_0_1",
+        "Wren_human-role-dialogue_COCO_0_3",
         "Wren_role-role-dialogue_COCO_0_0",
         "Wren_role-role-dialogue_COCO_0_1",
         "Wren_role-role-dialogue_COCO_0_2",
@@ -139,27 +142,27 @@ def test_training_leaves_out_the_tested_dialogues_whole(data_root: Path):
     last = spoken("human", "Wren", "human", "Wren", name="Wren_comment_COCO_9")
     write(data_root / f"data/test/{SPLITS[0]}/human-role_test.json", [build_sample(last, 3, CHARACTERS)])
     write(data_root / f"dialogues/{SPLITS[0]}/human-role/Wren_COCO.json", [last])
-    assert [s["id"] for s in training_samples(data_root, kinds=["human-role"])] == []
+    with pytest.raises(MMRoleError, match="no dialogue gives a training sample"):
+        list(training_samples(DataRoots([data_root]), kinds=["human-role"]))
 
 
 def test_training_samples_can_have_sane_partners(data_root: Path):
-    published, sane = (list(training_samples(data_root, sane_partner=flag)) for flag in (False, True))
+    published, sane = (list(training_samples(DataRoots([data_root]), sane_partner=flag)) for flag in (False, True))
     assert (published[-1]["other_role"], sane[-1]["other_role"]) == ("Wren", "Bram")
     assert published[:-1] == sane[:-1]
 
 
-def test_characters_of_all_splits_are_known_and_a_split_can_be_read_alone(data_root: Path):
-    assert load_characters(data_root).role("Nora").script == "Hypothetical Characters"
+def test_characters_of_all_splits_can_speak(data_root: Path):
+    characters = DataRoots([data_root]).characters
+    assert characters.role("Nora").script == "Hypothetical Characters"
     with pytest.raises(MMRoleError, match="unknown speaker"):
-        load_characters(data_root, SPLITS[:1]).role("Nora")
+        characters.role("Nobody")
 
 
 def test_a_folder_that_is_no_data_root_is_told(tmp_path: Path):
     with pytest.raises(MMRoleError) as caught:
-        list(training_samples(tmp_path))
+        DataRoots([tmp_path])
     assert str(tmp_path) in str(caught.value)
-    with pytest.raises(MMRoleError, match="no dialogues"):
-        list(iterate_dialogues(tmp_path, SPLITS[0], "comment"))
 
 
 def reviewed(**reviews: dict[str, Any]) -> dict[str, Any]:
@@ -209,8 +212,9 @@ def snapshot(shared: Path) -> Path:
 
 
 def test_every_published_test_sample_comes_out_byte_for_byte(snapshot: Path):
-    characters = load_characters(snapshot)
-    dialogues = {d["id"]: d for split in SPLITS for kind in KINDS for d in iterate_dialogues(snapshot, split, kind)}
+    roots = DataRoots([snapshot])
+    characters = roots.characters
+    dialogues = {d["id"]: d for split in SPLITS for kind in KINDS for d in roots.dialogues(split, kind)}
     compared = 0
     for file in sorted((snapshot / "data" / "test").rglob("*_test.json")):
         published = json.loads(file.read_text(encoding="utf-8"))
@@ -226,15 +230,15 @@ def test_every_published_test_sample_comes_out_byte_for_byte(snapshot: Path):
 
 
 def test_the_snapshot_gives_the_known_numbers_of_training_samples(snapshot: Path):
-    counts = {kind: sum(1 for _ in training_samples(snapshot, kinds=[kind])) for kind in KINDS}
+    counts = {kind: sum(1 for _ in training_samples(DataRoots([snapshot]), kinds=[kind])) for kind in KINDS}
     assert counts == {"comment": 4_795, "human-role": 22_093, "inter-role": 45_663}
     assert sum(counts.values()) == 72_551
 
 
 def test_sane_partners_differ_from_the_published_only_where_a_role_talks_with_itself(snapshot: Path):
     pairs = zip(
-        training_samples(snapshot, kinds=["inter-role"]),
-        training_samples(snapshot, kinds=["inter-role"], sane_partner=True),
+        training_samples(DataRoots([snapshot]), kinds=["inter-role"]),
+        training_samples(DataRoots([snapshot]), kinds=["inter-role"], sane_partner=True),
         strict=True,
     )
     changed = [(published, sane) for published, sane in pairs if published != sane]

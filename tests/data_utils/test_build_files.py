@@ -11,21 +11,19 @@ from typing import Any
 
 import pytest
 
-from data_utils.build.files import main
-from data_utils.build.reviews import RM_TEST_FILE, RM_TRAIN_FILE, write_reviews
-from data_utils.check.checker import check_roots
+from data_utils.build.__main__ import main
+from data_utils.build.reviews import write_reviews
+from data_utils.check.roots import check_roots
 from data_utils.errors import MMRoleError, ProblemsError
-from data_utils.files import published_json
-from data_utils.images import PLAIN_IMAGE
-from data_utils.layout import KINDS, SPLITS
-from data_utils.roots import dialogue_id
-from data_utils.row_files import write_rows
+from data_utils.files import published_json, write_rows
+from data_utils.layout import KINDS, PLAIN_IMAGE, RM_TEST_FILE, RM_TRAIN_FILE, SPLITS
+from data_utils.layout import TRAIN_FILE as TRAIN
+from data_utils.roots import DataRoots, dialogue_id
 from data_utils.samples import training_samples
 from data_utils.schema import RewardSample, validate_rows
 from eval.judging.prompt import review_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = "data/train/train_85k.json"
 
 
 def read(path: Path) -> Any:
@@ -34,7 +32,7 @@ def read(path: Path) -> Any:
 
 def test_training_file_is_the_published_format_to_the_byte(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(world)]) == 0
-    samples = list(training_samples(world))
+    samples = list(training_samples(DataRoots([world])))
     assert (world / TRAIN).read_bytes() == published_json(samples)
     out = capsys.readouterr().out
     assert f"{len(samples)} training samples" in out
@@ -61,12 +59,12 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_sane_partner(world: Path) -> None:
     main([str(world), "--sane_partner", "--out", str(world / "sane.json")])
-    assert read(world / "sane.json") == list(training_samples(world, sane_partner=True))
+    assert read(world / "sane.json") == list(training_samples(DataRoots([world]), sane_partner=True))
     assert all(row["role"] != row["other_role"] for row in read(world / "sane.json"))
 
 
 def test_without_test_files_nothing_is_held_out(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    held = len(list(training_samples(world)))
+    held = len(list(training_samples(DataRoots([world]))))
     shutil.rmtree(world / "data" / "test")
     main([str(world)])
     assert len(read(world / TRAIN)) > held
@@ -80,7 +78,7 @@ def test_incomplete_test_files_stop_the_build(world: Path) -> None:
     assert not (world / TRAIN).exists()
 
 
-def test_all_broken_dialogues_are_told_at_once(world: Path) -> None:
+def test_all_broken_dialogues_are_reported_at_once(world: Path) -> None:
     files = sorted((world / "dialogues/in-distribution/human-role").glob("*.json"))
     rows = read(files[0])
     rows[0]["conversations"][1]["role"] = "Nobody"
@@ -123,7 +121,7 @@ def test_tests_need_a_folder(world: Path) -> None:
 
 
 def test_extra_root(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = len(list(training_samples(world)))
+    before = len(list(training_samples(DataRoots([world]))))
     extra = tmp_path / "extra"
     dialogue = read(sorted((world / "dialogues/in-distribution/comment").glob("*.json"))[0])[0]
     (extra / "dialogues/in-distribution").mkdir(parents=True)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_utils import row_files
-from data_utils.build.files import main
-from data_utils.build.reviews import RM_TRAIN_FILE
+from data_utils.build.__main__ import main
 from data_utils.errors import MMRoleError
-from data_utils.layout import KINDS, SPLITS
-from data_utils.roots import dialogue_files, iterate_dialogues
-from data_utils.row_files import write_row_files, write_rows
+from data_utils.layout import KINDS, RM_TRAIN_FILE, SPLITS
+from data_utils.roots import DataRoots, dialogue_files
 from tests.closed import close
 
 TRAIN = "data/train/train_85k.json"
@@ -46,7 +39,7 @@ def test_a_folder_beside_the_single_file_adds_to_it(world: Path) -> None:
     write(world / f"{OUTSIDE}/comment/Grown_COCO.json", [{**published[0], "id": "Grown_comment_COCO_0"}])
     write(world / f"{OUTSIDE}/comment/._Grown_COCO.json", "not ours")
     assert [path.name for path in dialogue_files(world, SPLITS[1], "comment")] == ["comment.json", "Grown_COCO.json"]
-    found = [dialogue["id"] for dialogue in iterate_dialogues(world, SPLITS[1], "comment")]
+    found = [dialogue["id"] for dialogue in DataRoots([world]).dialogues(SPLITS[1], "comment")]
     assert found == [*(dialogue["id"] for dialogue in published), "Grown_comment_COCO_0"]
 
 
@@ -57,32 +50,6 @@ def test_dialogues_that_may_not_be_read_are_not_taken_for_absent(world: Path, mo
     with pytest.raises(MMRoleError, match="cannot read: Permission denied"):
         main([str(world)])
     assert not (world / TRAIN).exists()
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_a_full_disk_leaves_no_half_a_test_set(world: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
-    out = world / "data/test"
-    shutil.rmtree(out)
-    command = [str(world), "--test", "--out", str(out)]
-    if there:
-        main(command)
-    before = contents(out) if there else None
-    real, calls = row_files._write, []
-
-    def full(*arguments: Any) -> int:
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*arguments)
-
-    monkeypatch.setattr(row_files, "_write", full)
-    with pytest.raises(MMRoleError, match="No space left"):
-        main(command)
-    assert [path.name for path in out.parent.glob(".*")] == []
-    assert contents(out) == before if there else not out.exists()
-    main(command)
-    assert read(out / TESTS[3])
-    assert before in (None, contents(out))
 
 
 def test_half_a_test_set_is_told_and_can_be_made_whole(world: Path) -> None:
@@ -131,30 +98,6 @@ def test_ids_that_come_again_in_another_root(world: Path, split: str) -> None:
         main([str(world), "--extra_root", str(world.parent / "mine"), *flags])
     assert all(part in str(told.value) for part in (dialogue["id"], str(first), str(again), "to do:"))
     assert not (world / TRAIN).exists() and not (world / "built").exists()
-
-
-def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    names = [f".x.json.{ended.pid}.tmp", f".x.json.{os.getppid()}.tmp", f".y.json.{ended.pid}.tmp", ".x.json.no.tmp"]
-    for name in names:
-        (tmp_path / name).write_bytes(b"half")
-    (tmp_path / f".test.{ended.pid}.tmp/in").mkdir(parents=True)
-    write_rows(tmp_path / "x.json", [{"id": "a"}])
-    write_row_files(tmp_path / "test", {"in/a.json": [{"id": "a"}]})
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "test", "x.json"])
-
-
-def test_files_for_a_folder_that_is_a_disk_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "disk"
-    out.mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
-    places = []
-    real = row_files._write
-    monkeypatch.setattr(row_files, "_write", lambda path, rows: places.append(path) or real(path, rows))
-    assert write_row_files(out, {"in/a.json": [{"id": "a"}], "b.json": []}) == 1
-    assert all(path.is_relative_to(out) for path in places)
-    assert sorted(path.name for path in out.iterdir()) == ["b.json", "in"]
 
 
 @pytest.mark.parametrize("function", ["os:getcwd", "os:sep", "builtins:len", "builtins:dict"])

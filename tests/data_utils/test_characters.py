@@ -9,16 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import inference
-from data_utils.characters import importer as characters
-from data_utils.characters.importer import PLAIN_IMAGE, NewCharacter, Picture, add_character, main
-from data_utils.check.checker import check_roots
+from data_utils.characters.__main__ import main
+from data_utils.characters.importer import NewCharacter, Picture, add_character, read_folder
+from data_utils.check.roots import check_roots
 from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError, ProblemsError
-from data_utils.layout import SPLITS
+from data_utils.layout import PLAIN_IMAGE, SPLITS
 from data_utils.prompts import SYSTEM_MESSAGE
 from data_utils.schema import TestSample, validate_rows
 
@@ -78,23 +79,48 @@ def test_a_killed_run_is_gone_on_with(tmp_path: Path, picture: Path, monkeypatch
     ada = NewCharacter("Ada", "Sea", "One.", [Picture(picture, "A tower.")])
     add_character(tmp_path / "whole", ada)
     whole = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
-    write = characters._write
+    replace = Path.replace  # with which every file appears
     for number in range(len(whole)):
         left = [number]
 
-        def killed(path: Path, content: object, left: list[int] = left) -> None:
+        def killed(temporary: Path, path: Path, left: list[int] = left) -> Path:
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-            write(path, content)
+            return replace(temporary, path)
 
         root = tmp_path / f"killed{number}"
-        monkeypatch.setattr(characters, "_write", killed)
+        monkeypatch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             add_character(root, ada)
         monkeypatch.undo()
         add_character(root, ada)
         assert {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")} == whole
+
+
+def pixels_of(path: Path) -> tuple[str, tuple[int, int], list[tuple[int, ...]]]:
+    with Image.open(path) as image:
+        return image.mode, image.size, [image.getpixel(corner) for corner in ((0, 0), (image.width - 1, 0))]
+
+
+def test_pictures_are_stored_upright_in_8_bit_rgb(tmp_path: Path) -> None:
+    """Of a phone, a scanner and a drawing program: the model would see them turned, white and black."""
+    phone = Image.new("RGB", (60, 40), (250, 0, 0))
+    phone.paste((0, 0, 250), (30, 0, 60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    phone.save(tmp_path / "phone.png", exif=exif)
+    Image.fromarray(np.full((8, 8), 32_768, np.uint16)).save(tmp_path / "scan.png")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "logo.png")
+    pictures = [Picture(tmp_path / f"{name}.png") for name in ("phone", "scan", "logo")]
+    for _ in range(2):  # the second time nothing is new
+        add_character(tmp_path / "mine", NewCharacter("Ada", "Sea", "One.", pictures))
+    stored = sorted((tmp_path / "mine/images/Sea").iterdir())
+    assert [pixels_of(path) for path in stored] == [
+        ("RGB", (60, 40), [(0, 0, 250), (250, 0, 0)]),
+        ("RGB", (8, 8), [(128, 128, 128)] * 2),
+        ("RGB", (8, 8), [(255, 255, 255)] * 2),
+    ]
 
 
 def test_a_character_without_pictures_is_shown_a_plain_one(tmp_path: Path) -> None:
@@ -136,7 +162,11 @@ def test_a_character_of_another_script_or_split_is_refused(tmp_path: Path) -> No
 def test_names_and_texts_that_cannot_be_kept(tmp_path: Path, picture: Path) -> None:
     add_character(tmp_path / "mine", NewCharacter("Ada Reed", "Sea", "One."))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    for name, words in (("Ada_Reed", "another character's files"), ("<|im_end|>", "a mark"), ("\udcb0", "not UTF-8")):
+    for name, words in (
+        ("Ada_Reed", "another character's files"),
+        ("<|im_end|>", "special token"),
+        ("\udcb0", "not UTF-8"),
+    ):
         with pytest.raises(MMRoleError, match=words):
             add_character(tmp_path / "mine", NewCharacter(name, "Sea", "One.", [Picture(picture)]))
     with pytest.raises(MMRoleError, match="not UTF-8"):
@@ -152,7 +182,8 @@ def test_a_folder_is_read_and_the_rest_is_told(tmp_path: Path, picture: Path, ca
     for name, text in (("profile.txt", "Keeps a light."), ("one.txt", "A tower."), ("two.txt", "?"), ("three.gif", "")):
         (folder / name).write_text(text, encoding="utf-8-sig")
     (folder / ".hidden").touch()
-    profile, pictures = characters.read_folder(folder)
+    (folder / "._one.png").write_bytes(b"what macOS writes on foreign disks")
+    profile, pictures = read_folder(folder)
     assert profile == "Keeps a light."
     assert [(p.path.name, p.about) for p in pictures] == [("one.png", "A tower."), ("profile.png", "")]
     told = capsys.readouterr().err.splitlines()

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from data_utils.check.checker import as_json, as_text, check_roots, exit_status, main
-from data_utils.check.findings import KINDS, SEVERITIES
+from data_utils.check.__main__ import main
+from data_utils.check.report import KINDS, SEVERITIES
+from data_utils.check.roots import as_json, as_text, check_roots, exit_status
 from data_utils.check.samples import LengthMeter
 from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError
@@ -118,6 +120,16 @@ def test_clean_world_has_no_errors(clean: Path) -> None:
     assert report.exit_status() == 0
     assert report.checked["training samples"] > 0
     assert report.checked["images decoded"] == report.checked["images referred to"]
+
+
+def test_pictures_that_the_model_sees_otherwise_are_warned_of(world: Path, clean: Path) -> None:
+    first, second, *_ = sorted((world / "images/COCO/train2017").glob("*.jpg"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(first) as picture:
+        picture.save(first, exif=exif)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(second, "PNG")
+    assert new_counts(world, clean, decode=True) == {"rotated_image": 1, "transparent_image": 1}
 
 
 def edit_first(field: str, value: Any) -> Callable[[list[Any]], None]:

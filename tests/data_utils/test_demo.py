@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_utils.demo.__main__ import main
 from data_utils.demo.pictures import COLOURS, PLACES, THINGS, TIMES, Scene, draw_scene, fitting_places
 from data_utils.demo.reviews import FAULTS, GOOD, VERDICTS
-from data_utils.demo.world import RM_TRAIN_FILE, ROWS_PER_AGENT, TRAIN_FILE, draw_world, main, write_world
+from data_utils.demo.world import ROWS_PER_AGENT, draw_world, write_world
 from data_utils.errors import MMRoleError
-from data_utils.layout import KINDS, SPLITS
-from data_utils.roots import dialogue_id, iterate_dialogues, load_characters
+from data_utils.layout import KINDS, RM_TRAIN_FILE, SPLITS, TRAIN_FILE
+from data_utils.roots import DataRoots, dialogue_id
 from data_utils.samples import iterate_samples
 from data_utils.schema import TestSample, TrainSample, read_rows
 from eval.judging.metrics import METRIC_NAMES
@@ -51,7 +52,7 @@ def read_samples(demo: Path, split: str) -> list[dict[str, Any]]:
 
 
 def dialogues(demo: Path) -> dict[str, dict[str, Any]]:
-    found = [d for split in SPLITS for kind in KINDS for d in iterate_dialogues(demo, split, kind)]
+    found = [d for split in SPLITS for kind in KINDS for d in DataRoots([demo]).dialogues(split, kind)]
     assert len({d["id"] for d in found}) == len(found)
     return {d["id"]: d for d in found}
 
@@ -94,7 +95,7 @@ def test_profiles_are_short_and_under_the_published_headings(demo: Path):
 
 
 def test_test_and_training_samples_are_what_the_builder_makes_of_the_dialogues(demo: Path):
-    characters = load_characters(demo)
+    characters = DataRoots([demo]).characters
     built = {s["id"]: s for s in iterate_samples(dialogues(demo).values(), characters)}
     for split in SPLITS:
         for sample in read_samples(demo, split):
@@ -116,7 +117,7 @@ def test_each_character_is_tested_once_in_each_kind_and_never_trained_on_the_sam
     tested = {dialogue_id(s["id"]) for split in SPLITS for s in read_samples(demo, split)}
     trained = {dialogue_id(s["id"]) for s in read(demo / TRAIN_FILE)}
     assert not tested & trained
-    inside = [d for kind in KINDS for d in iterate_dialogues(demo, SPLITS[0], kind)]
+    inside = [d for kind in KINDS for d in DataRoots([demo]).dialogues(SPLITS[0], kind)]
     assert trained <= {d["id"] for d in inside} <= trained | tested
 
 

@@ -38,7 +38,7 @@ from data_utils.grow.validation import (
     read_summary,
     read_turns,
 )
-from data_utils.roots import Characters, load_characters
+from data_utils.roots import Characters, read_profiles
 from data_utils.samples import iterate_samples
 
 pytest.importorskip("openai")
@@ -168,7 +168,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cast(demo: Path) -> Characters:
-    return load_characters(demo, ["in-distribution"])
+    return characters_of(demo)
+
+
+def characters_of(root: Path) -> Characters:
+    found, problems = read_profiles(root, "in-distribution")
+    assert problems == []
+    return Characters(found.profiles, found.scripts)
 
 
 def grow_dialogues(site: Site, demo: Path, root: Path, *flags: str) -> int:
@@ -557,7 +563,7 @@ def test_profile_from_a_text(site: Site, tmp_path: Path) -> None:
     assert read_json(folder / "roles.json") == {"My Novel": ["Ada L"]}
     assert read_json(folder / "detailed_profiles/Ada_L.json") == DETAILED
     assert "first to see" in (folder / "raw_info_en/Ada_L.txt").read_text(encoding="utf-8")
-    assert load_characters(root, ["in-distribution"]).role("Ada L").script == "My Novel"
+    assert characters_of(root).role("Ada L").script == "My Novel"
     assert any("first to see" in text_of(request) for request in site.asked)
     count = len(site.asked)
     assert main([*flags, "--text", str(text)]) == 0
@@ -595,7 +601,7 @@ def test_people_from_facts_then_their_dialogues(site: Site, demo: Path, tmp_path
     assert main(["dialogues", str(root), *flags]) == 0
     rows = dialogues_of(root)
     assert len(rows) == 6
-    assert len(list(iterate_samples(rows, load_characters(root, ["in-distribution"])))) > 12
+    assert len(list(iterate_samples(rows, characters_of(root)))) > 12
     assert "41" in text_of(site.asked[0]) + text_of(site.asked[1]) + text_of(site.asked[2])
 
 

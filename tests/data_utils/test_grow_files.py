@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_utils.check.checker import check_roots
+from data_utils.check.roots import check_roots
 from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.files import read_json
 from data_utils.grow import run as grow

@@ -18,12 +18,13 @@ from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.layout import KINDS
 from data_utils.prompts import SYSTEM_MESSAGE
-from data_utils.roots import iterate_dialogues, load_characters
+from data_utils.roots import DataRoots
 from data_utils.samples import training_samples
-from data_utils.stats import measure as stats
+from data_utils.stats import __main__ as stats
 from data_utils.stats import plots as stats_plots
-from data_utils.stats.card import CATEGORIES, Lengths
-from data_utils.stats.measure import Card, LengthCounter, category, collect, main, markdown, write_card
+from data_utils.stats.card import CATEGORIES, Card, Lengths, category, markdown
+from data_utils.stats.measure import collect, write_card
+from data_utils.supervised import LengthCounter
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.chat import make_context
 from tests.conftest import ROOT
@@ -52,14 +53,14 @@ def test_a_notebooks_backend_does_not_matter(world: Path, tmp_path: Path) -> Non
 
 def test_counts_are_those_of_the_files(world: Path) -> None:
     card = collect(world)
-    counted = {kind: sum(1 for _ in training_samples(world, kinds=[kind])) for kind in KINDS}
+    counted = {kind: sum(1 for _ in training_samples(DataRoots([world]), kinds=[kind])) for kind in KINDS}
     assert part(card, "training") == counted
     for (split, kind), seen in card.dialogues.items():
-        dialogues = list(iterate_dialogues(world, split, kind))
+        dialogues = list(DataRoots([world]).dialogues(split, kind))
         assert seen.total == len(dialogues)
         assert seen.turns == [len(d["conversations"]) for d in dialogues if d["conversations"]]
         assert seen.unusable == 0
-    assert sum(len(names) for *_, names in card.scripts) == len(load_characters(world).profiles)
+    assert sum(len(names) for *_, names in card.scripts) == len(DataRoots([world]).characters.profiles)
     there = len(list((world / "images").rglob("*.jpg")))
     assert sum(present + unused for _, present, unused, _ in card.images.values()) == there
     assert sum(seen.total for seen in card.dialogues.values()) == sum(numbers[3] for numbers in card.images.values())
@@ -67,7 +68,7 @@ def test_counts_are_those_of_the_files(world: Path) -> None:
 
 def test_lengths_in_characters_without_a_tokenizer(world: Path) -> None:
     card = collect(world)
-    samples = list(training_samples(world, kinds=["comment"]))
+    samples = list(training_samples(DataRoots([world]), kinds=["comment"]))
     lengths = card.samples["training", "comment"]
     assert card.unit == "characters"
     assert lengths.answers == [len(sample["conversations"][1]["value"]) for sample in samples]
@@ -75,7 +76,7 @@ def test_lengths_in_characters_without_a_tokenizer(world: Path) -> None:
 
 def test_tokens_are_counted_exactly(world: Path, tokenizer: QwenVLTokenizer) -> None:
     counter = LengthCounter(tokenizer)
-    for sample in list(training_samples(world, kinds=["inter-role"]))[:20]:
+    for sample in list(training_samples(DataRoots([world]), kinds=["inter-role"]))[:20]:
         text = sample["conversations"][0]["value"]
         ids = make_context(tokenizer, [{"image": "x.jpg"}, {"text": text}], system=SYSTEM_MESSAGE)[1]
         assert counter.prompt(text) == len(ids)
@@ -131,7 +132,7 @@ def test_snapshot_is_counted_as_documented(shared: Path) -> None:
 @pytest.mark.slow
 def test_snapshot_with_tokens_is_quick_and_right(shared: Path, tmp_path: Path) -> None:
     started = time.process_time()  # not what other processes take
-    main([str(shared / "mmrole_data"), "--out", str(tmp_path), "--tokenizer", str(shared / "qwen_vl_chat")])
+    stats.main([str(shared / "mmrole_data"), "--out", str(tmp_path), "--tokenizer", str(shared / "qwen_vl_chat")])
     assert time.process_time() - started < 100
     assert sorted(path.name for path in tmp_path.glob("*.png")) == PLOTS
     card = (tmp_path / "data_card.md").read_text(encoding="utf-8")
@@ -196,7 +197,7 @@ def test_everything_that_is_wrong_is_told_at_once(world: Path, tmp_path: Path) -
     (root / "dialogues/out-of-distribution/inter-role.json").write_text("[", encoding="utf-8")
     change(root, "data/test/out-of-distribution/comment_test.json", [{"id": 5}])
     with pytest.raises(ProblemsError) as caught:
-        main([str(root), "--out", str(tmp_path / "card")])
+        stats.main([str(root), "--out", str(tmp_path / "card")])
     for part in (
         "comment.json, row 1",
         "image: ",
@@ -230,11 +231,11 @@ def test_tokens_by_default_where_a_checkpoint_is(
     world: Path, tmp_path: Path, tokenizer: QwenVLTokenizer, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setattr(stats, "WEIGHTS", tmp_path)
-    main([str(world), "--out", str(tmp_path / "card")])
+    stats.main([str(world), "--out", str(tmp_path / "card")])
     told = capsys.readouterr().out
     assert "lengths are in characters" in told and "--tokenizer" in told
     tokenizer.save_pretrained(tmp_path / "Qwen-VL-Chat")
-    main([str(world), "--out", str(tmp_path / "card")])
+    stats.main([str(world), "--out", str(tmp_path / "card")])
     assert "characters;" not in capsys.readouterr().out
     assert "In tokens." in (tmp_path / "card/data_card.md").read_text(encoding="utf-8")
 
@@ -288,9 +289,9 @@ def test_categories() -> None:
 
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(MMRoleError, match="no profiles"):
-        main([str(tmp_path)])
+        stats.main([str(tmp_path)])
     with pytest.raises(MMRoleError, match="no tokenizer"):
-        main([str(tmp_path), "--tokenizer", str(tmp_path)])
+        stats.main([str(tmp_path), "--tokenizer", str(tmp_path)])
 
 
 def test_png_is_a_picture_of_the_numbers() -> None:

@@ -4,7 +4,8 @@ import json
 import pytest
 
 from data_utils.errors import MMRoleError
-from data_utils.files import published_json, read_journal
+from data_utils.files import published_json
+from data_utils.journal import read_journal
 from eval.running.console import Progress
 from eval.running.journal import journal_path, part_journal, part_journals
 from eval.running.result_files import ResultFile, Settings, State, Unit, inspect

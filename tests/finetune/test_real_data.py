@@ -12,6 +12,7 @@ import pytest
 
 from data_utils.build.reviews import reward_model_samples
 from data_utils.files import read_json, write_json
+from data_utils.roots import DataRoots
 from data_utils.samples import training_samples
 from eval.judging.prompt import review_prompts
 from tests.conftest import ROOT
@@ -20,7 +21,11 @@ SAMPLES = 8
 
 
 def agent_rows(data: Path) -> Iterator[dict[str, Any]]:
-    return (row for row in training_samples(data, kinds=["human-role"]) if (data / "images" / row["image"]).is_file())
+    return (
+        row
+        for row in training_samples(DataRoots([data]), kinds=["human-role"])
+        if (data / "images" / row["image"]).is_file()
+    )
 
 
 def judge_rows(data: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 import pytest
 
-from data_utils.paths import SHOWN, UnreadableError, is_file, is_folder, is_there, listed
+from data_utils.paths import UnreadableError, is_file, is_folder, is_there, listed
 from tests.closed import close
 
 
@@ -8,8 +8,8 @@ def test_what_is_there(tmp_path):
     (tmp_path / "b.json").write_text("[]")
     (tmp_path / "._b.json").write_text("")
     (tmp_path / "a").mkdir()
-    assert [path.name for path in listed(tmp_path)] == ["._b.json", "a", "b.json"]
-    assert listed(tmp_path, f"{SHOWN}.json") == [tmp_path / "b.json"]
+    assert [path.name for path in listed(tmp_path)] == ["a", "b.json"]
+    assert listed(tmp_path, "*.json") == [tmp_path / "b.json"]
     assert (is_file(tmp_path / "b.json"), is_folder(tmp_path / "b.json"), is_there(tmp_path / "b.json")) == (1, 0, 1)
     assert (is_file(tmp_path / "a"), is_folder(tmp_path / "a"), is_there(tmp_path / "a")) == (0, 1, 1)
 

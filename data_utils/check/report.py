@@ -1,4 +1,4 @@
-"""What the data doctor can find, how bad each finding is, and how a report of findings reads."""
+"""The findings that a check can report, how severe each is, and the report as text and JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_utils.errors import shown
+from data_utils.images import FORMS
 
 ERROR, MISSING, WARNING, NOTE = SEVERITIES = ("error", "missing", "warning", "note")
 _EXIT_STATUS = {ERROR: 1, MISSING: 3}
@@ -52,6 +53,12 @@ KINDS: dict[str, Kind] = {
         "images that a link leads out of the image folder for",
         "give --follow_links when answering and reviewing if that link is yours; training follows it",
     ),
+    **{
+        form: Kind(
+            WARNING, f"images with {what}", "none needed: as published; data_utils.characters stores a plain copy"
+        )
+        for form, what in FORMS.items()
+    },
     "lost_answer": Kind(WARNING, "samples so long that all of their answer is cut off", "raise --max_length"),
     "cut_answer": Kind(WARNING, "samples so long that a part of their answer is cut off", "raise --max_length"),
     "cut_end": Kind(NOTE, "samples so long that the mark after their answer is cut off", "raise --max_length"),
