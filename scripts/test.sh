@@ -2,7 +2,8 @@
 # Checks the project: sets everything up, then format, lint and tests.
 #
 #   bash scripts/test.sh                    without the tests marked slow
-#   bash scripts/test.sh --all              everything, and qwen_vl's tests once more with the oldest supported packages
+#   bash scripts/test.sh --all              everything, qwen_vl's tests once more with the oldest supported packages, and
+#                                           the tests of vLLM in its own environment
 #   bash scripts/test.sh tests/eval -k csv  what else stands here goes to pytest (paths count from the repository)
 #
 # With CI=true it does what --all does.
@@ -46,6 +47,16 @@ make_oldest() {
     OLDEST=$oldest/bin/python
 }
 
+# vLLM pins other versions of the packages, so its tests run in an environment of their own.
+run_vllm() {
+    local python
+    if python=$(bash scripts/vllm_environment.sh --test); then
+        run_pytest "vLLM" "$python" tests/vllm
+    else
+        RESULTS+=("vLLM" "skipped: its environment cannot be made here, see the lines of scripts/vllm_environment.sh")
+    fi
+}
+
 started=$SECONDS
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
@@ -53,6 +64,7 @@ if [[ $ALL == true ]]; then
     run_pytest "all tests" "$PYTHON" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
     make_oldest
     run_pytest "qwen_vl, oldest supported packages" "$OLDEST" tests/qwen_vl
+    run_vllm
 else
     run_pytest "quick tests (all of them: --all)" "$PYTHON" -m "not slow" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
 fi

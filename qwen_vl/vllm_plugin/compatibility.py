@@ -23,6 +23,7 @@ FUNCTIONS = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_mrope_positions": ["self", "req_state"],
     "vllm.renderers.base:BaseRenderer.render_messages": ["self", "messages", "params"],
     "vllm.renderers.base:BaseRenderer.render_messages_async": ["self", "messages", "params"],
+    "vllm.multimodal.parse:MultiModalDataParser._parse_image_data": ["self", "data"],
     "vllm.multimodal.processing:BaseMultiModalProcessor._call_hf_processor": ["self", "hf_data", "hf_kwargs"],
     "vllm.renderers.registry:RENDERER_REGISTRY.register": ["renderer_mode", "module", "class_name"],
     "vllm.tokenizers.registry:TokenizerRegistry.register": ["tokenizer_mode", "module", "class_name"],

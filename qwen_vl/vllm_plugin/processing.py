@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -24,11 +25,25 @@ from qwen_vl.vision import QUERIES
 from qwen_vl.vllm_plugin.configuration import QwenVLServingConfig
 
 
+class PlainPictures(MultiModalDataParser):
+    """Leaves pictures to the published transform; vLLM would turn them by EXIF and lay transparent ones on white."""
+
+    def _parse_image_data(self, data: object) -> ImageProcessorItems:
+        pictures = [data] if isinstance(data, Image.Image) else list(data)
+        if not all(isinstance(picture, Image.Image) for picture in pictures):
+            raise ValueError("a picture is a Pillow image; arrays and embeddings are not taken")
+        # Through an array, which has neither EXIF nor transparency.
+        return ImageProcessorItems([Image.fromarray(np.asarray(picture.convert("RGB"))) for picture in pictures])
+
+
 class ProcessingInfo(BaseProcessingInfo):
     """What vLLM asks about pictures."""
 
     def get_hf_config(self) -> QwenVLServingConfig:
         return self.ctx.get_hf_config(QwenVLServingConfig)
+
+    def get_data_parser(self) -> MultiModalDataParser:
+        return PlainPictures()
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}

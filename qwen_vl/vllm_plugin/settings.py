@@ -44,7 +44,7 @@ class ServingSettings(VerifyAndUpdateConfig):
         if hasattr(envs, RUNNER):  # a version that has one runner only has no such name
             if getattr(envs, RUNNER):
                 raise _refusal(
-                    "the tests run vLLM's V1 model runner", f"{RUNNER}={os.environ[RUNNER]}", f"unset {RUNNER}"
+                    "the tests run vLLM's V1 model runner", f"{RUNNER}=1", f"unset {RUNNER}"
                 )
             os.environ[RUNNER] = "0"
         tokenizer = QwenVLTokenizer.from_pretrained(model_config.tokenizer)

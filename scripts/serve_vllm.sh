@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Serves a checkpoint on vLLM with an OpenAI-compatible API on this machine's loopback address; docs/serving.md says more.
+#
+#   MODEL_PATH=model_weights/MMRole-Agent PORT=8000 bash scripts/serve_vllm.sh [vLLM's own flags]
+#
+# Says when it is ready and how to ask it. The first run makes the environment (scripts/vllm_environment.sh).
+#   MODEL_PATH   the checkpoint's folder (default: model_weights/MMRole-Agent)
+#   PORT         the port (default: 8000)
+#   VLLM_API_KEY the key that clients must give (default: none)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+MODEL_PATH=${MODEL_PATH:-$ROOT/model_weights/MMRole-Agent}
+PORT=${PORT:-8000}
+ADDRESS=http://127.0.0.1:$PORT
+
+fail() { # what is wrong, the value, where, what to do
+    printf 'error\nproblem: %s\nvalue:   %s\nwhere:   %s\nto do:   %s\n' "$@" >&2
+    exit 2
+}
+
+[[ $PORT =~ ^[0-9]{1,5}$ ]] || fail "this is no port" "$PORT" "PORT" "set PORT to a number from 1 to 65535"
+if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
+    fail "another program listens at this port" "$PORT" "PORT" "choose another: PORT=8001 bash scripts/serve_vllm.sh"
+fi
+if [[ -f $MODEL_PATH/adapter_config.json ]]; then
+    fail "this is a LoRA adapter, and vLLM serves whole checkpoints" "$MODEL_PATH" "MODEL_PATH" \
+        "merge it into its base first: scripts/merge_lora.py"
+fi
+for file in config.json qwen.tiktoken; do
+    [[ -f $MODEL_PATH/$file ]] || fail "the checkpoint folder has no $file" "$MODEL_PATH" "MODEL_PATH" \
+        "name the folder of a whole checkpoint: MODEL_PATH=… bash scripts/serve_vllm.sh"
+done
+MODEL_PATH=$(cd "$MODEL_PATH" && pwd -P)
+NAME=$(basename "$MODEL_PATH")
+
+PYTHON=$(bash "$ROOT/scripts/vllm_environment.sh")
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 # nothing is sent or fetched
+
+# Past any proxy, which could not reach this machine's loopback address.
+ASK="import urllib.request as r; r.build_opener(r.ProxyHandler({})).open('$ADDRESS/health', timeout=5)"
+# Watches from beside: `exec` below gives the server this shell's number, and signals reach it directly.
+(
+    until "$PYTHON" -c "$ASK" 2>/dev/null; do
+        kill -0 $$ 2>/dev/null || exit 0
+        sleep 1
+    done
+    header="-H 'Content-Type: application/json'${VLLM_API_KEY:+ -H \"Authorization: Bearer \$VLLM_API_KEY\"}"
+    cat >&2 <<READY
+
+ready: $NAME answers at $ADDRESS/v1 (Ctrl-C ends it). Ask it:
+
+curl $ADDRESS/v1/chat/completions $header -d '{"model": "$NAME", "messages": [{"role": "user", "content": "Who are you?"}]}'
+
+READY
+) &
+
+# -P: no package is imported from the working directory.
+exec "$PYTHON" -P -m vllm.entrypoints.openai.api_server --model "$MODEL_PATH" --served-model-name "$NAME" \
+    --tokenizer-mode qwen_vl --host 127.0.0.1 --port "$PORT" "$@"

