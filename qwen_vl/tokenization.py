@@ -190,6 +190,10 @@ class QwenVLTokenizer:
         if isinstance(token_ids, torch.Tensor):
             token_ids = token_ids.flatten().tolist()
         ids = [token_ids] if isinstance(token_ids, int) else [int(i) for i in token_ids]
+        return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors=errors)
+
+    def decode_bytes(self, ids: list[int], skip_special_tokens: bool = False) -> bytes:
+        """`decode`, before the bytes become text: the last character may be incomplete."""
         pieces: list[bytes] = []
         i = 0
         while i < len(ids):
@@ -200,7 +204,7 @@ class QwenVLTokenizer:
                 continue
             pieces.append(self._token_bytes(ids[i], skip_special_tokens))
             i += 1
-        return b"".join(pieces).decode("utf-8", errors=errors)
+        return b"".join(pieces)
 
     def _span_end(self, ids: list[int], start: int) -> int | None:
         """Index of the `</img>` if a whole image span begins at `start`."""

@@ -1,26 +1,76 @@
-"""Keys and values of requests in flight: each shared prefix once, each request's own tokens beside it.
+"""Keys and values of what is in flight: dense blocks of entries, each of which is a stretch of tokens.
 
-Shapes: L layers, G groups and N rows that a block has room for, P prefix tokens, S own tokens, H heads, D width per
-head; g groups and n rows in flight, R the most of them that are of one group.
+An entry holds a prefix that several sequences read, or what one sequence has after its prefix. Blocks are allocated
+whole, never grow, and are freed when they are empty, so memory is what is counted.
+
+Shapes: L layers, E entries of a block, S tokens that each has room for, H heads, D width per head; n rows of a step,
+e entries in use, R the most rows that read one of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import psutil
 import torch
-import torch.nn.functional as F
 
-from qwen_vl.engine.attention import join, partial_attention
+from qwen_vl.engine.attention import partial_attention
 
-ALONE = "out of memory, even alone"
+BLOCK_TOKENS = 16_384  # of a block at the most
+BLOCK_SHARE = 8  # a block has at most this part of the budget, so that entries of different lengths find room
+ROOM_STEP = 64  # rooms are multiples of it
+ALIKE = 0.75  # of its room: an entry that needs less would leave too much of its place empty
+OUT_OF_MEMORY_ALONE = "out of memory, even alone"
 _MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-OWN_STEP = 64  # tokens by which a block's own part grows at the least
+
+
+@dataclass(eq=False)
+class Entry:
+    """A place in a block.
+
+    Attributes:
+        length: Tokens that have keys and values there, or get them in the prefill that is being computed.
+    """
+
+    block: "Block"
+    place: int
+    length: int = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens it can hold."""
+        return self.block.room
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores a layer's first T keys and values (H, T, D)."""
+        self.block.data[layer, 0, self.place, :, : keys.shape[1]] = keys
+        self.block.data[layer, 1, self.place, :, : values.shape[1]] = values
+
+    def take(self, other: "Entry") -> None:
+        """Copies another entry's keys and values."""
+        self.length = other.length
+        taken = other.block.data[:, :, other.place, :, : other.length]
+        self.block.data[:, :, self.place, :, : self.length] = taken
+
+
+class Block:
+    """Room for E entries of S tokens each, in all layers: keys and values (L, 2, E, H, S, D)."""
+
+    # One head's tokens lie together: reading is 10 to 40 % slower from (…, S, H, D) on a CPU.
+    def __init__(self, shape: "CacheShape", entries: int, room: int) -> None:
+        self.capacity, self.room = entries, room
+        size = (shape.layers, 2, entries, shape.heads, room, shape.width)
+        self.data = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self.entries: list[Entry] = []  # by place
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it has room for."""
+        return self.capacity * self.room
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What every block of a model shares: L, H, D, dtype and device."""
+    """What the caches of a model share."""
 
     layers: int
     heads: int
@@ -34,209 +84,124 @@ class CacheShape:
         return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
 
 
-class HeldRow(Protocol):
-    """A request whose own tokens lie in a block."""
+class Cache:
+    """Entries of all lengths, those of about one length in the same blocks."""
 
-    place: int  # which of the block's rows; the block sets it
-    own: int  # tokens that have keys and values there
-
-
-class HeldGroup(Protocol):
-    """Requests whose common prefix lies in a block."""
-
-    place: int  # which of the block's prefixes; the block sets it
-    shared: int  # tokens of the prefix
-    members: list[HeldRow]
-
-
-class Block:
-    """Room for G groups and their N rows: dense buffers, filled in place, never copied for a step.
-
-    Prefixes and rows in flight always are the first ones: who leaves is replaced by the last, so that a step reads
-    nothing of those that are finished.
-
-    Args:
-        shape: The model's.
-        groups: G.
-        rows: N, of all groups together.
-        prefix: P, the longest prefix it can take.
-        own: S to begin with: a request's tokens after its prefix, of prompt and answer together; grows when needed.
-    """
-
-    def __init__(self, shape: CacheShape, *, groups: int, rows: int, prefix: int, own: int) -> None:
-        self.shape, self.groups, self.rows, self.prefix, self.own = shape, groups, rows, prefix, own
-        self.prefix_keys, self.prefix_values = self._zeros(groups, prefix), self._zeros(groups, prefix)
-        self.own_keys, self.own_values = self._zeros(rows, own), self._zeros(rows, own)
-        self.held_groups: list[HeldGroup] = []
-        self.held_rows: list[tuple[HeldGroup, HeldRow]] = []
-
-    def _zeros(self, entries: int, tokens: int) -> torch.Tensor:
-        # Zeros, not whatever memory holds: masked places have weight 0, and 0 times NaN would still be NaN.
-        shape = (self.shape.layers, entries, self.shape.heads, tokens, self.shape.width)
-        return torch.zeros(shape, dtype=self.shape.dtype, device=self.shape.device)
-
-    @staticmethod
-    def tokens_for(groups: int, rows: int, prefix: int, own: int) -> int:
-        """Tokens that a block of this size has room for."""
-        return groups * prefix + rows * own
+    def __init__(self, shape: CacheShape) -> None:
+        self.shape = shape
+        self.blocks: list[Block] = []
 
     @property
     def tokens(self) -> int:
-        """Tokens it has room for now."""
-        return self.tokens_for(self.groups, self.rows, self.prefix, self.own)
+        """Tokens that it has room for now."""
+        return sum(block.tokens for block in self.blocks)
 
-    def fits(self, group: HeldGroup) -> bool:
-        """Whether there are places for a group and its rows."""
-        places = len(self.held_groups) < self.groups and len(self.held_rows) + len(group.members) <= self.rows
-        return places and group.shared <= self.prefix
-
-    def take(self, group: HeldGroup) -> None:
-        """Gives a group and its rows their places, the rows one after the other."""
-        group.place = len(self.held_groups)
-        self.held_groups.append(group)
-        for row in group.members:
-            row.place = len(self.held_rows)
-            self.held_rows.append((group, row))
-
-    def leave(self, row: HeldRow) -> None:
-        """Takes a row out; the last one moves to its place."""
-        last_group, last = self.held_rows.pop()
-        if last is not row:
-            for buffer in (self.own_keys, self.own_values):
-                buffer[:, row.place, :, : last.own] = buffer[:, last.place, :, : last.own]
-            last.place = row.place
-            self.held_rows[row.place] = (last_group, last)
-        row.place = -1
-
-    def release(self, group: HeldGroup) -> None:
-        """Takes a group out that has no rows here any more; the last one moves to its place."""
-        last = self.held_groups.pop()
-        if last is not group:
-            for buffer in (self.prefix_keys, self.prefix_values):
-                buffer[:, group.place, :, : last.shared] = buffer[:, last.place, :, : last.shared]
-            last.place = group.place
-            self.held_groups[group.place] = last
-        group.place = -1
-
-    @property
-    def wanted(self) -> int:
-        """Own size that the next step needs."""
-        return max((row.own for _, row in self.held_rows), default=0) + 1
-
-    def grown(self, own: int) -> int:
-        """The own size it would take so that `own` tokens fit, at least a quarter as much again as now."""
-        return self.own if own <= self.own else max(own, self.own + OWN_STEP, self.own * 5 // 4)
-
-    def growth(self, own: int) -> int:
-        """Tokens by which it would grow so that each row has room for `own`."""
-        return (self.grown(own) - self.own) * self.rows
-
-    def grow(self, own: int) -> None:
-        """Makes room for `own` tokens of each row: a copy, but a rarer one each time."""
-        more = self.grown(own) - self.own
-        if more > 0:
-            self.own_keys, self.own_values = (F.pad(t, (0, 0, 0, more)) for t in (self.own_keys, self.own_values))
-            self.own += more
-
-    def shrink(self) -> int:
-        """Gives back the room of groups and rows that it does not hold; how many tokens that is."""
-        before, self.groups, self.rows = self.tokens, len(self.held_groups), len(self.held_rows)
-        shrunk = before - self.tokens_for(self.groups, self.rows, self.prefix, self.own)
-        if shrunk:
-            self.prefix_keys = self.prefix_keys[:, : self.groups].clone()
-            self.prefix_values = self.prefix_values[:, : self.groups].clone()
-            self.own_keys, self.own_values = (
-                self.own_keys[:, : self.rows].clone(),
-                self.own_values[:, : self.rows].clone(),
-            )
-        return shrunk
-
-    def put_prefix(self, layer: int, group: HeldGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores a prefix's keys and values (H, P, D)."""
-        self.prefix_keys[layer, group.place, :, : keys.shape[1]] = keys
-        self.prefix_values[layer, group.place, :, : values.shape[1]] = values
-
-    def put_own(self, layer: int, row: HeldRow, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores the keys and values (H, T, D) of what a row's prompt has after the prefix."""
-        self.own_keys[layer, row.place, :, : keys.shape[1]] = keys
-        self.own_values[layer, row.place, :, : values.shape[1]] = values
-
-    def read_prefix(
-        self, layer: int, group: HeldGroup, query: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Partial attention of queries (1, H, T, D) to a group's whole prefix."""
-        keys, values = (t[layer, group.place, None, :, : group.shared] for t in (self.prefix_keys, self.prefix_values))
-        return partial_attention(query, keys, values, scaling)
-
-    def step(self) -> "BlockStep":
-        """Prepares one decoding step of all its rows."""
-        self.grow(self.wanted)
-        return BlockStep(self)
-
-
-class BlockStep:
-    """One decoding step of a block's rows, in the order of their places; the same places and masks for all layers.
-
-    A prefix is read once for all rows of its group; what comes of it is joined with a row's own tokens.
-    """
-
-    def __init__(self, block: Block) -> None:
-        self.block, shape = block, block.shape
-        own = [row.own for _, row in block.held_rows]
-        shared = [group.shared for group in block.held_groups]
-        self.n, self.g = len(own), len(shared)
-        self.longest_own, self.longest_prefix = max(own) + 1, max(shared)
-        ranks, counts = [], [0] * self.g
-        for group, _ in block.held_rows:
-            ranks.append(counts[group.place])
-            counts[group.place] += 1
-        self.most = max(counts)  # rows of a group
-        places = [group.place * self.most + rank for (group, _), rank in zip(block.held_rows, ranks, strict=True)]
-        self.places = None  # rows lie as their groups need them
-        if places != list(range(self.g * self.most)):
-            self.places = torch.tensor(places, device=shape.device)
-        self.rows = torch.arange(self.n, device=shape.device)
-        self.ends = torch.tensor(own, device=shape.device)
-        self.own_mask = self._mask(self.ends + 1, self.longest_own)  # (n, 1, 1, S)
-        lengths = torch.tensor(shared, device=shape.device)
-        alike = min(shared) == self.longest_prefix
-        self.prefix_mask = None if alike else self._mask(lengths, self.longest_prefix)  # (g, 1, 1, P)
-
-    def _mask(self, lengths: torch.Tensor, longest: int) -> torch.Tensor:
-        dtype = self.block.shape.dtype
-        beyond = torch.arange(longest, device=lengths.device) >= lengths[:, None]
-        return torch.zeros(beyond.shape, dtype=dtype, device=lengths.device).masked_fill_(
-            beyond, torch.finfo(dtype).min
-        )[:, None, None]
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Stores the new keys and values and attends.
+    def add(self, room: int, count: int, budget: int, left: float, *, must: bool) -> Entry | None:
+        """An entry, in a block that has a place, or in a new one.
 
         Args:
-            layer: Which layer.
-            query, key, value: (n, H, D), by place.
-            scaling: What the scores are multiplied with.
+            room: Tokens it must be able to hold.
+            count: How many like it are likely to come, itself included; a new block is made for as many.
+            budget: Tokens that all caches may have room for.
+            left: How many of them are left.
+            must: Make a block for it alone even where none is left.
 
         Returns:
-            (n, H, D).
+            The entry, or None if there is no room.
         """
-        block, (n, H, D) = self.block, query.shape
-        block.own_keys[layer][self.rows, :, self.ends] = key
-        block.own_values[layer][self.rows, :, self.ends] = value
-        own = (t[layer, :n, :, : self.longest_own] for t in (block.own_keys, block.own_values))
-        own_out, own_lse = partial_attention(query[:, :, None], *own, scaling, mask=self.own_mask)  # (n, H, 1, D)
-        by_group = query
-        if self.places is not None:
-            by_group = query.new_zeros(self.g * self.most, H, D).index_copy_(0, self.places, query)
-        by_group = by_group.view(self.g, self.most, H, D).transpose(1, 2)  # (g, H, R, D)
-        prefix = (t[layer, : self.g, :, : self.longest_prefix] for t in (block.prefix_keys, block.prefix_values))
-        out, lse = partial_attention(by_group, *prefix, scaling, mask=self.prefix_mask)
-        out, lse = (t.transpose(1, 2).flatten(0, 1) for t in (out, lse))
-        if self.places is not None:
-            out, lse = out[self.places], lse[self.places]  # (n, H, D), (n, H)
-        return join(out, lse, own_out[:, :, 0], own_lse[:, :, 0])
+        places = [block for block in self.blocks if len(block.entries) < block.capacity and block.room >= room]
+        best = min(places, key=lambda block: block.room, default=None)
+        size = -(-room // ROOM_STEP) * ROOM_STEP
+        if best is None or size < best.room * ALIKE:
+            entries = min(count, int(min(BLOCK_TOKENS, budget // BLOCK_SHARE, left)) // size)
+            if entries < 1 and (left >= room or (must and best is None)):
+                size, entries = room, 1
+            if entries >= 1:
+                best = Block(self.shape, entries, size)
+                self.blocks.append(best)
+        if best is None:
+            return None
+        best.entries.append(Entry(best, len(best.entries)))
+        return best.entries[-1]
+
+    def free(self, entry: Entry) -> None:
+        """Gives an entry's place back, to which the block's last entry moves; an empty block's memory is freed."""
+        block, data = entry.block, entry.block.data
+        last = block.entries.pop()
+        # What is masked has weight 0, and 0 times NaN is NaN: places that no entry fills hold zeros. A step that failed
+        # in the middle may have written one token more than the length says.
+        if last is not entry:
+            data[:, :, entry.place, :, : last.length] = data[:, :, last.place, :, : last.length]
+            data[:, :, entry.place, :, last.length : entry.length + 1] = 0
+            block.entries[entry.place] = last
+        data[:, :, last.place, :, : last.length + 1] = 0
+        last.place = entry.place
+        if not block.entries:
+            self.blocks.remove(block)
+
+
+class CacheStep:
+    """One decoding step's reading of a cache: every row reads one entry; places and masks hold for all layers.
+
+    Args:
+        cache: What is read.
+        readers: For each of its entries the rows that read it.
+        new: Tokens that the step writes to each entry, 0 or 1.
+    """
+
+    def __init__(self, cache: Cache, readers: Mapping[Entry, list[int]], *, new: int) -> None:
+        self.parts: list[_Part] = []
+        device, dtype = cache.shape.device, cache.shape.dtype
+        places = [0] * sum(map(len, readers.values()))
+        offset = 0
+        for block in cache.blocks:
+            rows = [readers[entry] for entry in block.entries]
+            most = max(map(len, rows))
+            for number, of_entry in enumerate(rows):
+                for rank, row in enumerate(of_entry):
+                    places[row] = offset + number * most + rank
+            offset += len(rows) * most
+            filled = torch.tensor([r + [r[0]] * (most - len(r)) for r in rows], device=device)  # (e, R)
+            lengths = torch.tensor([entry.length for entry in block.entries], device=device)
+            longest = max(entry.length for entry in block.entries) + new
+            mask = None
+            if any(entry.length + new < longest for entry in block.entries):
+                beyond = torch.arange(longest, device=device) >= lengths[:, None] + new
+                mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
+                mask = mask.masked_fill_(beyond, torch.finfo(dtype).min)[:, None, None]  # (e, 1, 1, S)
+            self.parts.append(_Part(block, filled, lengths, longest, mask))
+        self.places = torch.tensor(places, device=device)  # of each row in what the parts give, one after the other
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores each row's new key and value (n, H, D) at the end of its entry."""
+        for part in self.parts:
+            rows = part.rows[:, 0]
+            for stored, new in zip(part.block.data[layer], (keys, values), strict=True):
+                stored.view(-1, new.shape[-1]).index_copy_(0, part.ends, new[rows].flatten(0, 1))
+
+    def attend(self, layer: int, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial attention of each row's query (n, H, D) to its entry: (n, H, D), and float32 (n, H)."""
+        outs, weights = [], []
+        for part in self.parts:
+            e = len(part.rows)
+            keys, values = part.block.data[layer, :, :e, :, : part.longest]
+            by_entry = query[part.rows].transpose(1, 2)  # (e, H, R, D)
+            out, lse = partial_attention(by_entry, keys, values, scaling, mask=part.mask)
+            outs.append(out.transpose(1, 2).flatten(0, 1))  # (e * R, H, D)
+            weights.append(lse.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs)[self.places], torch.cat(weights)[self.places]
+
+
+class _Part:
+    """A block in a step."""
+
+    def __init__(
+        self, block: Block, rows: torch.Tensor, lengths: torch.Tensor, longest: int, mask: torch.Tensor | None
+    ) -> None:
+        self.block, self.rows, self.longest, self.mask = block, rows, longest, mask
+        heads = block.data.shape[3]
+        firsts = torch.arange(len(rows) * heads, device=rows.device) * block.room
+        self.ends = firsts + lengths.repeat_interleave(heads)  # (e * H,) where each head's next token goes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

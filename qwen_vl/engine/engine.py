@@ -1,24 +1,26 @@
-"""Many requests at once: shared prefixes computed once, finished rows replaced by waiting ones, nothing changed.
+"""Many requests at once through one model: they come and go while others run, and none changes another's answer.
 
 What a request gives depends on the request alone: its tokens are those that `chat()` finds for it (in float32; in
 bfloat16 the rounding of a matrix product depends on its shape), whatever shares its batch, its order or its process.
 """
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
-from qwen_vl.chat import MAX_WINDOW_SIZE, build_context, cut_answer
+from qwen_vl.chat import MAX_WINDOW_SIZE, build_context
 from qwen_vl.engine import image_cache
-from qwen_vl.engine.cache import ALONE, OWN_STEP, Block, CacheShape, free_bytes, is_out_of_memory
+from qwen_vl.engine.cache import OUT_OF_MEMORY_ALONE, ROOM_STEP, CacheShape, free_bytes, is_out_of_memory
 from qwen_vl.engine.forward import BatchForward
-from qwen_vl.engine.image_cache import image_key
-from qwen_vl.engine.requests import Request, Result, Statistics
+from qwen_vl.engine.image_cache import ImageCache, image_key
+from qwen_vl.engine.requests import Event, Request, Result, Statistics, TextStream
 from qwen_vl.engine.sampling import RequestGenerator, choose
-from qwen_vl.engine.scheduler import MOST_ROWS, Flight, Group, Row, group_by_prefix, image_places
+from qwen_vl.engine.scheduler import Batch, Group, Sequence, grouped, image_places
 from qwen_vl.images import QwenVLImageProcessor
 from qwen_vl.language import ntk_alpha
 from qwen_vl.modeling import QwenVLForCausalLM
@@ -28,24 +30,25 @@ from qwen_vl.tokenization import QwenVLTokenizer
 logger = logging.getLogger(__name__)
 
 SEEDS = range(-(2**63), 2**64)
+RECOVERY = 0.01  # by which the budget grows in a step after an out-of-memory error; after n of them by an n-th of it
 NO_NUMBERS = "the model computed NaN or infinity: its weights are damaged, or the dtype is too narrow (not bfloat16)"
 
 
 class BatchGenerator:
-    """Answers many requests with one model.
+    """Answers many requests with one model: all of an iterable (`run`), or as a server does (`add_request`, `step`).
 
     Args:
         model: In eval mode.
         tokenizer: The checkpoint's.
         max_batch_tokens: Tokens whose keys and values may be held at once; by default what memory has room for. An
-            out-of-memory error halves it, and what was in flight beyond that begins again later.
+            out-of-memory error halves it for a while, and what was in flight beyond that waits again.
         max_rows: Requests decoded at once; by default 512 on a GPU, 256 on a CPU.
         prefill_tokens: Prompt tokens computed in one pass; by default 8,192 on a GPU, 4,096 on a CPU.
-        window: Requests looked at at once to find common prefixes; no more than that are held in memory.
-        share_prefixes: False computes every prompt on its own.
+        window: Requests that `run` looks at at once to find common prefixes; no more than that are held in memory.
+        share_prefixes: False computes every prompt alone.
 
     Raises:
-        ValueError: The checkpoint's generation settings ask for something that is not known here.
+        ValueError: The checkpoint's generation settings ask for something that the engine does not support.
     """
 
     def __init__(
@@ -67,56 +70,102 @@ class BatchGenerator:
         self.prefill_tokens = prefill_tokens or (8192 if gpu else 4096)
         self.window, self.share_prefixes = window, share_prefixes
         config = model.config
-        self.shape = CacheShape(
+        self._shape = CacheShape(
             config.num_hidden_layers, config.num_attention_heads, config.kv_channels, model.dtype, model.device
         )
         self.max_batch_tokens = max_batch_tokens or self._tokens_that_fit()
         self.statistics = Statistics()
+        self._incoming: list[Sequence] = []  # not in groups yet
+        self._waiting: list[Group] = []
+        self._batch = Batch(self._shape)
+        self._memory_limit = math.inf  # tokens; what out-of-memory errors have left of the budget
+        self._added = 0
         self._forward = BatchForward(model)
-        processor = QwenVLImageProcessor(config.visual["image_size"])
-        self._images = image_cache.ImageFeatures(self._forward.encode_images, processor)
+        self._images = ImageCache(self._forward.encode_images, QwenVLImageProcessor(config.visual["image_size"]))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Yields one result per request, as they finish; a request that cannot be done fails alone.
+        """Yields one result per request, as they finish; a request that cannot be answered fails alone.
 
-        Requests are taken from the iterable a window at a time, so memory does not grow with their number.
+        Requests are taken from the iterable a window at a time, so memory does not grow with their number. The engine
+        must have no other requests; closing the iterator drops those that are not finished.
         """
-        source, flight, number = iter(requests), Flight(), 0
-        while True:
-            if sum(len(group.members) for group in flight.waiting) < self.max_rows:
-                batch = list(islice(source, self.window))
-                prepared = [self._prepare(request, number + i) for i, request in enumerate(batch)]
-                number += len(batch)
-                yield from (entry for entry in prepared if isinstance(entry, Result))
-                flight.waiting += self._grouped([entry for entry in prepared if isinstance(entry, Row)])
-            if not flight.waiting and not flight.groups:
-                return
-            yield from self._advance(flight)
+        if self.unfinished:
+            raise RuntimeError("run() needs an engine without other requests")
+        source = iter(requests)
+        try:
+            while True:
+                if self._waiting_requests < self.max_rows:
+                    for request in islice(source, self.window):
+                        try:
+                            self.add_request(request)
+                        except (ValueError, TypeError, KeyError) as error:  # one request's boundary
+                            yield Result.failed(request, f"{type(error).__name__}: {error}")
+                if not self.unfinished:
+                    return
+                yield from (event.result for event in self.step() if event.result)
+        finally:
+            self._drop(lambda _: True)
+
+    def add_request(self, request: Request) -> None:
+        """Lets a request wait for the next steps.
+
+        Raises:
+            ValueError: It cannot be answered: a setting, a tag or the length of the prompt. That an image cannot be
+                read is found later and comes as an event.
+            TypeError, KeyError: It is malformed.
+        """
+        self._incoming.append(self._sequence(request))
+        self._added += 1
+
+    def abort(self, request_id: Any) -> bool:
+        """Drops the request of this id, for which no event comes any more; returns whether there was one."""
+        return self._drop(lambda sequence: sequence.request.id == request_id)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or are in flight."""
+        return self._waiting_requests + len(self._batch.sequences)
 
     @torch.inference_mode()
-    def _advance(self, flight: Flight) -> list[Result]:
-        """Prefills what there is room for, or decodes one step of everything in flight."""
-        failed: list[Result] = []
+    def step(self) -> list[Event]:
+        """Prefills what there is room for, or computes one more token of every request in flight.
+
+        Returns:
+            An event for each request that has a new token or has failed.
+        """
+        if self._incoming:
+            self._waiting += self._grouped(self._incoming)
+            self._incoming = []
+        events: list[Event] = []
+        admitted: list[Group] = []
         try:
-            admitted = self._admit(flight, failed)
-            if failed or admitted:
-                return failed + self._prefill(flight, admitted)
-            return self._step(flight)
+            self._admit(admitted, events)
+            if admitted:
+                self._prefill(admitted, events)
+            elif self._batch.groups:
+                self._decode(events)
+            if self.statistics.out_of_memory:
+                self._memory_limit *= 1 + RECOVERY / self.statistics.out_of_memory
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        failed += self._make_room(flight)
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return failed
+            self._recover(admitted, events)
+        self.statistics.requests += sum(event.result is not None for event in events)
+        return events
 
-    def _prepare(self, request: Request, number: int) -> Row | Result:
-        try:
-            return self._row(request, number)
-        except (ValueError, TypeError, KeyError) as error:
-            return Result(request.id, "", f"{type(error).__name__}: {error}")
+    @property
+    def _budget(self) -> int:
+        """Tokens whose keys and values may be held now."""
+        return int(min(self.max_batch_tokens, self._memory_limit))
 
-    def _row(self, request: Request, number: int) -> Row:
+    @property
+    def _waiting_requests(self) -> int:
+        return len(self._incoming) + sum(len(group.members) for group in self._waiting)
+
+    def _grouped(self, sequences: list[Sequence]) -> list[Group]:
+        return grouped(sequences, self.max_rows, share=self.share_prefixes)
+
+    def _sequence(self, request: Request) -> Sequence:
         settings, config, tokenizer = self.model.generation_config, self.model.config, self.tokenizer
         window = first(getattr(settings, "max_window_size", None), MAX_WINDOW_SIZE)
         context = build_context(tokenizer, request.query, request.history, request.system, window)
@@ -128,14 +177,16 @@ class BatchGenerator:
         limit = check_limit(first(request.max_new_tokens, settings.max_new_tokens, MAX_NEW_TOKENS))
         if not isinstance(request.seed, int) or request.seed not in SEEDS:
             raise ValueError(f"seed is {request.seed}; it must be a whole number of 64 bits")
+        if isinstance(request.stop, str) or not all(isinstance(text, str) and text for text in request.stop):
+            raise ValueError(f"stop is {request.stop!r}; it must be a list of texts that are not empty")
         stops = request.stop_ids
         if stops is None:
             stops = (tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id)
         ids = np.array(context.ids, dtype=np.int64)
-        return Row(
+        return Sequence(
             request=request,
-            number=number,
-            ids=ids,
+            number=self._added,
+            prompt=ids,
             image_places=image_places(ids, tokenizer.img_start_id),
             images=context.images,
             alpha=ntk_alpha(len(ids), config.seq_length) if config.use_dynamic_ntk else 1.0,
@@ -148,177 +199,166 @@ class BatchGenerator:
             generator=RequestGenerator(request.seed, self.model.device),
             limit=limit,
             stops=frozenset(stops),
+            stream=TextStream(tokenizer, request.stop),
         )
 
-    def _grouped(self, rows: list[Row]) -> list[Group]:
-        """Groups in the order of their work: those of one size together, so that blocks fit them."""
-        if self.share_prefixes:
-            numbers: dict[Hashable, int] = {}
-            prompts, alphas = [row.comparable(numbers) for row in rows], [row.alpha for row in rows]
-            found = group_by_prefix(prompts, alphas, most=min(self.max_rows, MOST_ROWS))
-            groups = [Group([rows[i] for i in group.members], group.shared) for group in found]
-        else:
-            groups = [Group([row], len(row.ids)) for row in rows]
-        return sorted(groups, key=lambda g: (-len(g.members), -g.shared, g.members[0].number))
-
-    def _admit(self, flight: Flight, failed: list[Result]) -> list[Group]:
-        """Moves waiting groups into blocks, as many as one prefill takes; adds to `failed` what has no image."""
-        admitted: list[Group] = []
-        tokens = rows = 0
-        in_flight = flight.rows
-        while flight.waiting and not (flight.crowded and flight.groups):
-            group = flight.waiting[0]
-            work = group.shared + sum(len(row.ids) - group.shared for row in group.members)
-            full = in_flight + rows + len(group.members) > self.max_rows and (in_flight or rows)
-            if full or (admitted and tokens + work > self.prefill_tokens):
-                break
+    def _admit(self, admitted: list[Group], events: list[Event]) -> None:
+        """Moves waiting groups into the batch, as many as one prefill takes; those without their images fail."""
+        batch, tokens = self._batch, 0
+        while self._waiting and not (batch.crowded and batch.groups):
+            group = self._waiting[0]
+            rows = len(batch.sequences)
+            if rows and rows + len(group.members) > self.max_rows:
+                return
+            if admitted and tokens + group.prefill_tokens > self.prefill_tokens:
+                return
             try:
-                group.features, broken = self._features(flight, group)
-                placed = not broken and flight.place(group, self.shape, self.max_batch_tokens, self._answer_length())
+                group.features, broken = self._features(group)
+                placed = not broken and batch.add(group, self._budget, self._answer_length(), len(self._waiting) - 1)
             except RuntimeError as error:
-                if not flight.groups or not is_out_of_memory(error):
+                if not batch.groups or not is_out_of_memory(error):
                     raise
                 self.statistics.out_of_memory += 1
-                self.max_batch_tokens = flight.tokens  # what is in flight fits; nothing is wrong with it
-                break
+                self._memory_limit = batch.tokens  # what is in flight fits; nothing is wrong with it
+                return
             if broken:
-                self._fail_broken(flight, group, broken, failed)
+                self._fail_broken(group, broken, events)
                 continue
             if not placed:
-                break
-            flight.waiting.pop(0)
+                return
+            del self._waiting[0]
             admitted.append(group)
-            tokens += work
-            rows += len(group.members)
-        return admitted
+            tokens += group.prefill_tokens
 
-    def _fail_broken(self, flight: Flight, group: Group, broken: dict[Hashable, str], failed: list[Result]) -> None:
-        """Takes the rows with such an image out of the first group that waits."""
-        reasons = [next((broken[k] for k in map(image_key, row.images) if k in broken), None) for row in group.members]
-        flight.waiting[:1] = self._grouped([r for r, why in zip(group.members, reasons, strict=True) if why is None])
-        failed += [Result(r.request.id, "", why) for r, why in zip(group.members, reasons, strict=True) if why]
+    def _fail_broken(self, group: Group, broken: dict[Hashable, str], events: list[Event]) -> None:
+        """Takes the sequences with such an image out of the first group that waits."""
+        reasons = {m: [broken[k] for k in map(image_key, m.images) if k in broken] for m in group.members}
+        self._waiting[:1] = self._grouped([member for member in group.members if not reasons[member]])
+        events += [_failure(member, why[0]) for member, why in reasons.items() if why]
 
-    def _answer_length(self) -> int:
-        """How long an answer becomes, as far as is known, in steps of a block's growth."""
-        stats = self.statistics
-        mean = stats.new_tokens / stats.requests if stats.requests else 0
-        return max(-(-int(mean * 1.25) // OWN_STEP), 1) * OWN_STEP
-
-    def _features(self, flight: Flight, group: Group) -> tuple[dict[Hashable, torch.Tensor], dict[Hashable, str]]:
-        """Features of a group's images; and why there are none, for those that cannot be read."""
-        images = [image for row in group.members for image in row.images]
-        upcoming = (image for g in flight.waiting[: image_cache.AT_ONCE] for row in g.members for image in row.images)
+    def _features(self, group: Group) -> tuple[dict[Hashable, torch.Tensor], dict[Hashable, str]]:
+        """Features of a group's images; and for those that cannot be read, why."""
+        images = [image for member in group.members for image in member.images]
+        upcoming = (i for g in self._waiting[: image_cache.AT_ONCE] for member in g.members for i in member.images)
         try:
             return self._images.of(images, upcoming)
         except RuntimeError as error:
-            if flight.groups or not is_out_of_memory(error):
+            if self._batch.groups or not is_out_of_memory(error):
                 raise
         return self._images.of(images, one_by_one=True)
 
-    def _prefill(self, flight: Flight, groups: list[Group]) -> list[Result]:
-        if not groups:
-            return []
-        logits = [self._forward.prefixes(groups)]
-        branched = [group for group in groups if not group.alone]
-        if branched:
-            logits.append(self._forward.suffixes(branched))
+    def _answer_length(self) -> int:
+        """Tokens that an answer is expected to have: somewhat more than the mean so far."""
+        stats = self.statistics
+        mean = stats.new_tokens / stats.requests if stats.requests else 0
+        return max(-(-int(mean * 1.25) // ROOM_STEP), 1) * ROOM_STEP
+
+    def _prefill(self, groups: list[Group], events: list[Event]) -> None:
+        rows, logits = self._forward.prefill(groups)
+        stats = self.statistics
+        stats.prompt_tokens += sum(len(member) for _, member in rows)
+        stats.prefilled_tokens += sum(group.prefill_tokens for group in groups)
+        stats.images = self._images.encoded
+        stats.peak_rows = max(stats.peak_rows, len(self._batch.sequences))
+        stats.peak_cache_tokens = max(stats.peak_cache_tokens, self._batch.tokens)
+        self._take_tokens(rows, logits, events)
         for group in groups:
             group.features = {}
-        alone = [group for group in groups if group.alone]
-        rows = [(group, row) for group in alone + branched for row in group.members]
-        stats = self.statistics
-        stats.prompt_tokens += sum(len(row.ids) for _, row in rows)
-        stats.prefilled_tokens += sum(g.shared for g in groups)
-        stats.prefilled_tokens += sum(len(row.ids) - g.shared for g in branched for row in g.members)
-        stats.images = self._images.encoded
-        stats.peak_rows = max(stats.peak_rows, flight.rows)
-        stats.peak_cache_tokens = max(stats.peak_cache_tokens, flight.tokens)
-        return self._take_tokens(flight, rows, torch.cat([part for part in logits if part is not None]))
 
-    def _step(self, flight: Flight) -> list[Result]:
-        if back := flight.make_growth(self.max_batch_tokens):
-            self._send_back(flight, back)
-        rows = [held for block in flight.blocks for held in block.held_rows]
-        logits = self._forward.step(flight.blocks)
-        stats = self.statistics
+    def _decode(self, events: list[Event]) -> None:
+        batch, stats = self._batch, self.statistics
+        back: list[Sequence] = []
+        try:
+            batch.make_room(self._budget, back)
+        finally:
+            self._waiting[:0] = self._grouped(back)
+        logits = self._forward.step(batch)
+        rows = [(group, member) for group in batch.groups for member in group.members]
         stats.steps += 1
-        stats.read_tokens += sum(group.shared for group in flight.groups) + sum(row.own + 1 for _, row in rows)
-        stats.peak_cache_tokens = max(stats.peak_cache_tokens, flight.tokens)
-        return self._take_tokens(flight, rows, logits)
+        stats.read_tokens += sum(group.shared for group in batch.groups)
+        stats.read_tokens += sum(member.own.length + 1 for _, member in rows)
+        stats.peak_cache_tokens = max(stats.peak_cache_tokens, batch.tokens)
+        self._take_tokens(rows, logits, events)
 
-    def _take_tokens(self, flight: Flight, rows: Sequence[tuple[Group, Row]], logits: torch.Tensor) -> list[Result]:
-        """Chooses the next token of each row; results of the rows that it ends, which leave."""
-        members = [row for _, row in rows]
-        used = self.model.config.used_vocab_size
-        tokens = choose(logits, [m.sampling for m in members], [m.generator for m in members], used)
+    def _take_tokens(self, rows: list[tuple[Group, Sequence]], logits: torch.Tensor, events: list[Event]) -> None:
+        """Chooses the next token of each row; sequences that it ends leave the batch."""
+        members = [member for _, member in rows]
+        draws = [(member.generator, len(member.answer)) for member in members]
+        tokens = choose(logits, [m.sampling for m in members], draws, self.model.config.used_vocab_size)
         self.statistics.new_tokens += len(tokens)
-        for (group, row), token in zip(rows, tokens, strict=True):  # all of them, before a row that ends moves another
-            if token is not None:
-                row.answer.append(token)
-            row.own = len(row.ids) - group.shared + max(len(row.answer) - 1, 0)
-        results = []
-        for (group, row), token in zip(rows, tokens, strict=True):
-            if token is None:
-                flight.finish(group, row)
-                results.append(Result(row.request.id, "", NO_NUMBERS, prompt_tokens=len(row.ids)))
-            elif token in row.stops or len(row.answer) == row.limit:
-                flight.finish(group, row)
-                text = cut_answer(self.tokenizer, row.answer)
-                results.append(Result(row.request.id, text, None, tuple(row.answer), prompt_tokens=len(row.ids)))
-        self.statistics.requests += len(results)
-        return results
+        for group, member in rows:  # not before the tokens are chosen: a step that fails is repeated
+            member.own.length = len(member) - group.shared
+        for (group, member), token in zip(rows, tokens, strict=True):
+            event = _failure(member, NO_NUMBERS) if token is None else _event(member, token)
+            events.append(event)
+            if event.result:
+                self._batch.finish(group, member)
 
-    def _make_room(self, flight: Flight) -> list[Result]:
-        """After an out-of-memory error: what was not begun, else the younger half, waits again; less is in flight."""
+    def _recover(self, admitted: list[Group], events: list[Event]) -> None:
+        """After an out-of-memory error: what was to be prefilled, else the younger half, waits again."""
         self.statistics.out_of_memory += 1
-        self.max_batch_tokens = max((flight.tokens or self.max_batch_tokens) // 2, 1)
+        batch = self._batch
+        self._memory_limit = max((batch.tokens or self._budget) // 2, 1)
         logger.warning(
             "out of memory with %d requests in flight: going on with at most %d tokens",
-            flight.rows,
-            self.max_batch_tokens,
+            len(batch.sequences),
+            self._memory_limit,
         )
-        if not flight.groups:
-            first = flight.waiting[0]
-            if self.max_batch_tokens > Block.tokens_for(1, len(first.members), first.shared, first.suffix + OWN_STEP):
-                return []  # a smaller block may do
-            del flight.waiting[0]
-            return self._alone(flight, first.members)
-        begun = [group for group in flight.groups if all(row.answer for row in group.open)]
-        back = [group for group in flight.groups if group not in begun] or begun[len(begun) // 2 :]
-        alone = len(flight.groups) == 1
-        failed = []
+        alone = len(batch.groups) <= 1
+        back = admitted or batch.groups[len(batch.groups) // 2 :]
+        members = [member for group in back for member in group.members]
         for group in back:
-            members = list(group.open)
-            flight.release(group)
-            if alone:
-                failed += self._alone(flight, members)
-                continue
-            self._send_back(flight, members)
-        for row in (row for group in flight.groups for row in group.open):
-            row.generator = row.generator.restarted(len(row.answer))  # the error may have come between two rows' draws
-        return failed
+            batch.release(group)
+        if not back:  # nothing in flight: a block or the vision tower does not fit
+            group = self._waiting[0]
+            if self._memory_limit > group.shared + len(group.members) * (group.suffix + ROOM_STEP):
+                return  # a smaller block may do
+            members = self._waiting.pop(0).members
+        if not alone:
+            self._waiting[:0] = self._grouped(members)
+        elif len(members) == 1:
+            events.append(_failure(members[0], OUT_OF_MEMORY_ALONE))
+        else:
+            self._waiting[:0] = grouped(members, 1, share=False)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def _send_back(self, flight: Flight, rows: list[Row]) -> None:
-        """Rows that had to leave wait again, and begin anew."""
-        for row in rows:
-            row.restart()
-        flight.waiting += self._grouped(rows)
-
-    def _alone(self, flight: Flight, members: Sequence[Row]) -> list[Result]:
-        """After an out-of-memory error with one group alone: each of it on its own; one row on its own has failed."""
-        if len(members) == 1:
-            return [Result(members[0].request.id, "", ALONE)]
-        for row in members:
-            row.restart()
-        flight.waiting += [Group([row], len(row.ids)) for row in members]
-        return []
+    @torch.inference_mode()
+    def _drop(self, unwanted: Callable[[Sequence], bool]) -> bool:
+        """Takes out the sequences that `unwanted` is true for; returns whether there were any."""
+        before = self.unfinished
+        self._incoming = [sequence for sequence in self._incoming if not unwanted(sequence)]
+        for group in self._batch.groups[:]:
+            for member in [member for member in group.members if unwanted(member)]:
+                self._batch.finish(group, member)
+        for group in [group for group in self._waiting if any(map(unwanted, group.members))]:
+            place = self._waiting.index(group)
+            self._waiting[place : place + 1] = self._grouped([m for m in group.members if not unwanted(m)])
+        return self.unfinished < before
 
     def _tokens_that_fit(self) -> int:
-        """How many tokens' keys and values the free memory holds, room for the computation left aside."""
-        config, item = self.model.config, self.shape.dtype.itemsize
+        """How many tokens' keys and values the free memory holds, beside what the computation needs."""
+        config, item = self.model.config, self._shape.dtype.itemsize
         activations = self.prefill_tokens * (8 * config.hidden_size + 2 * config.intermediate_size) * max(item, 4)
         logits = 4 * self.max_rows * config.vocab_size * 4
         left = free_bytes(self.model.device) - activations - logits
-        if left < self.shape.token_bytes * config.seq_length:
+        if left < self._shape.token_bytes * config.seq_length:
             logger.warning("little memory is left beside the model: requests are answered one at a time")
-        return max(int(left / self.shape.token_bytes), 1)
+        return max(int(left / self._shape.token_bytes), 1)
+
+
+def _event(member: Sequence, token: int) -> Event:
+    """Adds a token to a sequence's answer."""
+    member.answer.append(token)
+    text = member.stream.push(token)
+    stopped = token in member.stops or member.stream.stopped
+    if not stopped and len(member.answer) < member.limit:
+        return Event(member.request.id, token, text)
+    whole, rest = member.stream.finish(member.answer)
+    reason = "stop" if stopped or member.stream.stopped else "length"
+    ids, prompt = tuple(member.answer), len(member.prompt)
+    return Event(member.request.id, token, text + rest, Result(member.request.id, whole, None, ids, prompt, reason))
+
+
+def _failure(member: Sequence, error: str) -> Event:
+    return Event(member.request.id, None, "", Result.failed(member.request, error, len(member.prompt)))

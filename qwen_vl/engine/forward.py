@@ -1,35 +1,39 @@
-"""The decoder over tokens of many requests at once, for the engine: no padding, keys and values kept in blocks.
+"""The decoder over tokens of many sequences at once, without padding; keys and values lie in the batch's caches.
 
-Shapes: T tokens of this pass, of all requests one after the other; C width, H heads, D width per head, V rows of the
+Shapes: T tokens of a pass, of all sequences one after the other; C width, H heads, D width per head, V rows of the
 head, n rows of a step.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
+from itertools import accumulate
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from qwen_vl.engine.attention import join, partial_attention
-from qwen_vl.engine.cache import Block
+from qwen_vl.engine.cache import CacheStep
 from qwen_vl.engine.image_cache import image_key
-from qwen_vl.engine.scheduler import Group, Row
-from qwen_vl.language import Attend, logn_factors, rotary_frequencies, rotary_tables, segment_attention
+from qwen_vl.engine.scheduler import Batch, Group, Sequence
+from qwen_vl.language import Attend, logn_factors, rotary_frequencies, rotary_tables
 from qwen_vl.loss import LanguageHead
 from qwen_vl.modeling import QwenVLForCausalLM
 from qwen_vl.vision import QUERIES
 
+Span = tuple[Sequence, int, int]  # tokens of a sequence, from the first index to before the second
+
 
 class BatchForward:
-    """Runs a model's decoder over prefixes, suffixes and single steps.
+    """Runs a model's decoder over prompts and over single steps.
 
     Args:
         model: In eval mode.
     """
 
     def __init__(self, model: QwenVLForCausalLM) -> None:
-        self.model = model
-        self.config = model.config
-        self._known: dict[float, torch.Tensor] = {}
+        self.model, self.config = model, model.config
+        self._alphas: dict[float, int] = {}  # row of the next
+        self._frequencies = torch.empty(0, model.config.kv_channels // 2, device=model.device)
         self._logits_buffer: torch.Tensor | None = None
 
     @property
@@ -37,74 +41,72 @@ class BatchForward:
         """Where the model is."""
         return self.model.device
 
-    def prefixes(self, groups: Sequence[Group]) -> torch.Tensor | None:
-        """Fills the groups' prefixes.
+    def prefill(self, groups: list[Group]) -> tuple[list[tuple[Group, Sequence]], torch.Tensor]:
+        """Computes all tokens of groups that have just come into the batch.
 
         Returns:
-            Logits (groups alone, V) at the end of the prompts that are a prefix as a whole, in order; None for none.
+            The sequences with their groups, and logits (sequences, V) at the end of each.
         """
-        first = [group.members[0] for group in groups]
-        spans = [(member, 0, group.shared) for member, group in zip(first, groups, strict=True)]
-        features = _features(groups)
-        lengths = [group.shared for group in groups]
+        spans: list[Span] = []
+        rows: list[tuple[Group, Sequence]] = []
+        ends: list[int] = []  # spans that end with a sequence
+        lengths: list[tuple[int, list[int]]] = []  # of each group: the prefix, and what its members have after it
+        for group in groups:
+            spans.append((group.members[0], 0, group.shared))
+            after = [(member, group.shared, len(member)) for member in group.members if len(member) > group.shared]
+            spans += after
+            ends += range(len(spans) - max(len(after), 1), len(spans))
+            rows += [(group, member) for member in group.members]
+            lengths.append((group.shared, [end - start for _, start, end in after]))
+        sizes = [shared + sum(after) for shared, after in lengths]
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-            parts = zip(groups, k[0].split(lengths, dim=1), v[0].split(lengths, dim=1), strict=True)
-            for group, keys, values in parts:
-                group.block.put_prefix(layer, group, keys, values)
-            return segment_attention(q, k, v, lengths, scaling)
+            outs: list[torch.Tensor] = []
+            by_group = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
+            for group, (shared, after), qkv in zip(groups, lengths, by_group, strict=True):
+                (query, key, value), *members = zip(*(t.split([shared, *after], dim=2) for t in qkv), strict=True)
+                group.prefix.write(layer, key[0], value[0])
+                outs.append(F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling))
+                if not members:
+                    continue
+                prefix = partial_attention(qkv[0][:, :, shared:], key, value, scaling)
+                own = [partial_attention(*part, scaling, causal=True) for part in members]
+                outs.append(join(*prefix, *(torch.cat(t, dim=2) for t in zip(*own, strict=True))))
+                for member, (_, key, value) in zip(group.members, members, strict=True):
+                    member.own.write(layer, key[0], value[0])
+            return torch.cat(outs, dim=2).transpose(1, 2)  # (1, T, H, D)
 
-        hidden = self._tokens(spans, features, attend)
-        ends = np.cumsum(lengths) - 1
-        return self._logits(hidden, [end for end, group in zip(ends, groups, strict=True) if group.alone])
+        features = {key: feature for group in groups for key, feature in group.features.items()}
+        hidden = self._spans(spans, features, attend)
+        last = np.cumsum([end - start for _, start, end in spans])[ends] - 1
+        return rows, self._head(hidden[torch.from_numpy(last).to(self.device)])
 
-    def suffixes(self, groups: Sequence[Group]) -> torch.Tensor:
-        """Fills what follows the prefixes.
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Feeds the last token of every sequence in the batch.
 
         Returns:
-            Logits (rows, V) at the end of every member's prompt, group by group.
+            Logits (n, V) of its sequences; overwritten by the next step.
         """
-        for block in {id(group.block): group.block for group in groups}.values():
-            block.grow(max(group.suffix for group in groups if group.block is block) + 1)
-        members = [(member, group) for group in groups for member in group.members]
-        spans = [(member, group.shared, len(member.ids)) for member, group in members]
-        lengths = [end - start for _, start, end in spans]
-        of_groups = [sum(len(member.ids) - group.shared for member in group.members) for group in groups]
+        members = batch.sequences
+        firsts = accumulate((len(group.members) for group in batch.groups), initial=0)
+        of_prefix = {g.prefix: list(range(i, i + len(g.members))) for g, i in zip(batch.groups, firsts, strict=False)}
+        prefixes = CacheStep(batch.prefixes, of_prefix, new=0)
+        own = CacheStep(batch.own, {member.own: [i] for i, member in enumerate(members)}, new=1)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-            own = []
-            for (member, group), *qkv in zip(members, *(t.split(lengths, dim=2) for t in (q, k, v)), strict=True):
-                group.block.put_own(layer, member, qkv[1][0], qkv[2][0])
-                own.append(partial_attention(*qkv, scaling, causal=True))
-            by_group = zip(groups, q.split(of_groups, dim=2), strict=True)
-            prefix = [group.block.read_prefix(layer, group, query, scaling) for group, query in by_group]
-            own_out, own_lse, out, lse = (
-                torch.cat(t, dim=2) for t in (*zip(*own, strict=True), *zip(*prefix, strict=True))
-            )
-            return join(out, lse, own_out, own_lse).transpose(1, 2)  # (1, T, H, D)
-
-        hidden = self._tokens(spans, _features(groups), attend)
-        return self._logits(hidden, (np.cumsum(lengths) - 1).tolist())
-
-    def step(self, blocks: Sequence[Block]) -> torch.Tensor:
-        """Feeds the last token of the answer of every row in these blocks.
-
-        Returns:
-            Logits (n, V) of the rows, block by block, by place; overwritten by the next step.
-        """
-        members: list[Row] = [row for block in blocks for _, row in block.held_rows]
-        steps = [block.step() for block in blocks]
-        counts = [step.n for step in steps]
-
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-            parts = zip(steps, *(t[0].transpose(0, 1).split(counts) for t in (q, k, v)), strict=True)  # (n, H, D)
-            return torch.cat([step.attend(layer, *qkv, scaling) for step, *qkv in parts])[None]
+            q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (n, H, D)
+            own.write(layer, k, v)
+            return join(*prefixes.attend(layer, q, scaling), *own.attend(layer, q, scaling))[None]
 
         tokens = torch.tensor([member.answer[-1] for member in members], device=self.device)
-        positions = torch.tensor([len(m.ids) + len(m.answer) - 1 for m in members], device=self.device)
+        positions = torch.tensor([len(member) - 1 for member in members], device=self.device)
         embeds = self.model.transformer.wte(tokens)[None]  # (1, n, C)
-        hidden = self._layers(embeds, positions, [m.alpha for m in members], [1] * len(members), attend)
-        return self._head(hidden[0])
+        rows = torch.tensor([self._frequency_row(member.alpha) for member in members], device=self.device)
+        return self._head(self._layers(embeds, positions, rows, attend)[0])
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features (N, 256, C) of images (N, 3, size, size)."""
+        return self.model.transformer.visual(pixels.to(self.device)).to(self.model.dtype)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) of (n, C), in memory that is kept: on a CPU, fresh pages cost nearly as much as the product."""
@@ -115,16 +117,12 @@ class BatchForward:
             self._logits_buffer = hidden.new_empty(len(hidden), head.out_features)
         return torch.mm(hidden, head.weight.t(), out=self._logits_buffer[: len(hidden)])
 
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features (N, 256, C) of images (N, 3, size, size)."""
-        return self.model.transformer.visual(pixels.to(self.device)).to(self.model.dtype)
-
-    def _tokens(
-        self, spans: Sequence[tuple[Row, int, int]], features: dict[Hashable, torch.Tensor], attend: Attend
-    ) -> torch.Tensor:
-        """Hidden states (T, C) of stretches of prompts, one after the other."""
-        ids = np.concatenate([member.ids[start:end] for member, start, end in spans])
+    def _spans(self, spans: list[Span], features: dict[Hashable, torch.Tensor], attend: Attend) -> torch.Tensor:
+        """Hidden states (T, C) of stretches of sequences, one after the other."""
+        ids = np.concatenate([member.tokens(start, end) for member, start, end in spans])
         positions = np.concatenate([np.arange(start, end) for _, start, end in spans])
+        lengths = [end - start for _, start, end in spans]
+        rows = np.repeat([self._frequency_row(member.alpha) for member, _, _ in spans], lengths)
         embeds = self.model.transformer.wte(torch.from_numpy(ids).to(self.device))  # (T, C)
         offset = 0
         for member, start, end in spans:
@@ -135,42 +133,23 @@ class BatchForward:
                 found = features[image_key(member.images[image])].to(embeds.dtype)[wanted]
                 embeds[torch.from_numpy(here + offset).to(self.device)] = found
             offset += end - start
-        alphas, lengths = [m.alpha for m, _, _ in spans], [end - start for _, start, end in spans]
-        return self._layers(embeds[None], torch.from_numpy(positions).to(self.device), alphas, lengths, attend)[0]
+        positions, rows = (torch.from_numpy(array).to(self.device) for array in (positions, rows))
+        return self._layers(embeds[None], positions, rows, attend)[0]
 
     def _layers(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        alphas: Sequence[float],
-        lengths: Sequence[int],
-        attend: Attend,
+        self, x: torch.Tensor, positions: torch.Tensor, frequency_rows: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        """All layers and the final norm over (1, T, C); `alphas` hold for `lengths` tokens each."""
-        frequencies = torch.stack([self._frequencies(alpha) for alpha in alphas])  # (requests, D / 2)
-        repeats = torch.tensor(lengths, device=self.device)
-        frequencies = frequencies.repeat_interleave(repeats, dim=0)  # (T, D / 2)
-        cos, sin = rotary_tables(frequencies, positions[:, None])  # (T, 1, 1, D)
+        """All layers and the final norm over (1, T, C), for positions (T,) and rows (T,) of the rotary frequencies."""
+        cos, sin = rotary_tables(self._frequencies[frequency_rows], positions[:, None])  # (T, 1, 1, D)
         rotary = cos.transpose(0, 2), sin.transpose(0, 2)  # (1, 1, T, D)
         logn = logn_factors(positions[None], self.config.seq_length) if self.config.use_logn_attn else None
         for layer in self.model.transformer.h:
             x = layer(x, rotary=rotary, logn=logn, attention_mask=None, past_key_values=None, attend=attend)
         return self.model.transformer.ln_f(x)
 
-    def _frequencies(self, alpha: float) -> torch.Tensor:
-        if alpha not in self._known:
-            config = self.config
-            known = rotary_frequencies(alpha, config.rotary_emb_base, config.kv_channels, self.device)
-            self._known[alpha] = known
-        return self._known[alpha]
-
-    def _logits(self, hidden: torch.Tensor, places: Sequence[int]) -> torch.Tensor | None:
-        """Logits at these tokens alone."""
-        if not len(places):
-            return None
-        return self.model.lm_head(hidden[torch.tensor(places, device=self.device)])
-
-
-def _features(groups: Sequence[Group]) -> dict[Hashable, torch.Tensor]:
-    """The features of all of their images."""
-    return {key: feature for group in groups for key, feature in group.features.items()}
+    def _frequency_row(self, alpha: float) -> int:
+        if alpha not in self._alphas:
+            new = rotary_frequencies(alpha, self.config.rotary_emb_base, self.config.kv_channels, self.device)
+            self._frequencies = torch.cat([self._frequencies, new[None]])
+            self._alphas[alpha] = len(self._alphas)
+        return self._alphas[alpha]

@@ -1,4 +1,4 @@
-"""Images of many requests to features: opened in threads, encoded several at once, the latest kept."""
+"""Features of images: opened in threads, encoded several at once, the latest kept."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen_vl.engine.cache import ALONE, is_out_of_memory
+from qwen_vl.engine.cache import OUT_OF_MEMORY_ALONE, is_out_of_memory
 from qwen_vl.images import QwenVLImageProcessor
 
 AT_ONCE = 8  # through the vision tower
@@ -15,11 +15,11 @@ KEPT = 64  # features of the latest images, in case another group shows them aga
 
 
 def image_key(image: Any) -> Hashable:
-    """What tells images apart: the path of a file, else the object itself, which must be kept while its key is."""
+    """Identifies an image: by the path of a file, else by the object, which must live as long as its key is used."""
     return str(image) if isinstance(image, str | Path) else id(image)
 
 
-class ImageFeatures:
+class ImageCache:
     """Features of images, each computed once while it is among the latest.
 
     Args:
@@ -39,12 +39,12 @@ class ImageFeatures:
     def of(
         self, images: Sequence[Any], upcoming: Iterable[Any] = (), *, one_by_one: bool = False
     ) -> tuple[dict[Hashable, torch.Tensor], dict[Hashable, str]]:
-        """Features (256, C) of each image by its key; and why there are none, for those that cannot be read.
+        """Features (256, C) of each image by its key; and for those that cannot be read, why.
 
         Args:
             images: What is needed.
             upcoming: What will be needed next: encoded along with it while there is room among `AT_ONCE`.
-            one_by_one: Encode each alone, and take an out-of-memory error for a failure of that image.
+            one_by_one: Encode each alone, and treat an out-of-memory error as a failure of that image.
         """
         wanted = {image_key(image): image for image in images}
         missing = {key: image for key, image in wanted.items() if key not in self._kept}
@@ -75,9 +75,10 @@ class ImageFeatures:
             except RuntimeError as error:
                 if not forgiving or not is_out_of_memory(error):
                     raise
-                broken |= dict.fromkeys(keys, ALONE)
+                broken |= dict.fromkeys(keys, OUT_OF_MEMORY_ALONE)
                 continue
-            self._kept |= {key: (images[key], feature) for key, feature in zip(keys, features, strict=True)}
+            # Copies: a view would keep the features of all that were encoded with it.
+            self._kept |= {key: (images[key], feature.clone()) for key, feature in zip(keys, features, strict=True)}
             self.encoded += len(keys)
         return broken
 

@@ -1,126 +1,199 @@
-"""The next token of each request: greedy, or drawn exactly as `generate()` draws it, from the request's own generator.
+"""The next token of each sequence: greedy, or drawn exactly as `generate()` draws it, for the whole batch at once.
 
-Shapes: n requests, V rows of the head (ids without a token among them), U ids that have one.
+Shapes: n rows, V rows of the head (ids without a token among them), U ids that have one; W candidates of a row.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from qwen_vl.sampling_params import SamplingSettings
 
-CANDIDATES = 64  # kept tokens that the quick road can hold; top-p 0.3 rarely leaves more than a few
-MARGIN = 1e-4  # of probability mass: nearer to the limit than this, rounding could decide, and the exact road is taken
+CANDIDATES = 64  # W; top-p 0.3 rarely leaves more than a few
+CHUNK = 128  # ids whose largest logit is found first
+MARGIN = 1e-4  # of probability mass: nearer to the limit than this, rounding could decide, and the exact way is taken
 
 
 class RequestGenerator:
     """The random numbers of one request: those that `torch.multinomial` would use after `torch.manual_seed(seed)`.
 
-    A draw costs V exponential variates, whatever it chooses among; draws with a single candidate are only counted, and
-    made up for if a later one needs its place in the sequence.
+    Each draw of `generate()` uses V exponential variates, whatever it chooses among. A draw is asked for by its number,
+    so that one which is certain costs nothing unless a later one is not, and one that is repeated gives the same.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.device = device
-        self._seed = seed
+        self._seed, self._device = seed, device
         self._generator: torch.Generator | None = None
-        self._skipped = 0
+        self._drawn = 0  # draws that the generator is past
 
-    def skip(self) -> None:
-        """Passes over a draw whose outcome is certain."""
-        self._skipped += 1
-
-    def restarted(self, draws: int = 0) -> "RequestGenerator":
-        """The same random numbers from the beginning, or after so many draws."""
-        again = RequestGenerator(self._seed, self.device)
-        again._skipped = draws
-        return again
-
-    def variates(self, size: int) -> torch.Tensor:
-        """The exponential variates (size,) of the next draw, float32."""
-        if self._generator is None:
-            self._generator = torch.Generator(self.device).manual_seed(self._seed)
-        values = torch.empty(size, device=self.device)
-        for _ in range(self._skipped + 1):
-            values.exponential_(1, generator=self._generator)
-        self._skipped = 0
+    def variates(self, draw: int, size: int, count: int) -> torch.Tensor:
+        """The first `count` of the `size` exponential variates of a draw, counted from 0: float32 (count,)."""
+        if self._generator is None or draw < self._drawn:
+            self._generator, self._drawn = torch.Generator(self._device).manual_seed(self._seed), 0
+        while self._drawn < draw:
+            _skip(self._generator, size)
+            self._drawn += 1
+        if not _skips_by_uniform(self._device):
+            count = size
+        values = torch.empty(count, device=self._device).exponential_(1, generator=self._generator)
+        _skip(self._generator, size - count)
+        self._drawn += 1
         return values
 
 
+def _skip(generator: torch.Generator, size: int) -> None:
+    """Puts a generator where drawing `size` exponential variates would put it."""
+    if size and _skips_by_uniform(generator.device):
+        torch.empty(size, dtype=torch.float64).uniform_(generator=generator)  # a quarter of the time
+    elif size:
+        torch.empty(size, device=generator.device).exponential_(1, generator=generator)
+
+
+@lru_cache
+def _skips_by_uniform(device: torch.device) -> bool:
+    """Whether uniform doubles use as much of a generator as exponential variates do, one by one: so it is on a CPU."""
+    if device.type != "cpu":
+        return False
+    one, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    expected = torch.empty(1000).exponential_(1, generator=one)
+    values = torch.empty(300).exponential_(1, generator=other)
+    torch.empty(700, dtype=torch.float64).uniform_(generator=other)
+    return torch.equal(values, expected[:300]) and torch.equal(one.get_state(), other.get_state())
+
+
 def choose(
-    logits: torch.Tensor, settings: Sequence[SamplingSettings], generators: Sequence[RequestGenerator], used: int
+    logits: torch.Tensor,
+    settings: Sequence[SamplingSettings],
+    draws: Sequence[tuple[RequestGenerator, int]],
+    used: int,
 ) -> list[int | None]:
-    """The next token of each request.
+    """The next token of each row.
 
     Args:
         logits: (n, V) of the last positions.
-        settings: One per request.
-        generators: One per request; only sampling uses it.
+        settings: One per row.
+        draws: One per row: whose random numbers, and the number of the draw; only sampling uses it.
         used: U; ids from here on are never chosen.
 
     Returns:
-        n ids below U: for each request what `generate()` would choose for it alone; None where the logits are no
-        numbers (NaN, or infinite).
+        n ids below U: for each row what `generate()` would choose for it alone; None where the logits are no numbers
+        (NaN, or infinite).
     """
-    size = logits.shape[-1]
-    best = logits[:, :used].argmax(dim=-1, keepdim=True)  # a NaN counts as the largest
-    sound = logits.gather(-1, best).isfinite()[:, 0].tolist()
-    tokens = [token if good else None for token, good in zip(best[:, 0].tolist(), sound, strict=True)]
-    rows = [i for i, setting in enumerate(settings) if setting.do_sample and sound[i]]
-    if not rows:
+    device, size = logits.device, logits.shape[-1]
+    largest = _chunk_maxima(logits, used)
+    columns = _columns(largest.argmax(dim=-1, keepdim=True), used)  # a NaN counts as the largest
+    best = logits.gather(1, columns.clamp(max=used - 1)).max(dim=-1, keepdim=True)
+    ids = columns.gather(1, best.indices).clamp(max=used - 1)
+    certain = torch.ones_like(ids, dtype=torch.bool)
+    sampled = [i for i, setting in enumerate(settings) if setting.do_sample]
+    if sampled:
+        rows = torch.tensor(sampled, device=device)
+        fields = zip(*((s.temperature, s.top_k, s.top_p) for s in map(settings.__getitem__, sampled)), strict=True)
+        limits = _Limits(*(torch.tensor(field, device=device)[:, None] for field in fields))
+        total = _logsumexp(logits, rows, limits, used)
+        share = (best.values[rows].float() / limits.temperature - total).exp()
+        certain[rows] = share > limits.top_p + MARGIN
+    found = torch.cat([ids, best.values.isfinite(), certain], dim=1).tolist()
+    tokens = [token if sound else None for token, sound, _ in found]
+    places = [place for place, i in enumerate(sampled) if found[i][1] and not found[i][2]]
+    if not places:
         return tokens
-    scaled = logits[:, :used] if len(rows) == len(settings) else logits[rows, :used]
-    scaled = scaled.float()
-    temperatures = [settings[i].temperature for i in rows]
-    if any(temperature != 1 for temperature in temperatures):
-        scaled = scaled / torch.tensor(temperatures, device=logits.device)[:, None]
-    quick = _quick_candidates(scaled, [settings[i] for i in rows])
-    for place, row in enumerate(rows):
-        kept = quick[place]
-        if kept is None:
-            whole = logits[row].float() / settings[row].temperature
-            whole[used:] = -torch.inf
-            kept = _exact_candidates(whole, settings[row])
-        ids, scores = kept
-        if len(ids) == 1:
-            generators[row].skip()
-            tokens[row] = int(ids[0])
-            continue
-        # As torch.multinomial does it: the largest ratio of probability to exponential variate.
-        variates = generators[row].variates(size)[ids.to(logits.device)].to(ids.device)
-        tokens[row] = int(ids[(scores.softmax(-1) / variates).argmax()])
+    at = torch.tensor(places, device=device)
+    kept_ids, scores, summary = _candidates(
+        logits, largest, rows[at], _Limits(*(t[at] for t in limits)), total[at], used
+    )
+    several = []
+    for place, (first, count, last, exact) in enumerate(summary):
+        row = sampled[places[place]]
+        generator, draw = draws[row]
+        if exact:
+            tokens[row] = _exact_choice(logits[row], settings[row], generator.variates(draw, size, size), used)
+        elif count == 1:
+            tokens[row] = first
+        else:
+            variates = generator.variates(draw, size, last + 1)
+            several.append((row, place, variates[kept_ids[place].clamp(max=last)]))
+    if several:
+        chosen_rows, places, variates = zip(*several, strict=True)
+        at = torch.tensor(places, device=device)
+        best = _largest_ratio(scores[at], torch.stack(variates))
+        for row, token in zip(chosen_rows, kept_ids[at].gather(1, best[:, None])[:, 0].tolist(), strict=True):
+            tokens[row] = token
     return tokens
 
 
-def _quick_candidates(
-    scores: torch.Tensor, settings: Sequence[SamplingSettings]
-) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
-    """Kept ids and their scores of each row, by id, from its highest scores alone; None where they don't do."""
-    width = min(CANDIDATES, scores.shape[-1])
-    top, ids = scores.topk(width, dim=-1)  # (rows, width)
-    mass = (top - scores.logsumexp(dim=-1, keepdim=True)).exp()
-    before = (mass.double().cumsum(-1) - mass).tolist()  # probability of all that is more likely
-    top, ids = top.cpu(), ids.cpu()  # at once: a GPU would be waited for several times a row
-    found: list[tuple[torch.Tensor, torch.Tensor] | None] = []
-    for row, setting in enumerate(settings):
-        distances = [abs(b - setting.top_p) for b in before[row]]
-        keep = sum(b < setting.top_p for b in before[row])
-        if setting.top_k or setting.top_p == 1 or keep == width or min(distances) < MARGIN or _ties(top[row], keep):
-            found.append(None)
-            continue
-        order = ids[row, :keep].sort()
-        found.append((order.values, top[row, :keep][order.indices]))
-    return found
+class _Limits(NamedTuple):
+    """Settings of several rows, each (rows, 1)."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
 
 
-def _ties(top: torch.Tensor, keep: int) -> bool:
-    """Whether the last kept and the first dropped score are equal: which goes is then a matter of the sort."""
-    return bool(top[keep - 1] == top[keep])
+def _chunk_maxima(logits: torch.Tensor, used: int) -> torch.Tensor:
+    """The largest logit (n, U / CHUNK) of each chunk of ids: one quick pass, where `argmax` and `topk` are slow."""
+    whole = used // CHUNK * CHUNK
+    parts = [logits[:, :whole].unflatten(1, (-1, CHUNK)).amax(dim=-1)] if whole else []
+    if whole < used:
+        parts.append(logits[:, whole:used].amax(dim=-1, keepdim=True))
+    return torch.cat(parts, dim=1)
 
 
-def _exact_candidates(scores: torch.Tensor, setting: SamplingSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept ids and scores of one row, by the arithmetic of transformers' top-k and top-p, step by step."""
-    scores = scores[None].clone()
+def _columns(chunks: torch.Tensor, used: int) -> torch.Tensor:
+    """Ids (n, c * CHUNK) of chunks (n, c); those of the last may go beyond `used`."""
+    return (chunks[..., None] * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(1)
+
+
+def _logsumexp(logits: torch.Tensor, rows: torch.Tensor, limits: _Limits, used: int) -> torch.Tensor:
+    """Logarithm of the sum of the exponentials of the scores, float32 (rows, 1); infinite where top-k comes first."""
+    total = torch.full((len(rows), 1), torch.inf, device=logits.device)
+    wanted = (limits.top_k == 0).nonzero()[:, 0]
+    # A few rows at a time on a CPU: what does not fit its caches takes three times as long.
+    for part in wanted.split(4 if logits.device.type == "cpu" else max(len(rows), 1)):
+        scores = logits[rows[part], :used].float() / limits.temperature[part]
+        total[part] = scores.logsumexp(dim=-1, keepdim=True)
+    return total
+
+
+def _candidates(
+    logits: torch.Tensor, largest: torch.Tensor, rows: torch.Tensor, limits: _Limits, total: torch.Tensor, used: int
+) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
+    """What top-k and top-p keep of rows, from their W highest scores.
+
+    Returns:
+        Ids (rows, W), scores (rows, W), -inf where an id is dropped; and for each row its best id, how many ids are
+        kept, the largest of them, and whether all of that is uncertain and must be found the exact way.
+    """
+    chunks = largest[rows].topk(min(CANDIDATES, largest.shape[1])).indices
+    columns = _columns(chunks, used)
+    scores = logits[rows[:, None], columns.clamp(max=used - 1)].float() / limits.temperature
+    top, places = scores.masked_fill_(columns >= used, -torch.inf).topk(min(CANDIDATES, used))  # (rows, W)
+    ids, width = columns.gather(1, places), top.shape[1]
+    in_top_k = (torch.arange(width, device=top.device) < limits.top_k) | (limits.top_k == 0)
+    total = torch.where(limits.top_k > 0, top.masked_fill(~in_top_k, -torch.inf).logsumexp(-1, keepdim=True), total)
+    mass = (top - total).exp().double().masked_fill_(~in_top_k, 0)
+    before = mass.cumsum(-1) - mass  # probability of all that is more likely
+    keep = in_top_k & ((before < limits.top_p) | (limits.top_p == 1))
+    count = keep.sum(-1, keepdim=True)
+    next_score = top.gather(1, count.clamp(max=width - 1))
+    near = (in_top_k & ((before - limits.top_p).abs() < MARGIN) & (limits.top_p < 1)).any(-1, keepdim=True)
+    tie = top.gather(1, count - 1) == next_score  # which goes is then a matter of the sort
+    exact = (count == width) | near | tie | (limits.top_k > width)
+    last = ids.masked_fill(~keep, 0).amax(-1, keepdim=True)
+    return ids, top.masked_fill(~keep, -torch.inf), torch.cat([ids[:, :1], count, last, exact], dim=1).tolist()
+
+
+def _largest_ratio(scores: torch.Tensor, variates: torch.Tensor) -> torch.Tensor:
+    """As `torch.multinomial` does it: the largest ratio of probability to exponential variate; dropped ids are -inf."""
+    return (scores.softmax(-1) / variates).masked_fill_(scores == -torch.inf, -1).argmax(-1)
+
+
+def _exact_choice(logits: torch.Tensor, setting: SamplingSettings, variates: torch.Tensor, used: int) -> int:
+    """The draw of one row (V,), by the arithmetic of transformers' temperature, top-k and top-p, step by step."""
+    scores = logits.float()[None] / setting.temperature
+    scores[:, used:] = -torch.inf
     if setting.top_k:
         limit = scores.topk(min(setting.top_k, scores.shape[-1])).values[..., -1, None]
         scores = scores.masked_fill(scores < limit, -torch.inf)
@@ -129,5 +202,4 @@ def _exact_candidates(scores: torch.Tensor, setting: SamplingSettings) -> tuple[
         drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - setting.top_p
         drop[..., -1:] = False
         scores = scores.masked_fill(drop.scatter(1, places, drop), -torch.inf)
-    ids = scores[0].isfinite().nonzero()[:, 0]
-    return ids, scores[0, ids]
+    return int(_largest_ratio(scores, variates[None]))

@@ -1,203 +1,215 @@
-"""Requests on their way through the engine: waiting, in groups that share a prefix, and in flight."""
+"""What waits and what is in flight: sequences, in groups that share a prefix, and the batch that they make up."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 
-from qwen_vl.engine.cache import Block, CacheShape
+from qwen_vl.engine.cache import Cache, CacheShape, Entry
 from qwen_vl.engine.image_cache import image_key
+from qwen_vl.engine.requests import Request, TextStream
 from qwen_vl.engine.sampling import RequestGenerator
 from qwen_vl.sampling_params import SamplingSettings
 from qwen_vl.vision import QUERIES
 
-BLOCK_ROWS = 128  # of a block that is made anew: more would lie about half empty, fewer cost calls
-RESERVE = 0.1  # of the budget, for answers that become longer than expected
 MOST_ROWS = 16  # prompts that share one prefix
-LEAST_SHARE = 1 / 8  # of the longer prompt: to save less, rows of all lengths would lie beside each other
-LEAST_SHARED = 32  # tokens: a shorter common beginning is not worth a group of its own
-ALIKE = 0.75  # of a block's longest prefix: a shorter one would leave too much of its place empty
+LEAST_SHARE = 1 / 8  # of the longer prompt: to save less, entries of all lengths would lie in a block
+LEAST_SHARED = 32  # tokens: a shorter common prefix is not worth a group
+RESERVE = 0.1  # of the budget, for answers that become longer than expected
+GROWTH = 1.5  # an entry that is full moves to one with so many times the room
 
 
 @dataclass(eq=False)
-class Row:
-    """A request on its way: its prompt, where its keys and values lie, and what it has answered so far."""
+class Sequence:
+    """A request on its way through the engine: its prompt, and its answer so far."""
 
-    request: Any
-    number: int
-    ids: np.ndarray  # (prompt,) token ids
+    request: Request
+    number: int  # order of arrival
+    prompt: np.ndarray  # (prompt,) token ids
     image_places: np.ndarray  # (prompt,) image * 256 + feature where an image stands, else -1
-    images: list[Any]  # what each image is opened from
+    images: list[object]  # what each image is opened from
     alpha: float
     sampling: SamplingSettings
     generator: RequestGenerator
     limit: int
     stops: frozenset[int]
+    stream: TextStream
     answer: list[int] = field(default_factory=list)
-    place: int = -1  # among the rows of its group's block
-    own: int = 0  # tokens after the shared prefix that have keys and values
+    own: Entry | None = None  # keys and values of what comes after the shared prefix, while in flight
+
+    def __len__(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.answer)
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """Ids of a stretch of prompt and answer."""
+        if end <= len(self.prompt):
+            return self.prompt[start:end]
+        return np.concatenate([self.prompt, np.array(self.answer, dtype=np.int64)])[start:end]
 
     def comparable(self, numbers: dict[Hashable, int]) -> np.ndarray:
-        """The prompt with each image's places numbered by the image: equal numbers where the computation is equal.
+        """The tokens with each image's places numbered by the image: equal numbers where the computation is equal.
 
         Args:
             numbers: An image's key to its number; added to.
         """
-        comparable = self.ids.copy()
+        comparable = self.tokens(0, len(self)).copy()
         for i, image in enumerate(self.images):
             number = numbers.setdefault(image_key(image), len(numbers))
-            here = self.image_places // QUERIES == i
+            here = np.flatnonzero(self.image_places // QUERIES == i)
             comparable[here] = -1 - number * QUERIES - (self.image_places[here] - i * QUERIES)
         return comparable
-
-    def restart(self) -> None:
-        """Forgets the answer; what it will be the next time is the same."""
-        self.answer, self.own, self.generator = [], 0, self.generator.restarted()
 
 
 @dataclass(eq=False)
 class Group:
-    """Sequences that share their first `shared` tokens, and their place in a block."""
+    """Unfinished sequences that share their first `shared` tokens; one alone shares all that it has at its prefill."""
 
-    members: list[Row]
+    members: list[Sequence]
     shared: int
-    block: Block | None = None
-    place: int = -1  # among the prefixes of its block
-    open: list[Row] = field(default_factory=list)  # members that are not finished
+    prefix: Entry | None = None  # keys and values of the shared tokens, while in flight
     features: dict[Hashable, torch.Tensor] = field(default_factory=dict)  # of its images, until it is prefilled
 
-    def __post_init__(self) -> None:
-        self.open = list(self.members)
-
     @property
-    def alone(self) -> bool:
-        """Whether all of the one prompt is the prefix."""
-        return self.shared == len(self.members[0].ids)
+    def prefill_tokens(self) -> int:
+        """Tokens that its prefill computes."""
+        return self.shared + sum(len(member) - self.shared for member in self.members)
 
     @property
     def suffix(self) -> int:
-        """The longest of the members' prompts after the prefix, in tokens."""
-        return max(len(member.ids) for member in self.members) - self.shared
+        """The most tokens that a member has after the prefix."""
+        return max(map(len, self.members)) - self.shared
 
 
-@dataclass
-class Flight:
-    """Groups in flight and waiting, and the blocks that hold the former."""
+class Batch:
+    """The groups in flight, oldest first, and their keys and values.
 
-    waiting: list[Group] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-    crowded: bool = False  # rows were sent back for want of room: nobody comes in before a group has left
+    Attributes:
+        crowded: Sequences were sent back because memory was short: nothing is added before a group has left.
+    """
+
+    def __init__(self, shape: CacheShape) -> None:
+        self.groups: list[Group] = []
+        self.prefixes, self.own = Cache(shape), Cache(shape)
+        self.crowded = False
 
     @property
-    def rows(self) -> int:
-        return sum(len(group.open) for group in self.groups)
+    def sequences(self) -> list[Sequence]:
+        """All sequences, group by group."""
+        return [member for group in self.groups for member in group.members]
 
     @property
     def tokens(self) -> int:
-        return sum(block.tokens for block in self.blocks)
+        """Tokens that its caches have room for."""
+        return self.prefixes.tokens + self.own.tokens
 
-    def place(self, group: Group, shape: CacheShape, budget: int, answer: int) -> bool:
-        """Puts a group that waits into a block that is there, or into a new one.
+    def add(self, group: Group, budget: int, answer: int, waiting: int) -> bool:
+        """Gives a group its entries.
 
         Args:
-            group: The first that waits.
-            shape: Of new blocks.
-            budget: Tokens that all blocks may have room for.
+            group: What comes in.
+            budget: Tokens that the caches may have room for.
             answer: Tokens that an answer is expected to have.
+            waiting: Groups that wait behind it.
 
         Returns:
-            Whether there was room; alone in flight, a group is always placed.
+            Whether there was room; an empty batch takes every group.
         """
-        fitting = [block for block in self.blocks if block.fits(group)]
-        for block in sorted(fitting, key=lambda block: block.prefix):
-            growth = block.growth(group.suffix + 1)
-            if not growth or self.tokens + growth <= budget:
-                break
-        else:
-            block = self._new_block(shape, budget, answer)
-            if block is None:
+        count = max(waiting, len(self.groups)) + 1
+        placed = self._place(group, budget, answer, count, must=False)
+        if not placed and not self.groups:
+            placed = self._place(group, budget, 1, count, must=True)
+        if placed:
+            self.groups.append(group)
+        return placed
+
+    def _place(self, group: Group, budget: int, answer: int, count: int, *, must: bool) -> bool:
+        placed, most = False, budget * (1 - RESERVE)
+        try:
+            group.prefix = self.prefixes.add(group.shared, count, budget, most - self.tokens, must=must)
+            if group.prefix is None:
                 return False
-            self.blocks.append(block)
-        block.take(group)
-        group.block = block
-        self.groups.append(group)
+            group.prefix.length = group.shared
+            room, count = group.suffix + answer, count * len(group.members)
+            for member in group.members:
+                member.own = self.own.add(room, count, budget, most - self.tokens, must=must)
+                if member.own is None:
+                    return False
+                member.own.length = len(member) - group.shared
+            placed = True
+        finally:
+            if not placed:
+                self._free(group)
         return True
 
-    def _new_block(self, shape: CacheShape, budget: int, answer: int) -> Block | None:
-        """A block for as many of the groups that come next, and are about as long, as fit into the budget."""
-        first, left = self.waiting[0], budget * (1 - RESERVE) - self.tokens
-        groups = rows = own = tokens = 0
-        for group in self.waiting:
-            members, longest = rows + len(group.members), max(own, group.suffix + answer)
-            size = Block.tokens_for(groups + 1, members, first.shared, longest)
-            unlike = not first.shared >= group.shared >= first.shared * ALIKE
-            if groups and (members > BLOCK_ROWS or unlike or size > left):
-                break
-            groups, rows, own, tokens = groups + 1, members, longest, size
-        if tokens > left and self.groups:
-            return None
-        return Block(shape, groups=groups, rows=rows, prefix=first.shared, own=own)
+    def make_room(self, budget: int, back: list[Sequence]) -> None:
+        """Gives every sequence room for one more token; where the budget is too small, the youngest leave.
 
-    def make_growth(self, budget: int) -> list[Row]:
-        """Sees to it that every row has room for one more token within the budget.
-
-        Where it is short, room that nobody uses is given back, and then the youngest groups are taken out, but for
-        the last one: that grows whatever the budget says.
-
-        Returns:
-            Rows that were taken out.
+        Args:
+            budget: Tokens that the caches may have room for; the last sequence stays whatever it says.
+            back: Gets the sequences that had to leave.
         """
-        back: list[Row] = []
-        for block in list(self.blocks):
-            while self.tokens + block.growth(block.wanted) > budget and block.growth(block.wanted):
-                if sum(other.shrink() for other in self.blocks):
-                    continue
-                if len(self.groups) == 1 or block not in self.blocks:
+        full = [member for member in self.sequences if member.own.length == member.own.room]
+        for member in full:
+            while member.own is not None:
+                wanted = max(int(member.own.length * GROWTH), member.own.length + 1)
+                must = len(self.sequences) == 1
+                if grown := self.own.add(wanted, len(full), budget, budget - self.tokens, must=must):
+                    grown.take(member.own)
+                    self.own.free(member.own)
+                    member.own = grown
                     break
-                back += self.groups[-1].open
-                self.release(self.groups[-1])
+                youngest = self.groups[-1]
+                leaving = youngest.members[:] if len(self.groups) > 1 else youngest.members[-1:]
+                back += leaving
+                for other in leaving:
+                    self.finish(youngest, other)
                 self.crowded = True
-            if block in self.blocks:
-                block.grow(block.wanted)
-        return back
 
-    def finish(self, group: Group, row: Row) -> None:
-        """Takes a row out that has its answer, and its group when it was the last."""
-        group.open.remove(row)
-        group.block.leave(row)
-        if not group.open:
+    def finish(self, group: Group, member: Sequence) -> None:
+        """Takes out a sequence that is finished, and its group with the last one."""
+        if len(group.members) == 1:
             self.release(group)
             self.crowded = False
+            return
+        group.members.remove(member)
+        self.own.free(member.own)
+        member.own = None
 
     def release(self, group: Group) -> None:
-        """Takes a group out, with the rows that are not finished; a block that nobody uses is given back."""
-        for row in group.open:
-            group.block.leave(row)
+        """Takes a group out."""
         self.groups.remove(group)
-        group.block.release(group)
-        if not group.block.held_groups:
-            self.blocks.remove(group.block)
-        group.block = None
+        self._free(group)
+
+    def _free(self, group: Group) -> None:
+        for member in group.members:
+            if member.own is not None:
+                self.own.free(member.own)
+                member.own = None
+        if group.prefix is not None:
+            self.prefixes.free(group.prefix)
+            group.prefix = None
 
 
-def image_places(ids: np.ndarray, start_id: int) -> np.ndarray:
-    """image * 256 + feature at each place where an image's features stand, -1 elsewhere."""
-    places = np.full(len(ids), -1, dtype=np.int64)
-    for image, start in enumerate(np.flatnonzero(ids == start_id)):
-        places[start + 1 : start + 1 + QUERIES] = image * QUERIES + np.arange(QUERIES)
-    return places
+def grouped(sequences: Iterable[Sequence], most: int, *, share: bool = True) -> list[Group]:
+    """Divides sequences into groups, in the order of their work: those of about one length together.
 
-
-@dataclass(frozen=True)
-class PrefixGroup:
-    """Prompts (by number) that begin with the same `shared` tokens; a prompt alone shares all of itself."""
-
-    members: tuple[int, ...]
-    shared: int
+    Args:
+        sequences: Not in flight.
+        most: Members of a group.
+        share: False computes every prompt alone.
+    """
+    sequences = list(sequences)
+    if share:
+        numbers: dict[Hashable, int] = {}
+        prompts, alphas = [s.comparable(numbers) for s in sequences], [s.alpha for s in sequences]
+        found = group_by_prefix(prompts, alphas, min(most, MOST_ROWS))
+        groups = [Group([sequences[i] for i in members], shared) for members, shared in found]
+    else:
+        groups = [Group([s], len(s)) for s in sequences]
+    return sorted(groups, key=lambda g: (-len(g.members), -g.shared, g.members[0].number))
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -207,40 +219,43 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else size
 
 
-def group_by_prefix(prompts: Sequence[np.ndarray], kinds: Sequence[float], most: int = MOST_ROWS) -> list[PrefixGroup]:
+def group_by_prefix(
+    prompts: list[np.ndarray], kinds: list[float], most: int = MOST_ROWS
+) -> list[tuple[list[int], int]]:
     """Divides prompts into groups that share a prefix, so that few tokens are computed.
 
     Sorted prompts have their longest common prefixes with their neighbours. A group grows as long as that saves more
     than beginning a new one there; one token at least is left to each member, whose logits begin its answer.
 
     Args:
-        prompts: Integer arrays; images are numbers of their own in them.
+        prompts: Integer arrays, in which each image has its own numbers.
         kinds: Prompts of different kinds (rotary alphas) share nothing.
         most: Prompts of a group.
 
     Returns:
-        Every prompt in exactly one group; members keep the order of the prompts.
+        Groups as (indices of prompts in ascending order, tokens shared): every prompt in exactly one. A prompt alone
+        shares all of itself.
     """
     order = sorted(range(len(prompts)), key=lambda i: (kinds[i], prompts[i].astype(">i8").tobytes()))
     with_next = [_shareable(prompts, kinds, a, b) for a, b in pairwise(order)] + [0]
-    groups: list[PrefixGroup] = []
+    groups: list[tuple[list[int], int]] = []
     start = 0
     while start < len(order):
         end, shared = _grow(with_next, start, most)
-        members = tuple(sorted(order[start:end]))
-        groups.append(PrefixGroup(members, shared if len(members) > 1 else len(prompts[members[0]])))
+        members = sorted(order[start:end])
+        groups.append((members, shared if len(members) > 1 else len(prompts[members[0]])))
         start = end
     return groups
 
 
-def _shareable(prompts: Sequence[np.ndarray], kinds: Sequence[float], a: int, b: int) -> int:
+def _shareable(prompts: list[np.ndarray], kinds: list[float], a: int, b: int) -> int:
     if kinds[a] != kinds[b]:
         return 0
     common = min(common_prefix(prompts[a], prompts[b]), len(prompts[a]) - 1, len(prompts[b]) - 1)
     return common if common >= max(len(prompts[a]), len(prompts[b])) * LEAST_SHARE else 0
 
 
-def _grow(with_next: Sequence[int], start: int, most: int) -> tuple[int, int]:
+def _grow(with_next: list[int], start: int, most: int) -> tuple[int, int]:
     """End of the group that begins at `start`, and what it shares."""
     shared, size = 0, 1
     while start + size < len(with_next) + 1 and size < most:
@@ -251,3 +266,11 @@ def _grow(with_next: Sequence[int], start: int, most: int) -> tuple[int, int]:
             break
         shared, size = joined, size + 1
     return start + size, shared
+
+
+def image_places(ids: np.ndarray, start_id: int) -> np.ndarray:
+    """image * 256 + feature at each place where an image's features stand, -1 elsewhere."""
+    places = np.full(len(ids), -1, dtype=np.int64)
+    for image, start in enumerate(np.flatnonzero(ids == start_id)):
+        places[start + 1 : start + 1 + QUERIES] = image * QUERIES + np.arange(QUERIES)
+    return places

@@ -3,15 +3,14 @@
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer, generation
 from qwen_vl.engine import engine as engine_module
-from qwen_vl.engine.sampling import RequestGenerator, SamplingSettings, choose
-from qwen_vl.engine.scheduler import Flight, common_prefix, group_by_prefix
+from qwen_vl.engine.sampling import choose
+from qwen_vl.engine.scheduler import Batch
 from qwen_vl.generation import BatchGenerator, Request, Result
 from tests.qwen_vl.conftest import small_model
 
@@ -179,32 +178,30 @@ def test_bad_requests_fail_alone(sampler, tokenizer, requests, expected, picture
 @pytest.mark.parametrize("failures", [1, 3])
 def test_out_of_memory_halves_and_goes_on(sampler, tokenizer, requests, expected, monkeypatch, failures: int) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
-    step, steps, left = engine._forward.step, [], [failures]
+    step, left = engine._forward.step, [failures]
 
-    def failing(blocks):
-        rows = sum(len(block.held_rows) for block in blocks)
-        steps.append(rows)
-        if rows > 3 and left[0]:
+    def failing(batch):
+        if len(batch.sequences) > 3 and left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
-        return step(blocks)
+        return step(batch)
 
     monkeypatch.setattr(engine._forward, "step", failing)
     assert _answers(list(engine.run(requests))) == expected
     assert engine.statistics.out_of_memory == failures
-    assert engine.max_batch_tokens < 100_000
+    assert engine._budget < 100_000
 
 
 def test_out_of_memory_even_alone_is_one_failure(sampler, tokenizer, requests, monkeypatch) -> None:
     engine = BatchGenerator(sampler, tokenizer)
-    prefixes = engine._forward.prefixes
+    prefill = engine._forward.prefill
 
     def failing(groups):
-        if any(row.request.id == "long" for group in groups for row in group.members):
+        if any(member.request.id == "long" for group in groups for member in group.members):
             raise torch.OutOfMemoryError("pretended")
-        return prefixes(groups)
+        return prefill(groups)
 
-    monkeypatch.setattr(engine._forward, "prefixes", failing)
+    monkeypatch.setattr(engine._forward, "prefill", failing)
     results = {r.id: r for r in engine.run(requests)}
     assert results["long"].error == "out of memory, even alone"
     assert [r.id for r in results.values() if r.error] == ["long"]
@@ -227,15 +224,15 @@ def test_out_of_memory_with_nothing_in_flight_ends(sampler, tokenizer, requests,
 
 def test_failures_are_not_lost_to_an_out_of_memory_error(sampler, tokenizer, requests, expected, monkeypatch) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
-    prefixes, left = engine._forward.prefixes, [1]
+    prefill, left = engine._forward.prefill, [1]
 
     def failing(groups):
         if left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("pretended")
-        return prefixes(groups)
+        return prefill(groups)
 
-    monkeypatch.setattr(engine._forward, "prefixes", failing)
+    monkeypatch.setattr(engine._forward, "prefill", failing)
     gone = Request(id="gone", query=[{"image": "gone.png"}, {"text": _text(300, 1)}])
     results = {r.id: r for r in engine.run([gone, *requests])}
     assert "gone.png" in results.pop("gone").error
@@ -263,15 +260,15 @@ def test_out_of_memory_for_a_newcomer_is_not_the_fault_of_who_is_in_flight(
     sampler, tokenizer, requests, expected, monkeypatch
 ) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
-    place, calls = Flight.place, [0]
+    add, calls = Batch.add, [0]
 
-    def failing(flight, *arguments):
+    def failing(batch, *arguments):
         calls[0] += 1
-        if flight.groups and calls[0] < 30:
+        if batch.groups and calls[0] < 30:
             raise torch.OutOfMemoryError("pretended")
-        return place(flight, *arguments)
+        return add(batch, *arguments)
 
-    monkeypatch.setattr(Flight, "place", failing)
+    monkeypatch.setattr(Batch, "add", failing)
     assert _answers(list(engine.run(requests))) == expected
     assert engine.statistics.out_of_memory > 1
 
@@ -281,8 +278,8 @@ def test_out_of_memory_between_two_draws_changes_nothing(sampler, tokenizer, req
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
     calls = [0]
 
-    def failing(logits, settings, generators, used):
-        tokens = choose(logits, settings, generators, used)
+    def failing(logits, settings, draws, used):
+        tokens = choose(logits, settings, draws, used)
         calls[0] += 1
         if calls[0] in (2, 4):
             raise torch.OutOfMemoryError("pretended")
@@ -300,9 +297,9 @@ def test_logits_that_are_no_numbers_fail_their_request(sampler, tokenizer, monke
     engine = BatchGenerator(sampler, tokenizer)
     step = engine._forward.step
 
-    def damaged(blocks):
-        logits = step(blocks).clone()
-        rows = [row.request.id for block in blocks for _, row in block.held_rows]
+    def damaged(batch):
+        logits = step(batch).clone()
+        rows = [member.request.id for member in batch.sequences]
         if 1 in rows:
             logits[rows.index(1), 7] = torch.nan
         return logits
@@ -333,16 +330,13 @@ def test_stops_and_forced_lengths(tokenizer: QwenVLTokenizer, sampler) -> None:
 def test_answers_that_grow_stay_within_the_budget(sampler, tokenizer) -> None:
     """Longer than expected, all of them: some are sent back, and give what they would have given."""
     requests = [
-        Request(id=i, query=_text(8 + i % 9, i), max_new_tokens=200, stop_ids=(), seed=i, top_p=0.9) for i in range(24)
+        Request(id=i, query=_text(8 + i % 9, i), max_new_tokens=120, stop_ids=(), seed=i, top_p=0.9) for i in range(16)
     ]
-    expected = {r.id: r.token_ids for r in BatchGenerator(sampler, tokenizer).run(requests)}
-    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=2500)
-    back = []
-    send_back = engine._send_back
-    engine._send_back = lambda flight, rows: (back.extend(rows), send_back(flight, rows))
-    assert {r.id: r.token_ids for r in engine.run(requests)} == expected
-    assert back
-    assert engine.statistics.peak_cache_tokens <= 2500
+    expected = list(BatchGenerator(sampler, tokenizer).run(requests))
+    engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=2000)
+    assert {r.id: r.token_ids for r in engine.run(requests)} == {r.id: r.token_ids for r in expected}
+    assert engine.statistics.prompt_tokens > sum(r.prompt_tokens for r in expected)  # some were prefilled again
+    assert engine.statistics.peak_cache_tokens <= 2000
     assert engine.statistics.mean_rows > 3
 
 
@@ -400,108 +394,6 @@ def test_memory_does_not_grow_with_the_requests(sampler, tokenizer) -> None:
     many = (Request(id=i, query=_text(10 + i % 7, i), max_new_tokens=3) for i in range(120))
     assert sum(1 for _ in engine.run(many)) == 120
     assert engine.statistics.peak_cache_tokens <= 2000
-
-
-class TestPrefixes:
-    def test_reviews_of_rows(self) -> None:
-        rows = [np.arange(1000 * row, 1000 * row + 300) for row in range(3)]
-        prompts = [np.concatenate([rows[i % 3], [-i, 7, 7]]) for i in range(24)]
-        groups = group_by_prefix(prompts, [1.0] * 24)
-        assert sorted(group.shared for group in groups) == [300] * 3
-        assert sorted(i for group in groups for i in group.members) == list(range(24))
-
-    def test_each_prompt_once_and_prefixes_are_common(self) -> None:
-        chooser = random.Random(0)
-        prompts = [
-            np.array(
-                [0] * chooser.choice([0, 40, 80]) + [chooser.randrange(3) for _ in range(chooser.randrange(1, 60))]
-            )
-            for _ in range(200)
-        ]
-        kinds = [float(chooser.randrange(2)) for _ in prompts]
-        groups = group_by_prefix(prompts, kinds)
-        assert sorted(i for group in groups for i in group.members) == list(range(200))
-        for group in groups:
-            first = prompts[group.members[0]]
-            assert len({kinds[i] for i in group.members}) == 1
-            for i in group.members[1:]:
-                assert common_prefix(first, prompts[i]) >= group.shared
-                assert group.shared < len(prompts[i])
-
-    def test_equal_prompts_leave_a_token_each(self) -> None:
-        [group] = group_by_prefix([np.arange(100)] * 3, [1.0] * 3)
-        assert group.shared == 99
-
-    def test_little_in_common_is_not_shared(self) -> None:
-        prompts = [np.array([1] * 20 + [i] * 50) for i in range(2, 5)]
-        assert [g.members for g in group_by_prefix(prompts, [1.0] * 3)] == [(0,), (1,), (2,)]
-
-    def test_a_small_part_of_long_prompts_is_not_shared(self) -> None:
-        """As a system message: to save a little, rows of all lengths would lie beside each other."""
-        prompts = [np.array([1] * 40 + [i] * 500) for i in range(2, 5)]
-        assert [g.members for g in group_by_prefix(prompts, [1.0] * 3)] == [(0,), (1,), (2,)]
-
-    def test_a_long_prefix_is_not_given_up_for_a_short_one(self) -> None:
-        near = [np.array([1] * 90 + [2] * 500 + [i]) for i in range(3, 7)]
-        far = [np.array([1] * 90 + [9] * 500 + [i]) for i in range(3, 7)]
-        assert sorted(g.shared for g in group_by_prefix(near + far, [1.0] * 8)) == [590, 590]
-
-
-class TestSampling:
-    """`choose` against transformers' processors and `torch.multinomial`, over many shapes of distributions."""
-
-    @pytest.mark.parametrize("spread", [0.3, 1.0, 3.0, 10.0])
-    @pytest.mark.parametrize(
-        "settings", [{"top_p": 0.3}, {"top_p": 0.95}, {"top_k": 7, "top_p": 0.8}, {"temperature": 0.7}]
-    )
-    def test_as_transformers(self, sampler, spread: float, settings: dict) -> None:
-        vocabulary, used, rows = 3000, 2950, 40
-        generator = torch.Generator().manual_seed(int(spread * 10))
-        logits = torch.randn(rows, vocabulary, generator=generator) * spread
-        logits[3, 100:110] = logits[3].max()  # ties
-        setting = SamplingSettings(**settings)
-        sources = [RequestGenerator(seed, torch.device("cpu")) for seed in range(rows)]
-        for draw in range(3):
-            chosen = choose(logits, [setting] * rows, sources, used)
-            expected = [_reference(logits[row], setting, used, seed=row, draw=draw) for row in range(rows)]
-            assert chosen == expected
-
-    def test_rows_of_different_temperatures(self) -> None:
-        logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(1)) * 4
-        settings = [SamplingSettings(temperature=t, top_p=0.8) for t in (0.5, 1.0, 1.0, 2.0, 1.5, 1.0)]
-        settings[1] = SamplingSettings(do_sample=False)
-        sources = [RequestGenerator(seed, torch.device("cpu")) for seed in range(6)]
-        chosen = choose(logits, settings, sources, 2950)
-        for row in (0, 2, 3, 4, 5):
-            assert chosen[row] == _reference(logits[row], settings[row], 2950, seed=row, draw=0)
-        assert chosen[1] == logits[1, :2950].argmax()
-
-    def test_greedy_and_sampled_rows_together(self) -> None:
-        logits = torch.zeros(2, 50)
-        logits[:, 45] = 9  # has no token
-        logits[:, 7] = 5
-        greedy = SamplingSettings(do_sample=False)
-        sources = [RequestGenerator(0, torch.device("cpu")) for _ in range(2)]
-        tokens = choose(logits, [greedy, SamplingSettings(top_p=0.1)], sources, 40)
-        assert tokens == [7, 7]
-
-
-def _reference(row: torch.Tensor, setting: SamplingSettings, used: int, *, seed: int, draw: int) -> int:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    scores = row[None].clone()
-    scores[:, used:] = -torch.inf
-    if setting.temperature != 1:
-        scores = TemperatureLogitsWarper(setting.temperature)(None, scores)
-    if setting.top_k:
-        scores = TopKLogitsWarper(setting.top_k)(None, scores)
-    if setting.top_p < 1:
-        scores = TopPLogitsWarper(setting.top_p)(None, scores)
-    torch.manual_seed(seed)
-    token = None
-    for _ in range(draw + 1):
-        token = torch.multinomial(scores.softmax(-1), 1).item()
-    return token
 
 
 def test_module_names_its_public_parts() -> None:
