@@ -1,32 +1,36 @@
-"""Fetches the images of MS-COCO's train2017 that a data root refers to, one by one instead of all 118,287."""
+"""Downloads the images of MS-COCO's train2017 that a data root refers to, instead of all 118,287."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
-import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import requests
 from PIL import Image
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from data_utils.download.transfer import Retries, Source, failures, fetch_file, in_parallel
 from data_utils.errors import MMRoleError
+from data_utils.files import write_error
 
 COCO_FOLDER = "images/COCO/train2017"
 COCO_URL = "http://images.cocodataset.org/train2017"  # the certificate of its https is another host's
 IMAGE_BYTES = 170_000  # an image's mean, rounded up: 19.3 GB for 118,287
-LARGEST_IMAGE = 20 * 2**20
+_TIMEOUT = (10, 30)  # seconds to connect, and without a byte
 GIVE_UP_AFTER = 20  # images that failed one after the other: then it is the server or the line, not the images
 _NAME = re.compile(rb'"image"\s*:\s*"COCO/train2017/(\d{12}\.jpg)"')
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _TAIL = 4096
+_AGAIN = (408, 425, 429)  # and all from 500
 
 
 def referenced_coco(data_root: Path) -> list[str]:
-    """The file names of the COCO images that dialogues and samples of a data root refer to, sorted.
+    """Returns the file names of the COCO images that dialogues and samples of a data root refer to, sorted.
 
     Raises:
         MMRoleError: There are no such files.
@@ -42,23 +46,19 @@ def referenced_coco(data_root: Path) -> list[str]:
 
 
 def missing_coco(data_root: Path, names: Sequence[str]) -> list[str]:
-    """Those of `names` that are not there, or broken. A quick look only: a fetched image was decoded before."""
+    """Returns those of `names` that are missing or broken. A quick look: a fetched image was decoded before."""
     folder = data_root / COCO_FOLDER
     return [name for name in names if not _looks_whole(folder / name)]
 
 
-def fetch_coco(
-    data_root: Path, names: Sequence[str], *, workers: int, retries: Retries, url: str | None = None
-) -> list[str]:
+def fetch_coco(data_root: Path, names: Sequence[str], *, workers: int, attempts: int, url: str = "") -> list[str]:
     """Fetches images into `images/COCO/train2017` of a data root.
-
-    An image that is stopped half-way stays as `NAME.part` and is gone on with.
 
     Args:
         data_root: The data root.
         names: File names.
-        workers: How many are fetched at once.
-        retries: How often, after which waits.
+        workers: Images fetched at once.
+        attempts: How often each is tried.
         url: Where they lie; by default `COCO_URL` of the environment, or MS-COCO's own server.
 
     Returns:
@@ -69,31 +69,64 @@ def fetch_coco(
     """
     url = (url or os.environ.get("COCO_URL") or COCO_URL).rstrip("/")
     folder = data_root / COCO_FOLDER
-
-    def fetch(name: str, stop: threading.Event) -> str | None:
-        source = Source(f"{url}/{name}", largest=LARGEST_IMAGE)
-        part = folder / f"{name}.part"
-        return fetch_file(source, folder / name, part, _broken, retries=retries, stop=stop)
-
-    with closing(in_parallel(fetch, names, workers)) as ended:
-        bar = tqdm(ended, "MS-COCO", len(names), unit="image", disable=None)
-        failed = failures(bar, GIVE_UP_AFTER, lambda problem: _unreachable(url, problem))
+    failed, in_a_row = {}, 0
+    session = requests.Session()
+    session.mount(url, HTTPAdapter(pool_maxsize=workers))
+    with ThreadPoolExecutor(workers) as pool:
+        tasks = {pool.submit(_fetch, session, f"{url}/{name}", folder / name, attempts): name for name in names}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for task in tqdm(as_completed(tasks), "MS-COCO", len(tasks), unit="image", disable=None):
+                problem = task.result()
+                in_a_row = in_a_row + 1 if problem else 0
+                if problem:
+                    failed[tasks[task]] = problem
+                if in_a_row == GIVE_UP_AFTER:
+                    raise _unreachable(url, str(problem))
+        except OSError as error:
+            raise write_error(folder, error, "finished images are kept") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     return [f"{name}: {problem}" for name, problem in sorted(failed.items())]
 
 
-def jpeg_problem(path: Path) -> str | None:
-    """Why a file is no whole JPEG, or None; decodes it."""
-    data = path.read_bytes()
+def jpeg_problem(data: bytes) -> str | None:
+    """Returns why this is not a whole JPEG, or None; decodes it."""
     if not data.startswith(_START):
         return "it is no JPEG"
     if _END not in data[-_TAIL:]:
         return "its end is missing"
     try:
-        with Image.open(path, formats=["JPEG"]) as image:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"it cannot be decoded ({error})"
     return None
+
+
+def _fetch(session: requests.Session, url: str, target: Path, attempts: int) -> str | None:
+    """Fetches one image, and returns why it could not be fetched, if so."""
+    problem = None
+    for attempt in range(attempts):
+        time.sleep(max(0, attempt - 1))
+        try:
+            response = session.get(url, timeout=_TIMEOUT)
+        except requests.RequestException as error:
+            problem = f"{type(error).__name__}: {error}"
+            continue
+        if response.status_code == 200:
+            broken = jpeg_problem(response.content)
+            if not broken:
+                part = target.with_name(f"{target.name}.part")
+                part.write_bytes(response.content)
+                part.replace(target)
+                return None
+            problem = f"what came is broken: {broken}"
+        else:
+            problem = f"status {response.status_code}"
+            if response.status_code < 500 and response.status_code not in _AGAIN:
+                break
+    return problem
 
 
 def _names(file: Path) -> Iterator[str]:
@@ -113,12 +146,9 @@ def _looks_whole(path: Path) -> bool:
         return False
     if start == _START and end == _END:
         return True
-    return path.is_file() and jpeg_problem(path) is None  # a few images of MS-COCO have something after their end
-
-
-def _broken(part: Path) -> str | None:
-    problem = jpeg_problem(part)
-    return problem and f"what came is broken: {problem}"
+    return (
+        path.is_file() and jpeg_problem(path.read_bytes()) is None
+    )  # a few images of MS-COCO have something after their end
 
 
 def _unreachable(url: str, problem: str) -> MMRoleError:

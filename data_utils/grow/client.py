@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_utils.errors import MMRoleError
+from data_utils.network import check_network_settings
 from data_utils.grow.validation import UnusableError
 
 KEY = "OPENAI_API_KEY"
@@ -115,6 +116,7 @@ class Endpoint:
             raise MMRoleError(
                 "the key holds characters that no key has", None, KEY, "set it anew; it is not shown here"
             )
+        check_network_settings()
         self._settings, self._budget = settings, budget
         self._limit_name = "max_tokens"
         self._refusal: MMRoleError | None = None  # of all further requests

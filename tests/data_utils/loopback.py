@@ -26,16 +26,14 @@ class Site:
         files: Content by path.
         faults: By path, what to do wrong at the first, second, ... GET of it.
         asked: (method, path, Range header) of each request.
-        tokens: Authorization header of the latest request by path.
-        moved: Path or address that a path is redirected to.
-        over: Ends what stalls or trickles.
+        stalled: Set when a file has stalled half-way.
+        over: Ends what stalls.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
-    tokens: dict[str, str | None] = field(default_factory=dict)
-    moved: dict[str, str] = field(default_factory=dict)
+    stalled: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
@@ -60,9 +58,6 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         asked = self.headers.get("Range")
         self.site.asked.append((self.command, path, asked))
-        self.site.tokens[path] = self.headers.get("Authorization")
-        if path in self.site.moved:
-            return self.send(302, b"", {"Location": self.site.moved[path]})
         content = self.site.files.get(path)
         faults = self.site.faults.get(path, []) if self.command == "GET" else []
         fault = faults.pop(0) if faults else ""
@@ -74,29 +69,19 @@ class Handler(BaseHTTPRequestHandler):
             content = b"<html>" + content[6:]  # as many bytes as it should be
         if fault == "short":  # the announced length fits what comes, and it is not all
             return self.send(200, content[:-40], self.about(path, content))
-        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked and fault != "no range" else 0
-        if start >= len(content) > 0 and start:
-            return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
         headers = self.about(path, content)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         body = content[start:]
         if fault == "drop":
             return self.send(206 if start else 200, body[: len(body) // 2], headers, announced=len(body))
-        if fault in ("stall", "trickle"):
+        if fault == "stall":
             self.send(206 if start else 200, body[: len(body) // 2], headers, announced=len(body))
-            return self.linger(body[len(body) // 2 :] if fault == "trickle" else b"")
-        if fault == "long":
-            return self.send(206 if start else 200, body, headers, announced=len(body) + 100)
+            self.site.stalled.set()
+            self.site.over.wait(300)
+            return None
         return self.send(206 if start else 200, body, headers)
-
-    def linger(self, rest: bytes) -> None:
-        """Sends the rest so slowly that it takes minutes, or nothing, and keeps the line open."""
-        with contextlib.suppress(OSError):
-            for start in range(0, len(rest), 100):
-                self.wfile.write(rest[start : start + 100])
-                self.site.over.wait(0.05)
-        self.site.over.wait(120)
 
     def about(self, path: str, content: bytes) -> dict[str, str]:
         if "/resolve/" not in path:
