@@ -78,7 +78,7 @@ def test_variables_and_places_are_there() -> None:
     cells = re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \|", README, re.MULTILINE)
     variables = [name for cell in cells for name in re.findall(r"[A-Z_]+", cell)]
     assert len(variables) > 10
-    assert all(f"${{{variable}:-" in shell for variable in variables)
+    assert all(re.search(rf"\$\{{{variable}:[-+]", shell) for variable in variables)
     layout = README[README.index("## What stands where") :]
     places = re.findall(r"^\| `([\w./]+)` \|", layout, re.MULTILINE)
     assert places

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_utils.errors import MMRoleError
-from data_utils.network import check_network_settings
 from data_utils.grow.validation import UnusableError
+from data_utils.network import check_network_settings
 
 KEY = "OPENAI_API_KEY"
 IMAGE_TOKENS = 1500  # reckoned for an image before it is sent; what counts afterwards is what the endpoint reports

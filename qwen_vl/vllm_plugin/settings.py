@@ -43,9 +43,7 @@ class ServingSettings(VerifyAndUpdateConfig):
             raise _refusal("the Rust front end does not call the project's tokenizer", "VLLM_USE_RUST_FRONTEND", fix)
         if hasattr(envs, RUNNER):  # a version that has one runner only has no such name
             if getattr(envs, RUNNER):
-                raise _refusal(
-                    "the tests run vLLM's V1 model runner", f"{RUNNER}=1", f"unset {RUNNER}"
-                )
+                raise _refusal("the tests run vLLM's V1 model runner", f"{RUNNER}=1", f"unset {RUNNER}")
             os.environ[RUNNER] = "0"
         tokenizer = QwenVLTokenizer.from_pretrained(model_config.tokenizer)
         if tokenizer.img_start_id != config.image_start_id:
