@@ -1,0 +1,213 @@
+"""Tavern character cards as characters of a data root, and back.
+
+Name, description, personality, scenario and example messages become the sections of a profile; the picture and the
+assets become the character's pictures. Everything else stays in the card's own file, which is kept word for word in
+`profiles/<split>/cards/`, so that an export loses nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_utils.characters.card_files import CardFile, decode_base64
+from data_utils.images import file_name_problem
+from data_utils.prompts import HYPOTHETICAL_CHARACTERS
+from qwen_vl.tokenization import SPECIAL_TOKENS
+
+# A profile's headings, as the published ones have them, and the fields that they come from.
+SECTIONS = {
+    "Brief Introduction": "description",
+    "Personality": "personality",
+    "Life Story": "scenario",
+    "Catchphrases": "mes_example",
+}
+_WORLD = "World"  # the heading of a lorebook's constant entries
+_PARTNER = "the human"  # `{{user}}`: MMRole's partner is a curious human unless a dialogue says otherwise
+_NOT_PICTURED = ("user_icon",)  # the person's at the keyboard, not the character's
+_SHOWN_ONLY = ("system_prompt", "post_history_instructions")
+_COMMENT = re.compile(r"\{\{\s*(?://|comment:|hidden_key:).*?\}\}", re.IGNORECASE | re.DOTALL)
+_CHARACTER = re.compile(r"\{\{\s*char\s*\}\}|<(?:char|bot)>", re.IGNORECASE)
+_USER = re.compile(r"\{\{\s*user\s*\}\}|<user>", re.IGNORECASE)
+_START = re.compile(r"^\s*<START>\s*$", re.IGNORECASE | re.MULTILINE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MARKS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+
+
+@dataclass(frozen=True)
+class CardPicture:
+    """A picture of a card: its bytes in whatever format, and what the card says of it."""
+
+    content: bytes
+    name: str
+    portrait: bool
+
+
+@dataclass(frozen=True)
+class CardCharacter:
+    """A card, read as a character.
+
+    Attributes:
+        name: The card's name; may be unfit to name files, which whoever adds the character checks.
+        script: From the card's tags, else its source, else the published name for made-up characters.
+        profile: Markdown in the published sections.
+        pictures: The portrait first.
+        notes: What was changed, passed over or not applied, for the user.
+    """
+
+    name: str
+    script: str
+    profile: str
+    pictures: Sequence[CardPicture]
+    notes: Sequence[str]
+
+
+def character_of(file: CardFile, name: str | None = None) -> CardCharacter:
+    """Reads a card's fields; wrong types are read as what they most likely mean.
+
+    Args:
+        file: The card.
+        name: Used instead of the card's own.
+    """
+    fields = card_fields(file.card)
+    notes = list(file.notes)
+    own_name = name or _text(fields.get("name")).strip()
+    called = name or _text(fields.get("nickname")).strip() or own_name
+    sections = {heading: _filled(_text(fields.get(key)), called) for heading, key in SECTIONS.items()}
+    sections["Catchphrases"] = re.sub(r"\n{3,}", "\n\n", _START.sub("", sections["Catchphrases"])).strip()
+    constant, others = _lore(fields.get("character_book"))
+    sections[_WORLD] = "\n".join(_filled(entry, called) for entry in constant)
+    if others:
+        notes.append(f"{others} lorebook entries depend on keywords: kept in the card, not part of the profile")
+    profile = "\n".join(f"### {heading}\n{text}" for heading, text in sections.items() if text)
+    clean = _plain(profile)
+    if clean != profile:
+        notes.append("halves of surrogate pairs, or tokens that training reads as marks, were replaced in the profile")
+    shown_only = [(key, _text(fields.get(key)).strip()) for key in _SHOWN_ONLY]
+    notes += [f"{key}, shown here and not applied: {text}" for key, text in shown_only if text]
+    pictures = [*_pictures(file, fields, notes)]
+    return CardCharacter(own_name, _script(fields), clean, pictures, notes)
+
+
+def card_fields(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A card's fields, wherever its version has them: `data` from V2 on, with V1's beside it where `data` lacks one."""
+    data = card.get("data")
+    return {**card, **data} if isinstance(data, dict) else dict(card)
+
+
+def exported_cards(
+    card: Mapping[str, Any] | None, name: str, script: str, profile: str, assets: Mapping[str, bytes]
+) -> dict[str, dict[str, Any]]:
+    """The V2 and the V3 card of a character, by the keyword of their chunks.
+
+    Args:
+        card: The card that the character was imported from; its fields stay as they are, unless the profile has been
+            changed since: then the whole profile is the description.
+        name: The character's.
+        script: The character's; a tag of cards that were not imported.
+        profile: The profile in the data root.
+        assets: Embedded files by URI; they become data URLs.
+    """
+    if card is None:
+        fields: dict[str, Any] = {"name": name, "description": profile, "tags": [script]}
+        rest: dict[str, Any] = {}
+    else:
+        data = card.get("data")
+        fields = dict(data) if isinstance(data, dict) else {k: v for k, v in card.items() if k not in ("spec", "data")}
+        rest = {k: v for k, v in card.items() if k not in ("data", "spec", "spec_version")}
+        if not isinstance(data, dict):
+            rest = {}  # V1: the fields themselves
+        if profile != character_of(CardFile(dict(card)), name).profile:
+            fields |= {"description": profile, "personality": "", "scenario": "", "mes_example": ""}
+        if name != _text(fields.get("name")):
+            fields["name"] = name
+    if isinstance(fields.get("assets"), list):
+        fields["assets"] = [_with_data_url(asset, assets) for asset in fields["assets"]]
+    required = {"description": "", "personality": "", "scenario": "", "first_mes": "", "mes_example": ""}
+    required |= {"creator_notes": "", "system_prompt": "", "post_history_instructions": "", "creator": ""}
+    required |= {"alternate_greetings": [], "tags": [], "character_version": "", "extensions": {}}
+    v2 = {**rest, "spec": "chara_card_v2", "spec_version": "2.0", "data": {**required, **fields}}
+    v3_data = {**required, "group_only_greetings": [], **fields}
+    version = card.get("spec_version") if card and card.get("spec") == "chara_card_v3" else None
+    v3 = {**rest, "spec": "chara_card_v3", "spec_version": version or "3.0", "data": v3_data}
+    return {"chara": v2, "ccv3": v3}
+
+
+def _with_data_url(asset: Any, assets: Mapping[str, bytes]) -> Any:
+    content = assets.get(_text(asset.get("uri"))) if isinstance(asset, dict) else None
+    if content is None:
+        return asset
+    kind = re.sub(r"[^a-z0-9.+-]", "", _text(asset.get("ext")).lower()) or "octet-stream"
+    return {**asset, "uri": f"data:application/{kind};base64,{base64.b64encode(content).decode()}"}
+
+
+def _pictures(file: CardFile, fields: Mapping[str, Any], notes: list[str]) -> Iterator[CardPicture]:
+    """The PNG around a card, then its assets: icons, emotions, backgrounds and others that are at hand."""
+    if file.picture is not None:
+        yield CardPicture(file.picture, "the card's picture", portrait=True)
+    assets = fields.get("assets")
+    for asset in assets if isinstance(assets, list) else []:
+        if not isinstance(asset, dict) or _text(asset.get("type")) in _NOT_PICTURED:
+            continue
+        uri, kind = _text(asset.get("uri")), _text(asset.get("type"))
+        name = f"{kind} {_text(asset.get('name'))}".strip()
+        if uri.startswith("ccdefault:"):
+            continue  # the picture itself
+        content = file.assets.get(uri)
+        if content is None and uri.startswith("data:"):
+            try:
+                content = decode_base64(uri.partition(",")[2])
+            except ValueError:
+                notes.append(f"the asset {name!r} is passed over: its data URL is not base64")
+                continue
+        if content is None:
+            why = "URLs are not fetched" if "://" in uri and not uri.startswith("embeded:") else "it is not in the file"
+            notes.append(f"the asset {name!r} is passed over: {why} ({uri[:80]})")
+            continue
+        yield CardPicture(content, name, portrait=kind in ("icon", "emotion"))
+
+
+def _lore(book: Any) -> tuple[list[str], int]:
+    """The constant entries of a lorebook in their order, and how many others there are."""
+    entries = book.get("entries") if isinstance(book, dict) else None
+    if isinstance(entries, dict):
+        entries = [*entries.values()]
+    found = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    used = [entry for entry in found if entry.get("enabled", True)]
+    used.sort(key=lambda entry: order if isinstance(order := entry.get("insertion_order"), int | float) else 0)
+    constant = [text for entry in used if entry.get("constant") and (text := _text(entry.get("content")).strip())]
+    return constant, len(found) - len(constant)
+
+
+def _script(fields: Mapping[str, Any]) -> str:
+    tags, source = fields.get("tags"), fields.get("source")
+    tags = tags.split(",") if isinstance(tags, str) else tags
+    candidates = [*(tags if isinstance(tags, list) else []), *(source if isinstance(source, list) else [source])]
+    for text in (_text(candidate).strip() for candidate in candidates):
+        if text and "://" not in text and not file_name_problem(text) and not _MARKS.search(text):
+            return text
+    return HYPOTHETICAL_CHARACTERS
+
+
+def _filled(text: str, name: str) -> str:
+    """A text with the names of both sides, and without comments to the front end."""
+    text = _COMMENT.sub("", text.replace("\r\n", "\n"))
+    text = _CHARACTER.sub(lambda _: name, text)
+    return _USER.sub(_PARTNER, text).strip()
+
+
+def _plain(text: str) -> str:
+    """Without what no file of text can hold, and without the tokens that training reads as marks."""
+    return _MARKS.sub(lambda mark: mark[0].replace("<", "‹").replace(">", "›"), _SURROGATE.sub("\ufffd", text))
+
+
+def _text(value: Any) -> str:
+    """A field that should be a text: lists are joined, null and objects are empty."""
+    if isinstance(value, list):
+        return "\n".join(_text(item) for item in value)
+    if isinstance(value, bool) or value is None or isinstance(value, dict):
+        return ""
+    return value if isinstance(value, str) else str(value)
