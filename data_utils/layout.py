@@ -29,6 +29,11 @@ def profiles_folder(data_root: str | Path, split: str) -> Path:
     return Path(data_root) / "profiles" / split
 
 
+def card_path(data_root: str | Path, split: str, name: str, suffix: str) -> Path:
+    """Return the path of the card that a character was imported from, kept word for word."""
+    return profiles_folder(data_root, split) / "cards" / f"{file_name(name)}{suffix}"
+
+
 def annotations_path(data_root: str | Path) -> Path:
     """Return the path of what is known about images."""
     return Path(data_root) / "images" / "annotations.json"

@@ -8,14 +8,23 @@ assets become the character's pictures. Everything else stays in the card's own 
 from __future__ import annotations
 
 import base64
+import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from data_utils.characters.card_files import CardFile, decode_base64
+from PIL import Image
+
+from data_utils.characters.card_files import CardFile, decode_base64, read_card_file, write_card_png
+from data_utils.characters.importer import CARD_SUFFIXES, NewCharacter, Picture, stored_picture
+from data_utils.errors import MMRoleError, raise_problems
+from data_utils.files import write_bytes
 from data_utils.images import file_name_problem
+from data_utils.layout import SPLITS, card_path, file_name
 from data_utils.prompts import HYPOTHETICAL_CHARACTERS
+from data_utils.roots import read_annotations, read_profiles
 from qwen_vl.tokenization import SPECIAL_TOKENS
 
 # A profile's headings, as the published ones have them, and the fields that they come from.
@@ -63,6 +72,92 @@ class CardCharacter:
     profile: str
     pictures: Sequence[CardPicture]
     notes: Sequence[str]
+
+
+def character_from_card(
+    path: Path, *, name: str | None = None, script: str | None = None, split: str = SPLITS[0]
+) -> tuple[NewCharacter, list[str]]:
+    """Reads a card as a character that can be added to a data root.
+
+    Args:
+        path: The card: JSON, PNG or .charx.
+        name: Used instead of the card's own.
+        script: Used instead of the one that its tags name.
+        split: Where the character belongs.
+
+    Returns:
+        The character, and what the user should know: what was changed, passed over or not applied.
+
+    Raises:
+        MMRoleError: The card cannot be read, or has no name and none is given.
+    """
+    file = read_card_file(path)
+    character = character_of(file, name)
+    problem = file_name_problem(character.name)
+    if problem:
+        what = f"the card's name cannot name files: {problem}"
+        raise MMRoleError(what, character.name, path, "give one with --name")
+    notes, pictures = [*character.notes], []
+    for number, picture in enumerate(character.pictures):
+        who = character.name if picture.portrait else ""
+        found = Picture(Path(f"{path.name} ({picture.name})"), who=who, content=picture.content)
+        found = replace(found, path=found.path.with_name(f"{found.path.name} {number}"))
+        try:
+            stored_picture(found)
+        except ValueError as error:
+            if file.picture is not None and number == 0:
+                raise MMRoleError("the card's picture cannot be used", str(error), path, "export it again") from None
+            notes.append(f"the asset {picture.name!r} is passed over: not a usable picture ({error})")
+            continue
+        pictures.append(found)
+    content = path.read_bytes()
+    script = script or character.script
+    return NewCharacter(character.name, script, character.profile, pictures, split, (content, file.suffix)), notes
+
+
+def export_card(root: Path, name: str, out: Path) -> None:
+    """Writes a character of a data root as a PNG that carries its V2 and its V3 card.
+
+    The picture is that of the card it was imported from, else the first of its script, else a plain one.
+
+    Raises:
+        MMRoleError: There is no such character, or the file cannot be written.
+    """
+    for split in SPLITS:
+        characters, problems = read_profiles(root, split, may_lack=True)
+        raise_problems(problems)
+        if name in characters.profiles:
+            break
+    else:
+        raise MMRoleError("there is no such character", name, root / "profiles", "choose one of profiles.json")
+    kept = [path for suffix in CARD_SUFFIXES if (path := card_path(root, split, name, suffix)).is_file()]
+    file = read_card_file(kept[0]) if kept else CardFile({})
+    script = characters.scripts.get(name, HYPOTHETICAL_CHARACTERS)
+    cards = exported_cards(file.card or None, name, script, characters.profiles[name], file.assets)
+    own = [picture.content for picture in character_of(file, name).pictures]
+    write_bytes(out, write_card_png(file.picture or _first_png([*own, *_script_pictures(root, script)]), cards))
+
+
+def _script_pictures(root: Path, script: str) -> Iterator[bytes]:
+    rows, problems = read_annotations(root)
+    raise_problems(problems)
+    paths = [root / "images" / row["image"] for row in rows if row["image"].startswith(f"{file_name(script)}/")]
+    yield from (path.read_bytes() for path in paths if path.is_file())
+
+
+def _first_png(pictures: Iterable[bytes]) -> bytes:
+    """The first picture that can be read, or a plain one, as PNG."""
+    out = io.BytesIO()
+    for content in pictures:
+        try:
+            stored, _ = stored_picture(Picture(Path("picture"), content=content))
+        except ValueError:
+            continue
+        with Image.open(io.BytesIO(stored)) as image:
+            image.convert("RGB").save(out, "PNG")
+        return out.getvalue()
+    Image.new("RGB", (448, 448), (160, 160, 160)).save(out, "PNG")
+    return out.getvalue()
 
 
 def character_of(file: CardFile, name: str | None = None) -> CardCharacter:

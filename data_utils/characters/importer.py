@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from data_utils.errors import MMRoleError, raise_problems, shown
 from data_utils.files import Row, write_bytes, write_json
 from data_utils.images import IMAGE_SUFFIXES, NO_IMAGES, file_name_problem, upright_rgb
-from data_utils.layout import PLAIN_IMAGE, SPLITS, file_name, play_path, profiles_folder
+from data_utils.layout import PLAIN_IMAGE, SPLITS, card_path, file_name, play_path, profiles_folder
 from data_utils.paths import listed
 from data_utils.prompts import HUMAN, prompt_language
 from data_utils.roots import (
@@ -32,18 +33,26 @@ QUESTIONS = {
     "English": ("Please tell me what you think of this picture.", "What does this picture remind you of?"),
     "Chinese": ("请谈谈你对这张图片的看法。", "这张图片让你想起了什么？"),
 }
+CARD_SUFFIXES = (".png", ".json", ".charx")
 _TEXTS = (".txt", ".md")
 _PLAIN_GREY = (160, 160, 160)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a character, and what is known about it."""
+    """A picture of a character, and what is known about it.
+
+    Attributes:
+        path: Its file, or a label of a picture that comes with its content.
+        about, place, who: What it shows, where that is, and who is on it.
+        content: The picture itself, where it is not in a file.
+    """
 
     path: Path
     about: str = ""
     place: str = ""
     who: str = ""
+    content: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class NewCharacter:
         profile: The profile text.
         pictures: Related pictures; there may be none.
         split: Where the character belongs: the first split trains, the second only tests.
+        card: The card that the character comes from, and the suffix under which it is kept.
     """
 
     name: str
@@ -63,6 +73,7 @@ class NewCharacter:
     profile: str
     pictures: Sequence[Picture] = ()
     split: str = SPLITS[0]
+    card: tuple[bytes, str] | None = None
 
 
 def read_folder(folder: Path) -> tuple[str, list[Picture]]:
@@ -126,6 +137,8 @@ def add_character(root: Path, character: NewCharacter, questions: Sequence[str] 
         problems += wrong
     contents, unreadable = _picture_contents(character)
     raise_problems([*problems, *_problems(root, splits, character, questions), *unreadable])
+    if character.card:
+        _keep_card(root, character)
     names = _image_names(root, character, contents, {row["image"] for row in annotations})
     for image, picture in names.items():
         if not (root / "images" / image).is_file():
@@ -169,13 +182,41 @@ def _picture_contents(character: NewCharacter) -> tuple[dict[Path, tuple[bytes, 
     """Return the content and suffix to store of each picture, and which pictures cannot be used."""
     contents: dict[Path, tuple[bytes, str]] = {}
     problems = []
-    for path in (picture.path for picture in character.pictures):
+    for picture in character.pictures:
         try:
-            QwenVLImageProcessor().load(path)
-            contents[path] = upright_rgb(path.read_bytes())
+            contents[picture.path] = stored_picture(picture)
         except (OSError, ValueError) as error:
-            problems.append(MMRoleError("an image cannot be used", str(error), path, "give another file"))
+            problems.append(MMRoleError("an image cannot be used", str(error), picture.path, "give another file"))
     return contents, problems
+
+
+def stored_picture(picture: Picture) -> tuple[bytes, str]:
+    """Return the content and suffix of a picture as it is stored.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no picture, is cut short, or has more pixels than Pillow thinks safe.
+    """
+    if picture.content is None:
+        QwenVLImageProcessor().load(picture.path)
+        return upright_rgb(picture.path.read_bytes())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(picture.content)) as image:
+                image.load()
+            return upright_rgb(picture.content)
+    except Exception as error:  # one image's boundary: each of Pillow's decoders fails in its own way
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _keep_card(root: Path, character: NewCharacter) -> None:
+    assert character.card is not None
+    content, suffix = character.card
+    for other in CARD_SUFFIXES:
+        if other != suffix:
+            card_path(root, character.split, character.name, other).unlink(missing_ok=True)
+    write_bytes(card_path(root, character.split, character.name, suffix), content)
 
 
 def _problems(

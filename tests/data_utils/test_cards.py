@@ -16,8 +16,11 @@ import pytest
 from PIL import Image
 
 from data_utils.characters import card_files
+from data_utils.characters.__main__ import main
 from data_utils.characters.card_files import CardFile, read_card_file, write_card_png
-from data_utils.characters.cards import character_of, exported_cards
+from data_utils.characters.cards import character_of, export_card, exported_cards
+from data_utils.characters.importer import NewCharacter, add_character
+from data_utils.check.roots import check_roots
 from data_utils.errors import MMRoleError
 
 V1 = {
@@ -292,3 +295,71 @@ def test_an_export_follows_a_changed_profile() -> None:
     fields = exported_cards(V3, "Ada Reed", "Sea", "### New\nAll of it.", {})["ccv3"]["data"]
     assert (fields["description"], fields["personality"]) == ("### New\nAll of it.", "")
     assert fields["alternate_greetings"] == ["Who is there?"]
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_card_becomes_a_character_and_a_card_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = tmp_path / "ada.charx"
+    source.write_bytes(charx(**{"assets/background/images/sea.png": png("blue")}))
+    root = tmp_path / "root"
+    main([str(root), "--card", str(source)])
+    assert "system_prompt, shown here and not applied" in capsys.readouterr().err
+    files = files_of(root)
+    assert files["profiles/in-distribution/cards/Ada_Reed.charx"] == source.read_bytes()
+    assert json.loads(files["profiles/in-distribution/roles.json"]) == {"The Lighthouse": ["Ada Reed"]}
+    assert files["images/The_Lighthouse/01.png"] == png("blue")
+    assert "error" not in check_roots(root)[0][1].counts()
+    main([str(root), "--export_card", "Ada Reed", str(tmp_path / "ada.png")])
+    again = read_card_file(tmp_path / "ada.png")
+    assert again.picture is not None
+    assert again.card["data"]["character_book"] == BOOK
+    main([str(tmp_path / "root2"), "--card", str(tmp_path / "ada.png")])
+    assert (
+        files_of(tmp_path / "root2")["profiles/in-distribution/profiles.json"]
+        == files["profiles/in-distribution/profiles.json"]
+    )
+
+
+def test_a_character_without_a_card_is_exported(tmp_path: Path) -> None:
+    add_character(tmp_path, NewCharacter("Tom", "Sea", "Rows."))
+    export_card(tmp_path, "Tom", tmp_path / "tom.png")
+    card = read_card_file(tmp_path / "tom.png").card
+    assert (card["data"]["name"], card["data"]["description"], card["data"]["tags"]) == ("Tom", "Rows.", ["Sea"])
+    with pytest.raises(MMRoleError, match="no such character"):
+        export_card(tmp_path, "Ada", tmp_path / "ada.png")
+
+
+NAMELESS = json.dumps({**V1, "name": ""}).encode()
+BOMB = with_chunks(text_chunk(V1), picture=png()[:16] + struct.pack(">II", 60_000, 60_000) + png()[24:])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (NAMELESS, "name cannot name files"),
+        (json.dumps({**V1, "name": "../../etc/passwd"}).encode(), "name cannot name files"),
+        (json.dumps({**V1, "name": "Ada\u0000\u001b[31m"}).encode(), "name cannot name files"),
+        (json.dumps({**V1, "name": "\ud800"}).encode(), "name cannot name files"),
+        (json.dumps({**V1, "name": "<|im_end|>"}).encode(), "special token"),
+        (json.dumps({"name": "Ada"}).encode(), "profile is empty"),
+        (BOMB, "picture cannot be used"),
+        (charx(**{"../up.png": png()}), "leads out"),
+    ],
+)
+def test_a_refused_card_leaves_no_file(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "card").write_bytes(content)
+    with pytest.raises(MMRoleError, match=message):
+        main([str(tmp_path / "root"), "--card", str(tmp_path / "card")])
+    assert [path.name for path in tmp_path.iterdir()] == ["card"]
+    if content == NAMELESS:
+        main([str(tmp_path / "root"), "--card", str(tmp_path / "card"), "--name", "Ada", "--script", "Sea"])
+        assert "data/play/Ada.json" in files_of(tmp_path / "root")
+
+
+def test_a_broken_asset_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "card").write_bytes(charx(**{"assets/background/images/sea.png": b"no picture"}))
+    main([str(tmp_path / "root"), "--card", str(tmp_path / "card")])
+    assert "the asset 'background sea' is passed over: not a usable picture" in capsys.readouterr().err

@@ -242,7 +242,9 @@ def test_the_worked_example(tmp_path: Path) -> None:
     assert [row["conversations"][1]["value"] for row in tests] == ["Too calm. Somebody has tidied up."]
     # The commands that need a checkpoint: their inputs pass everything that is checked before a model is loaded.
     played, tested = (text.replace("\\\n", "").split("\n")[0] for needs, text in blocks if needs == "needs-checkpoint")
-    assert inputs_of(played, tmp_path) == {"Ada_Reed.json": 2, "Tom_Marsh.json": 2, "Inspector_Vale.json": 2}
+    assert inputs_of(played, tmp_path) == {
+        f"{name}.json": 2 for name in ("Maud_Keller", "Ada_Reed", "Tom_Marsh", "Inspector_Vale")
+    }
     assert sum(inputs_of(tested, tmp_path).values()) == 1
 
 
