@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from parity_checks import check, model_folder
 from parity_environment import ensure_environment
-from parity_network import Guard, find_guard
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -51,7 +50,8 @@ to run: the .py files in the checkpoint's folder, which came with the weights. T
 can do. If you trust whoever wrote them, run the same command with
   {TRUST}
 They then get an environment of their own (.venv-reference), an empty folder to work in, and none of your environment's
-variables but {", ".join(PASSED_ON)}. What they read and write is not restricted. Network:"""
+variables but {", ".join(PASSED_ON)}. Python's sockets and other programs are refused to them. That stops no code that
+means harm: for code that you do not trust, use a container without a network."""
 
 Case = dict[str, Any]
 
@@ -264,12 +264,10 @@ def own_rows(cases: Sequence[Case], ours: Side) -> list[Row]:
 def show(rows: Sequence[Row], sides: Mapping[str, Side], console: Console) -> None:
     """Prints who computed, and the rows."""
     for name, side in sides.items():
-        facts = [f"{key} {value}" for key, value in side.facts.items() if key not in ("guard", "network")]
+        facts = [f"{key} {value}" for key, value in side.facts.items() if key != "network"]
         console.print(f"{name + ':':<10}{', '.join(facts)}", markup=False, highlight=False)
-        if "guard" in side.facts:
-            console.print(f"network:  {side.facts['guard']}", markup=False, highlight=False)
         for line in side.facts.get("network", []):
-            console.print(f"          {line}", markup=False, highlight=False)
+            console.print(f"network:  {line}", markup=False, highlight=False)
     fourth = "largest difference (ours / released)" if len(sides) > 1 else "ours"
     table = Table("part", "case", "compared", fourth, "allowed", "verdict")
     for row in rows:
@@ -297,11 +295,8 @@ def run(options: argparse.Namespace, work: Path, console: Console) -> tuple[list
     if python is None:
         rows = own_rows(cases, sides["ours"])
     else:
-        guard = guard_for(python, options.checkpoint)
-        print(f"[parity] network: {guard.told}", file=sys.stderr, flush=True)
-        command = [*guard.launcher, python, str(HERE / "reference" / "run.py"), *arguments]
+        command = [python, str(HERE / "reference" / "run.py"), *arguments]
         sides["released"] = run_side("reference", command, work, released_environment(work))
-        sides["released"].facts["guard"] = guard.told  # said here: the code could say anything
         allowed = ALLOWED[sides["released"].facts["dtype"]] if options.tolerance is None else options.tolerance
         rows = compare(cases, sides["ours"], sides["released"], allowed)
     show(rows, sides, console)
@@ -323,12 +318,6 @@ def for_work_folder(checkpoint: Path, work: Path) -> Path:
     return folder
 
 
-def guard_for(python: str, checkpoint: Path) -> Guard:
-    """What keeps a program off the network that reads this checkpoint."""
-    folders = {checkpoint, model_folder(checkpoint)}
-    return find_guard(python, [file for folder in folders for file in folder.absolute().iterdir() if file.is_file()])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; 0 where all agrees (or nothing was compared), 1 where something differs or failed."""
     options = _parse(arguments)
@@ -338,8 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, sides = run(options, Path(folder).resolve(), console)
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in (*AGREES, "DIFFERS", "FAILED")}
     if not options.i_trust_the_code_in_this_folder:
-        guard = guard_for(sys.executable, options.checkpoint)
-        console.print(f"{NOT_TRUSTED} {guard.told}", markup=False, highlight=False, soft_wrap=True)
+        console.print(NOT_TRUSTED, markup=False, highlight=False, soft_wrap=True)
     else:
         text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         console.print(f"{len(rows)} cases: {text}", highlight=False)

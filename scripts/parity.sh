@@ -5,9 +5,8 @@
 #   bash scripts/parity.sh CHECKPOINT [--i_trust_the_code_in_this_folder] [--device D] [--dtype T]
 #
 # Needs a checkpoint folder with the released .py files in it. They run only with that flag, in an environment of their
-# own, .venv-reference, which is made at the first such run (Python 3.10 or 3.11; about 1.2 GB, more with CUDA), and off
-# the network: by the kernel where `unshare --user --net` works, else by Python alone, which the table's head says.
-# Without the flag only this implementation runs. `--help` lists all flags. docs/parity.md says more.
+# own, .venv-reference, which is made at the first such run (Python 3.10 or 3.11; about 1.2 GB, more with CUDA). Without
+# the flag only this implementation runs. `--help` lists all flags. docs/parity.md says more.
 #   PYTHON_FOR_REFERENCE  the Python that makes .venv-reference (default: the first of python3.11, python3.10, python3 that fits)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail

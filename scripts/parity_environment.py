@@ -1,13 +1,11 @@
-"""The released code's environment, `.venv-reference`: made when it is not there, quick when nothing changed."""
+"""Makes the released code's environment, `.venv-reference`; does nothing when nothing changed."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,45 +42,25 @@ def find_python(candidates: Sequence[str] | None = None) -> str:
 
 
 def ensure_environment(folder: Path = FOLDER, requirements: Path = REQUIREMENTS) -> Path:
-    """The interpreter of the environment in `folder`, made anew if it is not what `requirements` ask for.
+    """Returns the interpreter of the environment in `folder`, which is made if it is not what `requirements` ask for.
 
     Raises:
         MMRoleError: There is no fitting Python, or the packages cannot be installed.
     """
-    if _up_to_date(folder, requirements):
-        return _python(folder)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here, and then finds it made
-        if not _up_to_date(folder, requirements):
-            _make(folder, requirements, find_python())
-    return _python(folder)
-
-
-def _python(folder: Path) -> Path:
-    return folder / "bin" / "python"
-
-
-def _stamp(folder: Path) -> Path:
-    return folder / "made-from.txt"
-
-
-def _up_to_date(folder: Path, requirements: Path) -> bool:
-    stamp = _stamp(folder)
-    return os.access(_python(folder), os.X_OK) and stamp.is_file() and stamp.read_text() == requirements.read_text()
-
-
-def _make(folder: Path, requirements: Path, python: str) -> None:
-    started = time.monotonic()
-    _say(f"making {folder} with {python}: the released code's own packages, once")
-    _run([python, "-m", "venv", "--clear", str(folder)], "on Debian or Ubuntu: sudo apt install python3-venv")
-    install = [str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    python, stamp = folder / "bin" / "python", folder / "made-from.txt"
+    if python.exists() and stamp.is_file() and stamp.read_text() == requirements.read_text():
+        return python
+    base = find_python()
+    print(f"[parity] making {folder} with {base}: the released code's own packages, once", file=sys.stderr, flush=True)
+    _run([base, "-m", "venv", "--clear", str(folder)], "on Debian or Ubuntu: sudo apt install python3-venv")
+    install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     _run(
         [*install, "-r", str(requirements)],
         "connect to a network, or name a mirror or a folder of wheels (PIP_INDEX_URL, PIP_FIND_LINKS); then run the "
         "same command again",
     )
-    _stamp(folder).write_text(requirements.read_text())
-    _say(f"done in {time.monotonic() - started:.0f} s")
+    stamp.write_text(requirements.read_text())
+    return python
 
 
 def _run(command: list[str], fix: str) -> None:
@@ -96,12 +74,8 @@ def _run(command: list[str], fix: str) -> None:
         )
 
 
-def _say(text: str) -> None:
-    print(f"[parity] {text}", file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    """Prints the interpreter of the environment, which is there then."""
+    """Prints the interpreter of the environment."""
     print(ensure_environment())
 
 

@@ -4,9 +4,8 @@
 
 It imports nothing of this project. It reads WORK/cases.json, runs with WORK as its working directory, and writes
 reference.json and reference.npz there. What the remote code asks of `requests` (a font) is answered by an empty file;
-Python's sockets and other programs are refused to it, and told of. That holds off code that means no harm: what goes
-around Python (ctypes, a library's own sockets) is held off only by the network namespace that parity.py starts this in
-where the kernel lets it. ctypes itself stays allowed: the released code's packages load libraries with it.
+Python's sockets and other programs are refused to it, and listed. That holds off code that means no harm: what goes
+around Python (ctypes, a library's own sockets) is stopped only by a container without a network.
 """
 
 from __future__ import annotations
@@ -37,10 +36,8 @@ Case = Mapping[str, Any]
 def close_the_network() -> list[str]:
     """Refuses Python's sockets and other programs for the rest of this process; `requests` answers with nothing.
 
-    No audit event tells of fork_exec or of a C library's own calls: those are not stopped here.
-
     Returns:
-        A list that gets a line for whatever was asked for.
+        A list that gets a line for each attempt.
     """
     tried: list[str] = []
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +20,11 @@ from finetune.model import add_adapters
 from qwen_vl import QwenVLTokenizer
 from scripts.reference import run as reference
 from scripts.reference.torchvision import transforms
-from tests.scripts import stand_in, stand_in_network, stub_wheels
+from tests.scripts import stand_in, stub_wheels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))  # where a script finds the ones beside it
 import parity
 import parity_environment
-import parity_network
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY = ROOT / "scripts" / "parity.sh"
@@ -64,7 +59,6 @@ def test_agrees_with_code_that_does_the_same(tmp_path: Path, reference_python: s
     folder, report = stand_in.write(tmp_path / "same"), tmp_path / "report.json"
     result = run_parity(folder, parity.TRUST, "--report", str(report))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "\nnetwork:  " in result.stdout
     found = verdicts(report)
     assert set(found.values()) == {"same", "within"}
     assert {part for part, _ in found} >= {
@@ -121,7 +115,7 @@ def test_code_is_not_run_without_the_flag(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "Nothing was compared" in result.stdout
     assert parity.TRUST in result.stdout
-    assert "Network: " in result.stdout
+    assert "a container without a network" in result.stdout
     assert "training labels" in result.stdout
     assert not marker.exists()
 
@@ -198,96 +192,10 @@ def test_released_code_gets_no_network(reference_python: str) -> None:
     assert sum("refused" in line for line in tried) >= 5
 
 
-@contextmanager
-def listener() -> Iterator[tuple[int, list[str]]]:
-    """A port of this machine, and who came there: each is sent away at once, for torch would wait for an answer."""
-    came: list[str] = []
-
-    def accept(server: socket.socket) -> None:
-        with suppress(OSError):  # until it is shut down
-            while True:
-                connection, _ = server.accept()
-                came.append("connection")
-                connection.close()
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=accept, args=(server,), daemon=True)
-        thread.start()
-        yield server.getsockname()[1], came
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_kernel_keeps_code_that_goes_around_python_off_the_network(tmp_path: Path, reference_python: str) -> None:
-    guard = parity_network.find_guard(reference_python, [])
-    if not guard.launcher:
-        pytest.skip(guard.told)
-    folder, told = stand_in.write(tmp_path / "reaching"), tmp_path / "told.json"
-    with listener() as (port, came):
-        code = f"{Path(stand_in_network.__file__).read_text()}\n\nreach({port}, {str(told)!r})\n"
-        # With nothing but the hook, every way leads there.
-        hooked = f"import run\nrun.close_the_network()\n{code}"
-        command = [reference_python, "-c", hooked]
-        subprocess.run(command, cwd=ROOT / "scripts" / "reference", check=True, capture_output=True, timeout=120)
-        assert len(came) >= 3
-        came.clear()
-        told.unlink()
-
-        with (folder / "configuration_qwen.py").open("a") as file:
-            file.write(code)
-        result = run_parity(folder, parity.TRUST, "--lengths", "--new_tokens", "2")
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert came == []
-    ways = json.loads(told.read_text())
-    assert ways == dict.fromkeys(ways, False)
-    assert " ".join(guard.told.split()) in " ".join(result.stdout.split())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_gpu_is_there_without_a_network() -> None:
-    guard = parity_network.find_guard(sys.executable, [])
-    if not guard.launcher:
-        pytest.skip(guard.told)
-    code = "import torch; assert torch.ones(2, device='cuda').sum() == 2"
-    subprocess.run([*guard.launcher, sys.executable, "-c", code], check=True)
-
-
-def test_without_a_namespace_the_hook_is_said_to_be_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "weights"
-    file.touch()
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    monkeypatch.setenv("PATH", str(programs))
-    guard = parity_network.find_guard(sys.executable, [file])
-    assert guard.launcher == ()
-    assert "ONLY A HOOK" in guard.told
-    unshare = programs / "unshare"
-    for script, reason in (
-        ("echo 'unshare failed: Operation not permitted' >&2; exit 1", "Operation not permitted"),
-        ("exit 1", "exit status 1"),
-        ('shift 3; exec "$@"', "network of this machine"),  # does nothing
-    ):
-        unshare.write_text(f"#!/bin/sh\n{script}\n")
-        unshare.chmod(0o755)
-        guard = parity_network.find_guard(sys.executable, [file])
-        assert guard.launcher == ()
-        assert reason in guard.told
-
-
-def test_what_cannot_be_read_in_the_namespace_is_run_outside(tmp_path: Path) -> None:
-    if not parity_network.find_guard(sys.executable, []).launcher:
-        pytest.skip(parity_network.find_guard(sys.executable, []).told)
-    guard = parity_network.find_guard(sys.executable, [tmp_path / "gone"])
-    assert guard.launcher == ()
-    assert "gone" in guard.told
-
-
-def test_who_keeps_the_network_away_stands_in_the_head(capsys: pytest.CaptureFixture[str]) -> None:
-    sides = {"ours": parity.Side({}, {}, {}), "released": parity.Side({"guard": "who", "network": ["tried"]}, {}, {})}
+def test_attempts_to_reach_the_network_stand_in_the_head(capsys: pytest.CaptureFixture[str]) -> None:
+    sides = {"ours": parity.Side({}, {}, {}), "released": parity.Side({"network": ["refused"]}, {}, {})}
     parity.show([], sides, parity.Console(width=140))
-    assert [line.strip() for line in capsys.readouterr().out.splitlines()[2:4]] == ["network:  who", "tried"]
+    assert "network:  refused" in capsys.readouterr().out
 
 
 def test_released_side_gets_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,8 +211,7 @@ def test_released_side_gets_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_environment_is_made_once_and_anew_when_requirements_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("one", "two"):
-        stub_wheels.write_wheel(tmp_path, name, "1.0")
+    stub_wheels.write_wheel(tmp_path, "one", "1.0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PYTHON_FOR_REFERENCE", f"no-such-python {sys.executable}")
@@ -316,12 +223,10 @@ def test_environment_is_made_once_and_anew_when_requirements_change(
     assert parity_environment.ensure_environment(folder, requirements) == python
     assert capfd.readouterr().err == ""
 
-    requirements.write_text("one==1.0\ntwo==1.0\n")
-    subprocess.run([parity_environment.ensure_environment(folder, requirements), "-c", "import two"], check=True)
-    requirements.write_text("nowhere==1.0\n")
-    for _ in range(2):  # what was left half-made is not taken for made
-        with pytest.raises(MMRoleError, match="could not be made"):
-            parity_environment.ensure_environment(folder, requirements)
+    requirements.write_text("one==1.0\nnowhere==1.0\n")
+    with pytest.raises(MMRoleError, match="could not be made"):
+        parity_environment.ensure_environment(folder, requirements)
+    assert not (folder / "made-from.txt").exists()
 
 
 def test_no_fitting_python(tmp_path: Path) -> None:
