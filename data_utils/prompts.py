@@ -8,6 +8,7 @@ from dataclasses import dataclass
 SYSTEM_MESSAGE = (
     "You are a dedicated role-playing assistant designed to immerse yourself fully in the character you are portraying."
 )
+TRAINING_SYSTEM = "You are a helpful assistant."  # published: in training, whatever the sample's own says
 HUMAN = "human"
 CURIOUS_HUMAN = "a curious human"
 HYPOTHETICAL_CHARACTERS = "Hypothetical Characters"

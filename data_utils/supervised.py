@@ -8,12 +8,12 @@ from pathlib import Path
 
 from data_utils.images import find_image
 from data_utils.prompts import SYSTEM_MESSAGE
+from data_utils.prompts import TRAINING_SYSTEM as DEFAULT_SYSTEM
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.chat import make_context
 from qwen_vl.loss import IGNORED
 from qwen_vl.tokenization import IMAGE_SPAN
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
 _NEXT_LINE = re.compile(r"(?<=\n)(?=\S)")
 
 

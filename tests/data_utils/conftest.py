@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_utils.demo.world import draw_world, write_world
+from data_utils.layout import TRAIN_FILE
 from tests.data_utils.loopback import Site, serving, stay_at_home
 
 
@@ -22,10 +24,17 @@ def hub_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     stay_at_home(monkeypatch)
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    """A made-up data root, whose training samples are still to be built."""
-    root = tmp_path / "world"
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up data root; tests must not change it."""
+    root = tmp_path_factory.mktemp("demo") / "world"
     write_world(draw_world(3), root)
-    (root / "data/train/train_85k.json").unlink()
+    return root
+
+
+@pytest.fixture
+def world(demo: Path, tmp_path: Path) -> Path:
+    """A copy of the demo, whose training samples are still to be built."""
+    root = Path(shutil.copytree(demo, tmp_path / "world"))
+    (root / TRAIN_FILE).unlink()
     return root

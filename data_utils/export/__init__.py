@@ -1,0 +1,1 @@
+"""Writes the data for other trainers: `python -m data_utils.export`."""
