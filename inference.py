@@ -15,24 +15,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_utils.errors import MMRoleError
+from data_utils.console import go_on_unread
+from data_utils.errors import MMRoleError, run_main
 from data_utils.layout import KINDS, SHORT_SPLITS, answers_folder, check_folder_name, file_of_tests
 from data_utils.schema import Row, TestSample
-from eval.running.flags import (
-    ROOT,
-    BackendFactory,
-    add_run_flags,
-    check_run,
-    flag_problems,
-    native_backend,
-    resolved,
-    run_settings,
-    selection,
-)
-from eval.running.inputs import Input, Source, json_sources, output_problems, read_inputs
-from eval.running.jobs import Job, run_job
-from eval.running.result_files import FileReport, Outcome, ResultFile, Unit
-from eval.running.team import run_script
+from eval.backends.backend import Completion, MakeBackend, Prompt, backend_of
+from eval.running.flags import ROOT, add_run_flags, flag_problems, resolved
+from eval.running.inputs import Source, json_sources
+from eval.running.job import run_job
+from eval.running.task import Task
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,32 +47,34 @@ def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRole
         return [], [error]
 
 
-def answer_file(source: Input) -> ResultFile:
-    """The file of answers to be made from a file of samples: one text per row."""
-    units = [
-        Unit(
-            key=row["id"],
-            image=source.images[row["id"]],
-            image_name=row["image"],
-            system=row["system"],
-            text=row["conversations"][0]["value"],
-        )
-        for row in source.rows
-    ]
-
-    def assemble(outcomes: Mapping[str, Outcome]) -> list[Row]:
-        return [with_answer(row, outcomes[row["id"]].text) for row in source.rows]
-
-    return ResultFile(source.source.output, units, len(source.rows), assemble, frozenset(source.ids))
+def prompts(row: Row, image: Path) -> list[Prompt]:
+    """The one prompt of a sample."""
+    return [Prompt(row["id"], row["id"], image, row["image"], row["system"], row["conversations"][0]["value"])]
 
 
-def with_answer(row: Row, answer: str) -> Row:
-    """A copy of the row with an answer in its published place."""
+def with_answer(row: Row, completions: Mapping[str, Completion]) -> Row:
+    """A copy of the row with its answer in the published place."""
     user, assistant = row["conversations"]
-    return {**row, "conversations": [user, {**assistant, "answer": answer}]}
+    return {**row, "conversations": [user, {**assistant, "answer": completions[row["id"]].text}]}
 
 
-def main(argv: Sequence[str] | None = None, make_backend: BackendFactory = native_backend) -> int:
+def _notes(rows: Sequence[Row], completions: Sequence[Completion]) -> list[str]:
+    empty = sum(not c.text and not c.error and c.refusal is None for c in completions)
+    return [f"{empty} empty answers"] if empty else []
+
+
+ANSWERING = Task(
+    name="answers",
+    unit="answer",
+    record=TestSample,
+    prompts=prompts,
+    fill=with_answer,
+    notes=_notes,
+    advice="the same command again tries them once more",
+)
+
+
+def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_of) -> int:
     """Answers what the command line asks for.
 
     Returns:
@@ -90,22 +83,9 @@ def main(argv: Sequence[str] | None = None, make_backend: BackendFactory = nativ
     Raises:
         MMRoleError: If anything is wrong that can be known before the model is loaded, or a file cannot be written.
     """
-    return run_job(lambda: prepare(parse_arguments(argv)), make_backend)
-
-
-def prepare(options: argparse.Namespace) -> Job:
-    """Reads and checks everything that the command line asks for.
-
-    Raises:
-        ProblemsError: If anything is wrong, with everything that is.
-    """
+    options = parse_arguments(argv)
     sources, problems = find_sources(options)
-    inputs, wrong = read_inputs(sources, TestSample, selection(options)) if sources else ([], [])
-    problems += [*wrong, *output_problems(sources)]
-    files = [answer_file(source) for source in inputs]
-    settings, reports = check_run(options, problems, lambda: run_settings(options, "answers"), files)
-    advice = "the same command again tries them once more"
-    return Job(options, inputs, settings, reports, unit_name="answer", notes=_notes, advice=advice)
+    return run_job(ANSWERING, options, sources, problems, make_backend)
 
 
 def _test_sets(data_root: Path, eval_dir: Path, agent: str) -> list[Source]:
@@ -121,10 +101,6 @@ def _test_sets(data_root: Path, eval_dir: Path, agent: str) -> list[Source]:
     ]
 
 
-def _notes(report: FileReport) -> str:
-    empty = [outcome for outcome in report.outcomes.values() if not outcome.text and not outcome.error]
-    return f"{len(empty)} empty answers" if empty else ""
-
-
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    go_on_unread()
+    sys.exit(run_main(main))

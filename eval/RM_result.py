@@ -17,11 +17,11 @@ from pathlib import Path
 from data_utils.console import go_on_unread
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
+from data_utils.flag_types import natural
 from data_utils.paths import SHOWN, is_file, listed
 from eval.results.report import Report, build_report
 from eval.results.reviews import Agent, csv_bytes, csv_path, describe, read_agents, read_reviews, unexplained_csvs
 from eval.results.tables import markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
-from eval.running.flag_types import natural
 
 EVAL = Path(__file__).resolve().parent
 REPORT_FILES = ("table.md", "table.csv", "statistics.csv", "records.csv", "report.json", "radar.png")

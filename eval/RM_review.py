@@ -18,29 +18,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_utils.errors import MMRoleError
+from data_utils.console import go_on_unread
+from data_utils.errors import MMRoleError, run_main
+from data_utils.flag_types import natural
 from data_utils.layout import SHORT_SPLITS, answers_folder, reviews_folder
 from data_utils.paths import SHOWN, is_folder, listed
 from data_utils.schema import AnswerRow, Row
+from eval.backends.backend import Completion, MakeBackend, Prompt, backend_of
 from eval.judging.metrics import METRIC_NAMES
 from eval.judging.prompt import is_reviewable, review_prompts
 from eval.judging.scores import ScoreReading, read_scores, review_record
-from eval.running.flag_types import natural
-from eval.running.flags import (
-    ROOT,
-    BackendFactory,
-    add_run_flags,
-    check_run,
-    flag_problems,
-    native_backend,
-    resolved,
-    run_settings,
-    selection,
-)
-from eval.running.inputs import SHOWN_JSON, Input, Source, json_sources, output_problems, read_inputs
-from eval.running.jobs import Job, run_job
-from eval.running.result_files import FileReport, Outcome, ResultFile, Unit
-from eval.running.team import run_script
+from eval.running.flags import ROOT, add_run_flags, flag_problems, resolved
+from eval.running.inputs import SHOWN_JSON, Source, json_sources
+from eval.running.job import run_job
+from eval.running.task import Task
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,18 +63,12 @@ def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRole
     return sources, []
 
 
-def review_file(source: Input) -> ResultFile:
-    """The file of reviews to be made from a file of answers: eight texts per row that has an answer."""
-    units = []
-    for row in filter(is_reviewable, source.rows):
-        for metric, (system, text) in review_prompts(row).items():
-            key, image = review_key(row, metric), source.images[row["id"]]
-            units.append(Unit(key, image, row["image"], system, text, row=row["id"]))
-
-    def assemble(outcomes: Mapping[str, Outcome]) -> list[Row]:
-        return [with_reviews(row, outcomes) for row in source.rows]
-
-    return ResultFile(source.source.output, units, len(source.rows), assemble, frozenset(source.ids))
+def prompts(row: Row, image: Path) -> list[Prompt]:
+    """The prompts of an answered row, one per metric."""
+    return [
+        Prompt(review_key(row, metric), row["id"], image, row["image"], system, text)
+        for metric, (system, text) in review_prompts(row).items()
+    ]
 
 
 def review_key(row: Row, metric: str) -> str:
@@ -91,15 +76,36 @@ def review_key(row: Row, metric: str) -> str:
     return f"{metric}: {row['id']}"
 
 
-def with_reviews(row: Row, outcomes: Mapping[str, Outcome]) -> Row:
+def with_reviews(row: Row, completions: Mapping[str, Completion], task: Task) -> Row:
     """A copy of the row with its reviews at the end; without any if its answer is empty."""
     copy = {key: value for key, value in row.items() if key != "rm_review"}
     if is_reviewable(row):
-        copy["rm_review"] = {metric: _record(outcomes[review_key(row, metric)]) for metric in METRIC_NAMES}
+        copy["rm_review"] = {metric: _record(completions[review_key(row, metric)], task) for metric in METRIC_NAMES}
     return copy
 
 
-def main(argv: Sequence[str] | None = None, make_backend: BackendFactory = native_backend) -> int:
+def judging(retries: int) -> Task:
+    """The task of reviewing.
+
+    Args:
+        retries: How often a review without readable scores is asked for again.
+    """
+    task = Task(
+        name="reviews",
+        unit="review",
+        record=AnswerRow,
+        prompts=prompts,
+        fill=lambda row, completions: with_reviews(row, completions, task),
+        notes=_notes,
+        advice="the same command again repeats what ended in an error; for unreadable scores give a larger --retries",
+        is_wanted=is_reviewable,
+        complaint=_complaint,
+        attempts=1 + retries,
+    )
+    return task
+
+
+def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_of) -> int:
     """Reviews what the command line asks for.
 
     Returns:
@@ -108,25 +114,9 @@ def main(argv: Sequence[str] | None = None, make_backend: BackendFactory = nativ
     Raises:
         MMRoleError: If anything is wrong that can be known before the model is loaded, or a file cannot be written.
     """
-    return run_job(lambda: prepare(parse_arguments(argv)), make_backend)
-
-
-def prepare(options: argparse.Namespace) -> Job:
-    """Reads and checks everything that the command line asks for.
-
-    Raises:
-        ProblemsError: If anything is wrong, with everything that is.
-    """
+    options = parse_arguments(argv)
     sources, problems = find_sources(options)
-    inputs, wrong = read_inputs(sources, AnswerRow, selection(options, is_reviewable)) if sources else ([], [])
-    problems += [*wrong, *output_problems(sources)]
-    files = [review_file(source) for source in inputs]
-    attempts = 1 + options.retries
-    settings, reports = check_run(
-        options, problems, lambda: run_settings(options, "reviews", attempts=attempts, complaint=_complaint), files
-    )
-    advice = "the same command again repeats what ended in an error; for unreadable scores give a larger --retries"
-    return Job(options, inputs, settings, reports, unit_name="review", notes=_notes, advice=advice)
+    return run_job(judging(options.retries), options, sources, problems, make_backend)
 
 
 def _agents_sources(eval_dir: Path, agents: Sequence[str] | None) -> list[Source]:
@@ -144,22 +134,23 @@ def _complaint(text: str) -> str | None:
     return reading.reason if reading.pair is None else None
 
 
-def _record(outcome: Outcome) -> dict[str, object]:
-    failed = outcome.failure(_complaint) if outcome.error else None
-    reading = ScoreReading(None, reason=failed) if failed else read_scores(outcome.text)
-    return review_record(outcome.text, reading, outcome.attempt + 1)
+def _record(completion: Completion, task: Task) -> dict[str, object]:
+    failed = task.failure(completion) if completion.error or completion.refusal is not None else None
+    reading = ScoreReading(None, reason=failed) if failed else read_scores(completion.text)
+    return review_record(completion.text, reading, completion.attempt + 1)
 
 
-def _notes(report: FileReport) -> str:
-    rows = {unit.key.split(": ", 1)[1] for unit in report.file.units}
-    readers = [read_scores(outcome.text).reader for outcome in report.outcomes.values() if not outcome.error]
-    parts = [f"{len(report.file.units)} reviews"]
-    if len(rows) < report.file.rows:
-        parts.append(f"{report.file.rows - len(rows)} rows without an answer, not reviewed")
+def _notes(rows: Sequence[Row], completions: Sequence[Completion]) -> list[str]:
+    unanswered = sum(not is_reviewable(row) for row in rows)
+    readers = [read_scores(completion.text).reader for completion in completions if not completion.error]
+    parts = [f"{(len(rows) - unanswered) * len(METRIC_NAMES)} reviews"]
+    if unanswered:
+        parts.append(f"{unanswered} rows without an answer, not reviewed")
     if "forgiving" in readers:
         parts.append(f"{readers.count('forgiving')} read by the forgiving reader")
-    return ", ".join(parts)
+    return parts
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    go_on_unread()
+    sys.exit(run_main(main))

@@ -3,10 +3,10 @@
 # Needs: answers in EVAL_DIR/{in,out}-test_answers/, images/ below DATA_ROOT, the reward model at MODEL_PATH.
 # Gives: EVAL_DIR/{in,out}-test_reviews/<agent>/*.json. Without AGENT, all are reviewed.
 # AGENT="a b" chooses the agent of that name, blank and all, if it has answers, or else the agents a and b.
-# One process per GPU, or PROCESSES=n; scripts/launch.sh tells how to use several nodes.
+# One process per GPU, or PROCESSES=n.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../scripts/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/environment.sh"
 
 MODEL_PATH=${MODEL_PATH:-$ROOT/model_weights/MMRole-Eval_RM}
 DATA_ROOT=${DATA_ROOT:-$ROOT}
@@ -18,5 +18,5 @@ for split in in out; do
   fi
 done
 
-launch "$ROOT/eval/RM_review.py" --model_path "$MODEL_PATH" --data_root "$DATA_ROOT" \
+"$PYTHON" "$ROOT/eval/RM_review.py" --model_path "$MODEL_PATH" --data_root "$DATA_ROOT" \
   --eval_dir "$EVAL_DIR" ${agents[@]:+--agent "${agents[@]}"} "$@"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Starts a Python program in one process per GPU; what inference.sh, RM_review.sh and the finetune scripts share.
-# They source it.
+# Starts a Python program under torchrun, in one process per GPU. The finetune scripts source it.
 #   PROCESSES   processes on this machine (default: one a GPU; one on the CPU without)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes: run the same script on each, NODE_RANK from 0. All must
 #               see the same data and results, on a shared file system.
@@ -40,23 +39,5 @@ spread() {
       --master_addr "${MASTER_ADDR:?the address of node 0}" --master_port "${MASTER_PORT:-29500}")
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > PROCESSES ? $(nproc) / PROCESSES : 1))}
-  # By this number its processes see that it has been killed, which may be before they could look for themselves.
-  (export MMROLE_LAUNCHER=$BASHPID &&
-    exec "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$PROCESSES" "$@")
-}
-
-# launch PROGRAM FLAG…: the same, with the program's own exit status, which it leaves in a file: torchrun makes all of
-# them 1
-launch() {
-  if [[ $NNODES -eq 1 && $PROCESSES -eq 1 ]]; then
-    spread "$@"
-    return
-  fi
-  MMROLE_STATUS_FILE=$(mktemp)
-  export MMROLE_STATUS_FILE
-  trap 'rm -f "$MMROLE_STATUS_FILE"' EXIT
-  local launched=0 status
-  spread "$@" || launched=$?
-  status=$(cat "$MMROLE_STATUS_FILE")
-  return $((launched > ${status:-1} ? launched : ${status:-1}))
+  "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$PROCESSES" "$@"
 }

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import read_json, write_text
-from eval.running.flag_types import positive
+from data_utils.flag_types import positive
 from qwen_vl.checkpoint import ADAPTER_CONFIG
 
 HERE = Path(__file__).resolve().parent

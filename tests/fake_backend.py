@@ -1,13 +1,11 @@
-"""A stand-in for the model, a small world to run it on, and both entry scripts run with it in a process of their own.
+"""A stand-in for the model, and a small world to run it on.
 
-    python -m tests.fake_backend inference|RM_review FLAGS...
-
-KILL_AT=n in the environment kills that process, as `kill -9` does, in the middle of the n-th write to a file or just
-before the n-th renaming.
+`python -m tests.fake_backend FLAGS...` runs inference.py with it.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -21,45 +19,83 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from eval.backends.backend import Request, Result
-from eval.running.team import run_script
+from data_utils.console import go_on_unread
+from data_utils.errors import MMRoleError, run_main
+from eval.backends import native
+from eval.backends.backend import Completion, Prompt
 
 SYSTEM = "You are a dedicated role-playing assistant."
 TEST_FILES = ("comment_test.json", "human-role_test.json", "inter-role_test.json")
 
 
-class FakeBackend:
-    """Says something that depends on all of a request; `reply` may say something else, or raise."""
+class FakeBackend(native.Backend):
+    """The native backend without its engine: says something that depends on all of a prompt, or what `reply` says.
 
-    def __init__(self, reply: Callable[[Request], str] | None = None) -> None:
-        self.requests: list[Request] = []
+    It is its own factory, and travels to workers if `reply` does.
+    """
+
+    def __init__(self, reply: Callable[[Prompt], str] | None = None) -> None:
+        self.prompts: list[Prompt] = []
         self._reply = reply or fake_answer
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        for request in requests:
-            self.requests.append(request)
-            try:
-                yield Result(request.id, self._reply(request))
-            except ValueError as error:
-                yield Result(request.id, "", str(error))
-
-    def __call__(self, options: object) -> FakeBackend:
+    def __call__(self, options: argparse.Namespace) -> FakeBackend:
+        super().__init__(options)
         return self
 
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
+        for prompt in prompts:
+            self.prompts.append(prompt)
+            try:
+                yield Completion(prompt.id, self._reply(prompt))
+            except ValueError as error:
+                yield Completion(prompt.id, "", str(error))
 
-def fingerprint_of(request: Request) -> str:
-    told = (request.image and request.image.name, request.text, request.system, request.seed, request.do_sample)
-    return hashlib.sha256(repr(told).encode("utf-8", "replace")).hexdigest()[:12]
+    def summary(self) -> str:
+        return f"fake on {self._options.device}"
 
 
-def fake_answer(request: Request) -> str:
-    return f"喝茶 “{fingerprint_of(request)}”\n再来"
+class Unloadable(FakeBackend):
+    def run(self, prompts):
+        raise MMRoleError("the checkpoint cannot be loaded", "cuda", "model", "check it")
 
 
-def fake_review(request: Request) -> str:
+def fingerprint_of(prompt: Prompt) -> str:
+    image, decoding = prompt.image and prompt.image.name, prompt.decoding
+    content = (image, prompt.text, prompt.system, prompt.seed, decoding.do_sample)
+    return hashlib.sha256(repr(content).encode("utf-8", "replace")).hexdigest()[:12]
+
+
+def fake_answer(prompt: Prompt) -> str:
+    return f"喝茶 “{fingerprint_of(prompt)}”\n再来"
+
+
+def fake_review(prompt: Prompt) -> str:
     """A review; about a third cannot be read."""
-    digest = fingerprint_of(request)
+    digest = fingerprint_of(prompt)
     return f"Fine, {digest}. " + ("no scores" if int(digest, 16) % 3 == 0 else "[Scores]: (8, 9)")
+
+
+def dies_at_one_row_once(prompt):
+    marker = prompt.image.with_name("died")
+    if "in-distribution_comment_1" in prompt.text and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fake_answer(prompt)
+
+
+def dies_at_one_row(prompt):
+    if "in-distribution_comment_1" in prompt.text:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fake_answer(prompt)
+
+
+def dies(prompt):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits_for_ever(prompt):
+    prompt.image.with_name(f"{os.getpid()}.pid").touch()
+    signal.pause()
 
 
 def sample(name: str, **changes: Any) -> dict[str, Any]:
@@ -115,41 +151,8 @@ def results(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.json"))}
 
 
-def kill_at(count: int) -> None:
-    """Lets this process die at its `count`-th write or renaming, a write being half done."""
-    left = [count]
-    write, replace = os.write, Path.replace
-
-    def die_in_time() -> bool:
-        left[0] -= 1
-        return left[0] == 0
-
-    def dying_write(descriptor: int, data: Any) -> int:
-        if die_in_time():
-            write(descriptor, bytes(data)[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write(descriptor, data)
-
-    def dying_replace(path: Path, target: Path) -> Path:
-        if die_in_time():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return replace(path, target)
-
-    os.write, Path.replace = dying_write, dying_replace
-
-
-def _main() -> int:
-    script, arguments = sys.argv[1], sys.argv[2:]
-    if os.environ.get("KILL_AT"):
-        kill_at(int(os.environ["KILL_AT"]))
-    if script == "inference":
-        import inference
-
-        return inference.main(arguments, FakeBackend())
-    from eval import RM_review
-
-    return RM_review.main(arguments, FakeBackend(fake_review))
-
-
 if __name__ == "__main__":
-    sys.exit(run_script(_main))
+    import inference
+
+    go_on_unread()
+    sys.exit(run_main(lambda: inference.main(sys.argv[1:], FakeBackend())))

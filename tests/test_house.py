@@ -154,7 +154,7 @@ TOOLS = {f"data_utils.{path.parent.name}" for path in (ROOT / "data_utils").glob
 EVAL_ROOMS = {
     "eval.judging": (),
     "eval.backends": (),
-    "eval.running": ("eval.backends.",),
+    "eval.running": ("eval.backends.backend",),
     "eval.results": ("eval.judging.",),
 }
 

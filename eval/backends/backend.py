@@ -1,54 +1,191 @@
-"""The door that every engine stands behind: requests in, results out as they finish."""
+"""The door to every backend: what a prompt and its completion are, and what a backend must say and do.
+
+A backend is one module of this folder with a class `Backend`. It is found by its name: the backend `endpoint` is used
+when its flag `--endpoint` is given, and `native` otherwise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import argparse
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from data_utils.errors import MMRoleError
+from data_utils.flag_types import above_zero, positive, share
+
+DEFAULT = "native"
 
 
 @dataclass(frozen=True)
-class Request:
-    """One text to generate.
+class Decoding:
+    """How a text is generated; None leaves a setting to the model.
 
     Attributes:
-        id: Comes back with the result; unique within a call of `run`.
-        image: The picture, a checked path; None for a text-only request.
-        text: What is asked, plain text: nothing in it is ever a control tag.
-        system: The system message.
-        seed: What sampling depends on, and nothing else; 0 to 2**63 - 1.
-        do_sample: True or False, or None for the checkpoint's own setting.
-        max_new_tokens: Limit of the answer in tokens, or None for the checkpoint's own.
+        do_sample: False is greedy.
+        temperature: Above 0.
+        top_p: Above 0, at most 1.
+        max_new_tokens: Limit of a text in tokens.
     """
 
-    id: str
-    image: Path | None
-    text: str
-    system: str
-    seed: int
     do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
     max_new_tokens: int | None = None
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """Adds the flags that every backend obeys."""
+        flag = parser.add_argument
+        flag("--no_random", action="store_true", help="greedy decoding instead of sampling as the model does")
+        flag("--temperature", type=above_zero, help="of sampling (as the model has it)")
+        flag("--top_p", type=share, help="of sampling (as the model has it)")
+        flag("--max_new_tokens", type=positive, help="longest text in tokens (as the model has it)")
+        flag("--seed", type=int, default=0, help="every text's own seed is derived from it (%(default)s)")
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Decoding:
+        """Return what the flags ask for."""
+        do_sample = False if options.no_random else None
+        return cls(do_sample, options.temperature, options.top_p, options.max_new_tokens)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be equal for two texts to stand in one file."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p}
+        return {
+            "decoding": "greedy" if self.do_sample is False else "as the checkpoint says",
+            "max_new_tokens": self.max_new_tokens or "as the checkpoint says",
+            **{name: value for name, value in sampling.items() if value is not None},
+        }
 
 
 @dataclass(frozen=True)
-class Result:
-    """What became of a request.
+class Prompt:
+    """A prompt on its way to a text.
 
     Attributes:
-        id: The request's.
-        text: What was generated; empty if it failed.
-        error: Why it failed, or None.
+        key: Names it within its result file; what sampling is seeded from.
+        row: Names the row it is for; prompts of one row begin alike.
+        image: The picture, a checked path; None for text alone.
+        image_name: The picture's name in the data.
+        system: The system message.
+        text: Plain text: nothing in it is ever a control tag.
+        id: Comes back with the completion; unique within a run.
+        seed: What sampling depends on, and nothing else; 0 to 2**63 - 1.
+        decoding: How its text is generated.
+    """
+
+    key: str
+    row: str
+    image: Path | None
+    image_name: str
+    system: str
+    text: str
+    id: str = ""
+    seed: int = 0
+    decoding: Decoding = field(default_factory=Decoding)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that the model reads: 16 hexadecimal digits."""
+        content = json.dumps([self.image_name, self.system, self.text])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The outcome of a prompt.
+
+    Attributes:
+        id: The prompt's.
+        text: What was generated; beside an error the text of the attempt before, which could not be read, or nothing.
+        error: Why there is no text, or None.
+        refusal: Why the model refused to answer, in which case the text is empty; or None.
+        cut: Whether the text ends at the limit of its length.
+        attempt: How many texts were asked for before this one.
+        tokens: Tokens of prompt and text that were paid for, where the backend counts them.
     """
 
     id: str
     text: str
     error: str | None = None
+    refusal: str | None = None
+    cut: bool = False
+    attempt: int = 0
+    tokens: int = 0
+
+
+class StoppedError(Exception):
+    """A backend stopped as the user asked it to; the text says why."""
 
 
 class Backend(Protocol):
-    """Who answers or judges."""
+    """Something that completes prompts; made from the flags, cheaply: nothing is loaded yet."""
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Yields one result per request, in any order, as they finish; a request that cannot be done fails alone."""
+    def problems(self) -> list[MMRoleError]:
+        """Return everything that is wrong with the backend and can be seen before anything expensive starts."""
         ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return what changes texts by the user's choice; two runs whose identities differ share no result file."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is printed beside the flags."""
+        ...
+
+    def devices(self, processes: int | None) -> list[str]:
+        """Return the device of each worker.
+
+        Args:
+            processes: How many workers the user wants; None for as many as are useful.
+
+        Raises:
+            MMRoleError: There cannot be so many.
+        """
+        ...
+
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
+        """Yields one completion per prompt, in any order, as they finish; a prompt that cannot be done fails alone.
+
+        Raises:
+            MMRoleError: Nothing can be completed at all.
+            StoppedError: The user's limit was reached; the rest is not completed.
+        """
+        ...
+
+    def summary(self) -> str:
+        """Return a line about what ran, once something has."""
+        ...
+
+
+MakeBackend = Callable[[argparse.Namespace], Backend]
+
+
+def add_backend_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of decoding and those of every backend."""
+    Decoding.add_flags(parser)
+    for name in _names():
+        _class(name).add_flags(parser)
+
+
+def backend_of(options: argparse.Namespace) -> Backend:
+    """Makes the backend that the flags ask for."""
+    asked = [name for name in _names() if name != DEFAULT and getattr(options, name, None)]
+    return _class(asked[0] if asked else DEFAULT)(options)
+
+
+def _names() -> list[str]:
+    return sorted(
+        module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name != "backend"
+    )
+
+
+def _class(name: str) -> Any:
+    return importlib.import_module(f"eval.backends.{name}").Backend

@@ -1,115 +1,180 @@
-"""Qwen-VL in this process: all requests through the batching engine."""
+"""Qwen-VL in this process: all prompts through the batching engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import argparse
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_utils.errors import MMRoleError
-from eval.backends.backend import Request, Result
+from safetensors import safe_open
+
+from data_utils.errors import MMRoleError, four_parts
+from data_utils.files import read_json
+from data_utils.flag_types import positive
+from eval.backends.backend import Completion, Decoding, Prompt
+from qwen_vl.checkpoint import (
+    GENERATION_CONFIG,
+    CheckpointError,
+    adapter_base,
+    checkpoint_fingerprint,
+    checkpoint_problems,
+    is_adapter,
+    weight_problems,
+)
+from qwen_vl.sampling_params import SamplingSettings, check_limit, unknown_settings
 
 if TYPE_CHECKING:
     from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer, generation
 
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors names them
 
-class NativeBackend:
-    """Answers with a checkpoint that `qwen_vl.load` reads; it is loaded when the first request comes.
+
+class Backend:
+    """Completes prompts with a checkpoint that `qwen_vl.load` reads; it is loaded when the first prompt comes.
 
     Args:
-        model_path: A checkpoint folder, or a LoRA adapter's.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
-        dtype: "auto", "float32", "bfloat16" or "float16".
-        max_batch_tokens: Tokens held in flight; None for what memory has room for.
-        batch_size: Requests decoded at once; 1 asks `chat()` one by one, whose kernels see the released shapes.
-        local_rank: Which of several processes of this machine this is; with device "auto" or "cuda" it takes that GPU.
-        local_size: How many they are; on a CPU they divide the memory.
+        options: The flags. Where several workers share a machine, `device` is this one's and `workers` their number,
+            by which they divide the memory of a CPU.
     """
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        max_batch_tokens: int | None = None,
-        batch_size: int | None = None,
-        local_rank: int | None = None,
-        local_size: int = 1,
-    ) -> None:
-        self.model_path = Path(model_path)
-        self.device = device
-        self.dtype = dtype
-        self.max_batch_tokens = max_batch_tokens
-        self.batch_size = batch_size
-        self.local_rank = local_rank
-        self.local_size = local_size
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self.model_path = Path(options.model_path)
+        self._workers = getattr(options, "workers", 1)
         self._engine: Any = None
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Yields one result per request, as they finish.
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """Adds the flags of this backend; the released ones keep their names."""
+        flag = parser.add_argument
+        flag("--model_path", type=Path, help="checkpoint folder, or a LoRA adapter's (%(default)s)")
+        flag("--use_lora", action="store_true", help="the checkpoint must be a LoRA adapter (otherwise found out)")
+        flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
+        flag("--dtype", default="auto", choices=["auto", *_DTYPES.values()], help="(%(default)s: as stored)")
+        flag(
+            "--batch_size",
+            type=positive,
+            help="texts that each process writes at once (512 on a GPU, 256 on a CPU); in float32 it does not change "
+            "them. In bfloat16 a batch rounds its products otherwise: 1, slow, is exactly what chat() writes",
+        )
+        flag("--max_batch_tokens", type=positive, help="tokens that each process holds at once (what fits into memory)")
 
-        A picture that cannot be read or a prompt that is too long becomes a result with an error.
+    def problems(self) -> list[MMRoleError]:
+        """Return what is wrong with device and checkpoint, as far as is seen without using or loading them."""
+        problems = device_problems(self._options.device)
+        incomplete = four_parts(checkpoint_problems(self.model_path, use_lora=self._options.use_lora))
+        if incomplete:
+            return [*problems, *incomplete]
+        try:
+            damaged = four_parts(weight_problems(self.model_path))
+            problems += damaged
+            problems += generation_problems(
+                self.model_path,
+                Decoding.of(self._options),
+                retried=bool(getattr(self._options, "retries", 0)),
+                batched=self._options.batch_size != 1,
+            )
+            if not damaged:
+                self.identity()
+        except (MMRoleError, CheckpointError) as error:
+            problems += four_parts([error])
+        return problems
+
+    def identity(self) -> dict[str, Any]:
+        """Return the checkpoint's fingerprint and what else changes the texts by choice."""
+        size = self._options.batch_size
+        return {"model": self._fingerprint, "dtype": self._dtype, **({"batch_size": size} if size else {})}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the checkpoint's fingerprint, dtype and base."""
+        base = {"base model": str(adapter_base(self.model_path))} if is_adapter(self.model_path) else {}
+        return {"model fingerprint": self._fingerprint, "dtype of the texts": self._dtype, **base}
+
+    def devices(self, processes: int | None) -> list[str]:
+        """Return a GPU for each worker, or the CPU for all."""
+        import torch
+
+        device = self._options.device
+        gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+        if not gpus:
+            return [device] * (processes or 1)
+        if (processes or 1) > gpus:
+            fix = "set PROCESSES to the number of GPUs, or run on the CPU with --device cpu"
+            what = "there are more processes than GPUs"
+            raise MMRoleError(what, f"{processes} processes, {gpus} GPU(s)", "PROCESSES", fix)
+        return [device] if (processes or gpus) == 1 else [f"cuda:{number}" for number in range(processes or gpus)]
+
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
+        """Yields one completion per prompt, as they finish.
+
+        A picture that cannot be read or a prompt that is too long becomes a completion with an error.
 
         Raises:
             MMRoleError: If the checkpoint cannot be loaded.
         """
         engine = self._load()
-        for result in engine.run(_engine_request(request) for request in requests):
-            yield Result(result.id, result.text, result.error)
+        for result in engine.run(_request(prompt) for prompt in prompts):
+            yield Completion(result.id, result.text, result.error)
+
+    def summary(self) -> str:
+        """Return device, dtype and sizes of the engine."""
+        if self._engine is None:
+            return ""
+        model = self._engine.model
+        dtype = str(model.dtype).removeprefix("torch.")
+        if isinstance(self._engine, OneByOne):
+            return f"{model.device}, {dtype}, one text at a time"
+        engine = self._engine
+        return f"{model.device}, {dtype}, up to {engine.max_rows} texts and {engine.max_batch_tokens:,} tokens at once"
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return checkpoint_fingerprint(self.model_path)
+
+    @cached_property
+    def _dtype(self) -> str:
+        return stored_dtype(self.model_path) if self._options.dtype == "auto" else self._options.dtype
 
     def _load(self) -> generation.BatchGenerator | OneByOne:
         if self._engine is None:
             import qwen_vl  # torch and transformers take seconds to import: only when there is work for them
             from qwen_vl.generation import BatchGenerator
 
-            device = self._own_device()
-            if self.local_rank:  # a bar from one process of a machine is enough
+            options = self._options
+            if self._workers > 1:  # the bar of the parent is enough
                 from transformers.utils.logging import disable_progress_bar
 
                 disable_progress_bar()
             try:
-                model, tokenizer = qwen_vl.load(self.model_path, dtype=self.dtype, device=device)
-                if self.batch_size == 1:
+                model, tokenizer = qwen_vl.load(self.model_path, dtype=options.dtype, device=options.device)
+                if options.batch_size == 1:
                     self._engine = OneByOne(model, tokenizer)
                     return self._engine
                 self._engine = BatchGenerator(
-                    model, tokenizer, max_batch_tokens=self.max_batch_tokens, max_rows=self.batch_size
+                    model, tokenizer, max_batch_tokens=options.max_batch_tokens, max_rows=options.batch_size
                 )
             except Exception as error:
-                raise self._unloadable(error, device) from error
-            if model.device.type == "cpu" and self.max_batch_tokens is None:
-                # What the engine found free is free only once, for all processes of this machine.
-                self._engine.max_batch_tokens = max(self._engine.max_batch_tokens // self.local_size, 1)
+                raise self._unloadable(error) from error
+            if model.device.type == "cpu" and options.max_batch_tokens is None:
+                # What the engine found free is free only once, for all workers of this machine.
+                self._engine.max_batch_tokens = max(self._engine.max_batch_tokens // self._workers, 1)
         return self._engine
 
-    def _unloadable(self, error: Exception, device: str) -> MMRoleError:
-        known = isinstance(error, ValueError | OSError | RuntimeError)  # these tell by themselves what is wrong
-        told = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
+    def _unloadable(self, error: Exception) -> MMRoleError:
+        clear = isinstance(error, ValueError | OSError | RuntimeError)  # their texts say what is wrong
+        text = str(error) if clear and str(error) else f"{type(error).__name__}: {error}"
         return MMRoleError(
-            f"the checkpoint cannot be loaded: {told}",
-            f"device {device}, dtype {self.dtype}",
+            f"the checkpoint cannot be loaded: {text}",
+            f"device {self._options.device}, dtype {self._options.dtype}",
             self.model_path,
             "fetch the folder again (README: where weights come from), or check --device and --dtype",
         )
 
-    def _own_device(self) -> str:
-        import torch
-
-        if self.device not in ("auto", "cuda") or self.local_rank is None or not torch.cuda.is_available():
-            return self.device
-        if self.local_rank >= torch.cuda.device_count():
-            raise MMRoleError(
-                "there are more processes than GPUs",
-                f"{self.local_size} processes, {torch.cuda.device_count()} GPU(s)",
-                "PROCESSES",
-                "set PROCESSES to the number of GPUs, or run on the CPU with --device cpu",
-            )
-        return f"cuda:{self.local_rank}"
-
 
 class OneByOne:
-    """Requests by `chat()`, each alone: slow, and in bfloat16 without what a batch's shapes do to the rounding.
+    """Completes requests by `chat()`, each alone: slow, and in bfloat16 without a batch's other rounding.
 
     Args:
         model: In eval mode.
@@ -121,29 +186,120 @@ class OneByOne:
 
     def run(self, requests: Iterable[generation.Request]) -> Iterator[generation.Result]:
         """Yields one result per request, in their order."""
-        from qwen_vl.generation import Result as EngineResult
+        from qwen_vl.generation import Result
 
         for request in requests:
-            settings = {"do_sample": request.do_sample, "max_new_tokens": request.max_new_tokens}
-            settings = {name: value for name, value in settings.items() if value is not None}
+            names = ("do_sample", "temperature", "top_p", "max_new_tokens")
+            settings = {name: value for name in names if (value := getattr(request, name)) is not None}
             try:
                 text, _ = self.model.chat(
                     self.tokenizer, request.query, system=request.system, seed=request.seed, **settings
                 )
-                yield EngineResult(request.id, text)
+                yield Result(request.id, text)
             except (ValueError, TypeError, OSError, RuntimeError) as error:  # one request's boundary
-                yield EngineResult(request.id, "", f"{type(error).__name__}: {error}")
+                yield Result(request.id, "", f"{type(error).__name__}: {error}")
 
 
-def _engine_request(request: Request) -> generation.Request:
-    from qwen_vl.generation import Request as EngineRequest
+def _request(prompt: Prompt) -> generation.Request:
+    from qwen_vl.generation import Request
 
-    image = [] if request.image is None else [{"image": request.image}]
-    return EngineRequest(
-        id=request.id,
-        query=[*image, {"text": request.text}],
-        system=[{"text": request.system}],  # as an element, because in a str system message tags would be read
-        seed=request.seed,
-        do_sample=request.do_sample,
-        max_new_tokens=request.max_new_tokens,
+    image = [] if prompt.image is None else [{"image": prompt.image}]
+    decoding = prompt.decoding
+    return Request(
+        id=prompt.id,
+        query=[*image, {"text": prompt.text}],
+        system=[{"text": prompt.system}],  # as an element, because in a str system message tags would be read
+        seed=prompt.seed,
+        do_sample=decoding.do_sample,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        max_new_tokens=decoding.max_new_tokens,
     )
+
+
+def device_problems(device: str) -> list[MMRoleError]:
+    """Return why nothing can run on a device; empty if it can, as far as is seen without using it.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+    """
+    if device in ("auto", "cpu"):
+        return []
+    import torch  # takes seconds, and is not needed where all is finished
+
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, ValueError):
+        return [_no_device("there is no such device", device)]
+    if asked.type == "cpu":
+        return []
+    if asked.type != "cuda":  # "meta" and the like
+        return [_no_device("texts are written on a CPU or an NVIDIA GPU only", device)]
+    count = torch.cuda.device_count()
+    if not count:
+        return [_no_device("PyTorch finds no GPU here", device)]
+    if (asked.index or 0) >= count:
+        return [_no_device(f"there is no such GPU: the last one here is cuda:{count - 1}", device)]
+    return []
+
+
+def _no_device(what: str, device: str) -> MMRoleError:
+    return MMRoleError(what, device, "--device", "give --device cpu, or cuda:N of a GPU that nvidia-smi lists")
+
+
+def generation_problems(folder: Path, decoding: Decoding, *, retried: bool, batched: bool) -> list[MMRoleError]:
+    """Return what of a checkpoint's generation settings makes generating impossible.
+
+    Args:
+        folder: A complete checkpoint, or an adapter's folder, whose base then counts.
+        decoding: What the flags ask for.
+        retried: Some texts may be asked for again, by sampling.
+        batched: The engine generates, which does not know every setting.
+
+    Raises:
+        MMRoleError: The file is not JSON.
+    """
+    path = (adapter_base(folder) if is_adapter(folder) else folder) / GENERATION_CONFIG
+    settings: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        return [MMRoleError("the file is not a JSON object", settings, path, "fetch it again")]
+    problems = []
+    given = {name: settings[name] for name in ("temperature", "top_k", "top_p") if settings.get(name) is not None}
+    flags = {name: value for name in ("temperature", "top_p") if (value := getattr(decoding, name)) is not None}
+    samples = bool(settings.get("do_sample")) and decoding.do_sample is not False
+    try:
+        SamplingSettings(do_sample=samples or retried, **(given | flags))
+        if decoding.max_new_tokens is None and settings.get("max_new_tokens") is not None:
+            check_limit(settings["max_new_tokens"])
+    except (ValueError, TypeError) as error:
+        problems.append(MMRoleError("a generation setting cannot be used", str(error), path, "correct it there"))
+    if flags and not samples and not retried:
+        fix = (
+            "leave them away; the checkpoint decodes greedily"
+            if decoding.do_sample is None
+            else "leave --no_random away"
+        )
+        problems.append(MMRoleError("sampling flags have no effect in greedy decoding", sorted(flags), path, fix))
+    if batched and (unknown := unknown_settings(settings)):
+        lines = [f"{name}: {value}" for name, value in unknown.items()]
+        fix = "take them out there, or ask one by one, which is slow: --batch_size 1"
+        problems.append(MMRoleError("the batching engine does not know these generation settings", lines, path, fix))
+    return problems
+
+
+def stored_dtype(folder: Path) -> str:
+    """Return the dtype that `--dtype auto` loads a checkpoint in: its config's, or else that of its weights.
+
+    Args:
+        folder: A complete checkpoint, or an adapter's folder, whose base then counts.
+    """
+    folder = adapter_base(folder) if is_adapter(folder) else folder
+    config = read_json(folder / "config.json")
+    if isinstance(config, Mapping) and isinstance(name := config.get("dtype") or config.get("torch_dtype"), str):
+        return name.removeprefix("torch.")
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            kinds = {_DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118 - no mapping
+        if found := sorted(kinds - {None}):
+            return found[0]
+    return "as stored"

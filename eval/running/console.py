@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from typing import TextIO
 
 from tqdm import tqdm
 
-_TELLING = 0.05  # share of the work after which the time left is told
-
-
-def unshare_progress_bars() -> None:
-    """Gives the bars of a process that was forked a lock of its own.
-
-    tqdm shares one among the process where it was first used and all its children, and another with the threads that
-    a child does not have: whoever is killed while drawing a bar would stop every other one for ever.
-    """
-    lock = threading.RLock()
-    kinds: list[type[tqdm]] = [tqdm]
-    for kind in kinds:
-        kind.set_lock(lock)
-        kinds += kind.__subclasses__()
+_SHARE = 0.05  # of the work, after which the time left is shown
 
 
 class Progress:
@@ -33,26 +19,21 @@ class Progress:
         unit: What one of them is called ("answer").
         every: Seconds between two plain lines.
         stream: Where to show it; stderr by default.
-        shown: False shows nothing.
     """
 
-    def __init__(
-        self, total: int, unit: str, *, every: float = 30.0, stream: TextIO | None = None, shown: bool = True
-    ) -> None:
+    def __init__(self, total: int, unit: str, *, every: float = 30.0, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._hidden = not shown
-        self._bar = tqdm(total=total, unit=unit, disable=self._hidden or None, file=self._stream, dynamic_ncols=True)
+        self._bar = tqdm(total=total, unit=unit, disable=None, file=self._stream, dynamic_ncols=True)
         self._total, self._unit, self._every = total, unit, every
         self._done = self._failed = 0
         self._began = self._shown = time.monotonic()
+        self._reported: set[str] = set()
 
     def advance(self, *, failed: bool = False, again: bool = False) -> None:
-        """One more unit is done, has failed, or has to be done once more."""
+        """Counts a unit that is done, has failed, or has to be done once more."""
         self._done += 1
         self._failed += failed
         self._total += again
-        if self._hidden:
-            return
         if not self._bar.disable:
             self._bar.total = self._total
             if failed:
@@ -61,13 +42,19 @@ class Progress:
         elif time.monotonic() - self._shown >= self._every or self._done == self._total:
             self._plain_line()
 
+    def report_once(self, text: str) -> None:
+        """Shows a line beside the bar; the same text only once."""
+        if text not in self._reported:
+            self._reported.add(text)
+            tqdm.write(text, file=self._stream)
+
     def _plain_line(self) -> None:
         self._shown = time.monotonic()
         seconds = self._shown - self._began
         rate = self._done / seconds if seconds > 0 else 0.0
         # Texts are written many at once and end together: the first of them say nothing about the rest.
-        told = rate and self._done >= self._total * _TELLING
-        left = tqdm.format_interval((self._total - self._done) / rate) if told else "?"
+        known = rate and self._done >= self._total * _SHARE
+        left = tqdm.format_interval((self._total - self._done) / rate) if known else "?"
         line = f"{self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left} left, {self._failed} failed"
         print(line, file=self._stream, flush=True)
 

@@ -1,127 +1,351 @@
-"""The journals of a result file: where they lie, which of them count, and what they know together.
+"""A result file and its journal: what is there of it already, and how it is written.
 
-Beside `<name>.json` lies `<name>.journal`; processes that work on it together have one more each. A run with
---overwrite throws nothing away before its first text has come: each journal says how often the file was begun anew
-before it, and those that were begun last, and hold a text, count alone. So a run that ends before its first text, as
-one does whose model cannot be loaded, changes nothing.
+Beside each result file `<name>.json` lies `<name>.journal`: the settings it was made with, and every text as it came.
+It stays there, so that the file can be added to (more rows, failed ones again), and so that results of different
+models, prompts or settings are never mixed in one file.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import glob
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from data_utils.journal import JournalContent, check_settings, read_journal
-from data_utils.paths import listed
+from data_utils.errors import MMRoleError
+from data_utils.files import make_folder, published_json, read_json, write_bytes
+from data_utils.journal import Journal, JournalContent, check_settings, read_journal
+from data_utils.paths import listed, sha256_of
+from data_utils.schema import Row
+from eval.backends.backend import Completion, Prompt
+from eval.running.task import Task
 
-FILE_KEY = ""  # a journal's lines about the result file itself; no unit has an empty key
-TIMES = "times_begun_anew"  # in the info of a journal
+FILE_KEY = ""  # a journal's lines about the result file itself; no prompt has an empty key
+_GENERATION = "times_begun_anew"  # how often a file was begun anew; only the earlier version counted it
+_NAMED = 10  # prompts or rows that an error names; more are counted
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A file to be made.
+
+    Attributes:
+        target: Where.
+        rows: The rows it will have, without their texts.
+        prompts: The prompts whose texts it needs.
+        fill: A copy of a row with its texts, from the completions by key.
+        input_ids: Ids of all rows of its input, wanted or not.
+    """
+
+    target: Path
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt]
+    fill: Callable[[Row, Mapping[str, Completion]], Row]
+    input_ids: Collection[str]
+
+    @property
+    def journal(self) -> Path:
+        """Where its journal lies."""
+        return journal_path(self.target)
+
+    def content(self, completions: Mapping[str, Completion]) -> bytes:
+        """Return the bytes of the whole file."""
+        return published_json([self.fill(row, completions) for row in self.rows])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are made.
+
+    Attributes:
+        compared: What must be equal for results to stand in one file; JSON values.
+        info: What else is written into a new journal; `names` may name what stands behind a compared value.
+    """
+
+    compared: Mapping[str, Any]
+    info: Mapping[str, Any]
+
+
+class State(Enum):
+    """What is to be done about a result file, in the words that the user reads."""
+
+    OPEN = "to be made"
+    FINISHED = "finished already, left alone"
+    FOREIGN = "made elsewhere (there is no journal beside it), left alone; --overwrite would replace it"
+    CHANGED = "changed by someone since it was made, left alone; --overwrite would replace it"
+    LARGER = "has rows that are not asked for now, left alone; --overwrite would replace it"
+
+
+@dataclass
+class FileReport:
+    """The state of a result file; `completions` is empty for one that is not ours."""
+
+    file: ResultFile
+    state: State
+    completions: Mapping[str, Completion] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> int:
+        """How many texts are missing, because a run ended early."""
+        if self.state is not State.OPEN:
+            return 0
+        return sum(prompt.key not in self.completions for prompt in self.file.prompts)
+
+    @property
+    def present(self) -> list[Completion]:
+        """The completions of the file's prompts, as far as they came."""
+        return [self.completions[prompt.key] for prompt in self.file.prompts if prompt.key in self.completions]
+
+    def failures(self, task: Task) -> list[tuple[str, str]]:
+        """Return (key, reason) of every prompt without a usable text."""
+        keys = [prompt.key for prompt in self.file.prompts if prompt.key in self.completions]
+        return [(key, reason) for key in keys if (reason := task.failure(self.completions[key]))]
 
 
 def journal_path(target: Path) -> Path:
-    """Where a result file's journal lies; no `.json`, which the released scripts would take for one more result."""
+    """Return where a result file's journal lies; not a `.json`, which the released scripts would take for a result."""
     return target.with_suffix(".journal")
 
 
-def part_journals(target: Path) -> list[Path]:
-    """Further journals of a result file, of processes that worked on it together: `<name>.journal.part-<process>`.
+def inspect(
+    files: Sequence[ResultFile], task: Task, settings: Settings, *, overwrite: bool = False
+) -> tuple[list[FileReport], list[MMRoleError]]:
+    """Looks at what is there of each result file, and changes nothing.
 
-    No result file has a journal of such a name, whatever it is called itself.
+    Args:
+        files: What is to be made.
+        task: Decides what is finished.
+        settings: How texts are made.
+        overwrite: Nothing of what is there counts.
+
+    Returns:
+        A report per file; and a problem for each whose journal is damaged, or was begun with other settings or prompts.
     """
+    if overwrite:
+        return [FileReport(file, State.OPEN) for file in files], []
+    reports, problems = [], []
+    for file in files:
+        try:
+            reports.append(_inspect(file, task, settings))
+        except MMRoleError as error:
+            problems.append(error)
+    return reports, problems
+
+
+class ResultWriter:
+    """A result file in the making: takes down its completions, and writes it when the last one has come.
+
+    Its journal is open and locked. Nothing of what is there is thrown away before the first completion comes.
+
+    Args:
+        file: What is to be made.
+        settings: How texts are made.
+        overwrite: Throws away what is there.
+
+    Raises:
+        MMRoleError: The journal cannot be written or read, another process is writing it, or other settings began it.
+    """
+
+    def __init__(self, file: ResultFile, settings: Settings, *, overwrite: bool = False) -> None:
+        self.file = file
+        make_folder(file.target.parent, "nothing was started")
+        known = None if overwrite else _read(file.target, settings)
+        info = {**settings.info, "replaces": sha256_of(file.target), _GENERATION: _generation(known) if known else 0}
+        compared = known.settings if known else settings.compared
+        self._journal = Journal.open(file.journal, compared, info, overwrite=overwrite, at_once=not overwrite)
+        self._outdated = _part_journals(file.target) if overwrite else []
+        self.completions = _completions(file, known) if known else {}
+
+    def record(self, prompt: Prompt, completion: Completion) -> Completion:
+        """Journals a completion; half surrogate pairs, which no file can hold, become question marks.
+
+        If a further attempt ends in an error, the text before it, which could not be read, is kept beside that.
+        """
+        before = self.completions.get(prompt.key)
+        text, error = _writable(completion.text), completion.error and _writable(completion.error)
+        if error:
+            text = before.text if before and completion.attempt else ""
+        completion = replace(completion, text=text, error=error or None)
+        for path in self._outdated:
+            path.unlink(missing_ok=True)
+        self._outdated = []
+        self._journal.add(prompt.key, _entry(prompt, completion))
+        self.completions[prompt.key] = completion
+        return completion
+
+    def finish(self) -> None:
+        """Writes the result file; the journal knows of it first, so that no crash makes it look like someone else's."""
+        data = self.file.content(self.completions)
+        known = self._journal.entries.get(FILE_KEY, {"sha256": []})["sha256"]
+        digest = hashlib.sha256(data).hexdigest()
+        self._journal.add(FILE_KEY, {"sha256": [*known, digest], "rows": len(self.file.rows)})
+        self._journal.sync()
+        target = self.file.target
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            with suppress(OSError):
+                leftover.unlink()  # of a killed run: the lock says that nobody else is writing this file
+        write_bytes(target, data)
+
+    def __enter__(self) -> ResultWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
+
+
+def some(names: Sequence[str]) -> list[str]:
+    """Return the first of many names, and how many more there are."""
+    return [*names[:_NAMED], *([f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _entry(prompt: Prompt, completion: Completion) -> dict[str, Any]:
+    entry: dict[str, Any] = {"prompt": prompt.fingerprint, "attempt": completion.attempt}
+    if completion.text or not completion.error:
+        entry["text"] = completion.text
+    extra = {name: getattr(completion, name) for name in ("error", "refusal", "cut", "tokens")}
+    return entry | {name: value for name, value in extra.items() if value not in (None, False, 0)}
+
+
+def _inspect(file: ResultFile, task: Task, settings: Settings) -> FileReport:
+    content = _read(file.target, settings)
+    current = sha256_of(file.target)
+    if content is None:
+        return FileReport(file, State.FOREIGN if current else State.OPEN)
+    completions = _completions(file, content)
+    return FileReport(file, _state(file, task, content, completions, current), completions)
+
+
+def _state(
+    file: ResultFile, task: Task, content: JournalContent, completions: Mapping[str, Completion], current: str | None
+) -> State:
+    if current is None:
+        return State.OPEN
+    pending = any(task.next_attempt(completions.get(prompt.key)) is not None for prompt in file.prompts)
+    if not pending and current == hashlib.sha256(file.content(completions)).hexdigest():
+        return State.FINISHED
+    made = content.entries.get(FILE_KEY, {"sha256": [], "rows": 0})
+    if current not in [*made["sha256"], content.info.get("replaces")]:
+        return State.CHANGED
+    if current not in made["sha256"]:
+        return State.OPEN
+    present = [str(row["id"]) for row in read_json(file.target)]
+    _check_same_input(file, present)
+    # A limit, or a picture that came later, may choose other rows than before.
+    wanted = {str(row["id"]) for row in file.rows}
+    return State.LARGER if current == made["sha256"][-1] and set(present) - wanted else State.OPEN
+
+
+def _check_same_input(file: ResultFile, present: Sequence[str]) -> None:
+    """Refuses to replace a file that was made from another input."""
+    strangers = [name for name in present if name not in file.input_ids]
+    if strangers:
+        raise MMRoleError(
+            f"the file was made from another input: {len(strangers)} of its {len(present)} rows are not in this one",
+            some(strangers),
+            file.target,
+            "choose another output folder for this input, or give --overwrite to throw those results away",
+        )
+
+
+def _completions(file: ResultFile, content: JournalContent) -> dict[str, Completion]:
+    """Return what a journal holds of a file's prompts.
+
+    Raises:
+        MMRoleError: A text was made from another prompt than the present one.
+    """
+    entries = content.entries
+    known = {prompt.key: (prompt, entries[prompt.key]) for prompt in file.prompts if prompt.key in entries}
+    changed = [
+        f"{key}: prompt {entry['prompt']} there, {prompt.fingerprint} now"
+        for key, (prompt, entry) in known.items()
+        if entry["prompt"] != prompt.fingerprint
+    ]
+    if changed:
+        raise MMRoleError(
+            "the input has changed since these results were made; they would be mixed in one file",
+            some(changed),
+            file.journal,
+            "bring the input back, or choose another output folder, or give --overwrite to start anew",
+        )
+    return {
+        key: Completion(
+            key,
+            entry.get("text", ""),
+            entry.get("error"),
+            entry.get("refusal"),
+            entry.get("cut", False),
+            entry["attempt"],
+            entry.get("tokens", 0),
+        )
+        for key, (_, entry) in known.items()
+    }
+
+
+def _read(target: Path, settings: Settings) -> JournalContent | None:
+    """Return what a result file's journal holds; None if it holds no text yet.
+
+    Raises:
+        MMRoleError: It is damaged, or was begun with other settings.
+    """
+    contents = []
+    for path in (journal_path(target), *_part_journals(target)):
+        content = read_journal(path, _is_entry)
+        if content is not None and content.entries:
+            contents.append((path, content))
+    # Journals of the earlier version: several processes had one each, and an overwriting run numbered them anew.
+    latest = max((_generation(content) for _, content in contents), default=0)
+    found: JournalContent | None = None
+    for path, content in contents:
+        if _generation(content) < latest:
+            continue
+        check_settings(path, _renewed(content, settings), settings.compared, settings.info)
+        found = found or JournalContent(content.settings, content.info)
+        for key, entry in content.entries.items():
+            if key not in found.entries or _progress(entry) >= _progress(found.entries[key]):
+                found.entries[key] = entry
+    if found and contents[0][0] == journal_path(target) and _generation(contents[0][1]) < latest:
+        fix = "give --overwrite to start anew"
+        raise MMRoleError("an earlier version was stopped here while it began the file anew", None, target, fix)
+    return found
+
+
+def _renewed(content: JournalContent, settings: Settings) -> JournalContent:
+    """Return a journal with the dtype that `auto` stands for; the earlier version wrote `auto`."""
+    if content.settings.get("dtype") != "auto" or settings.info.get("options", {}).get("dtype") != "auto":
+        return content
+    return replace(content, settings={**content.settings, "dtype": settings.compared.get("dtype")})
+
+
+def _part_journals(target: Path) -> list[Path]:
+    """Return the journals that processes of the earlier version wrote: `<name>.journal.part-<process>`."""
     start = f"{journal_path(target).name}.part-"
     return [path for path in listed(target.parent) if path.name.startswith(start) and path.name[len(start) :].isdigit()]
 
 
-def part_journal(target: Path, process: int) -> Path:
-    """The further journal of one of them."""
-    path = journal_path(target)
-    return path.with_name(f"{path.name}.part-{process}")
+def _generation(content: JournalContent) -> int:
+    number = content.info.get(_GENERATION)
+    return number if isinstance(number, int) else 0
 
 
-def times_begun_anew(path: Path) -> int | None:
-    """How often the result file was begun anew before this journal; None if there is no journal.
-
-    Nothing else is read, so that --overwrite also helps where a journal is damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            return times_in(json.loads(file.readline())["info"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return 0
+def _progress(entry: Mapping[str, Any]) -> tuple[int, bool]:
+    """Orders what two journals say of one prompt: a later attempt counts more, and of one attempt the text."""
+    return entry.get("attempt", 0), "error" not in entry
 
 
-def times_in(info: Mapping[str, Any]) -> int:
-    """The same from a journal's info; journals of old do not say, and were never begun anew."""
-    times = info.get(TIMES) if isinstance(info, Mapping) else None
-    return times if isinstance(times, int) else 0
-
-
-def times_after_this(target: Path) -> int:
-    """What the journals of a run say that begins a result file anew."""
-    found = [times_begun_anew(path) for path in (journal_path(target), *part_journals(target))]
-    return max((times + 1 for times in found if times is not None), default=0)
-
-
-def known_of(
-    target: Path, settings: Mapping[str, Any], info: Mapping[str, Any], *, since: int = 0
-) -> JournalContent | None:
-    """What all journals of a result file know together; None if none holds a text yet.
-
-    Args:
-        target: The result file.
-        settings: The present run's, which must be theirs.
-        info: The present run's.
-        since: Journals that were begun anew less often do not count.
-
-    Raises:
-        MMRoleError: If one that counts is damaged, or was begun with other settings.
-    """
-    times = {path: times_begun_anew(path) for path in (journal_path(target), *part_journals(target))}
-    for latest in sorted({number for number in times.values() if number is not None}, reverse=True):
-        if latest < since:
-            break
-        paths = [path for path, number in times.items() if number == latest]
-        found = {path: content for path in paths if (content := read_journal(path, _is_told)) and content.entries}
-        for path, content in found.items():
-            check_settings(path, content, settings, info)
-        if found:
-            return _together(list(found.values()))
-    return None
-
-
-def remove_older(target: Path, times: int) -> None:
-    """Removes further journals that no longer count; where that cannot be done, they still do not."""
-    for path in part_journals(target):
-        if (times_begun_anew(path) or 0) < times:
-            with suppress(OSError):
-                path.unlink()
-
-
-def _together(contents: Sequence[JournalContent]) -> JournalContent:
-    together = JournalContent(contents[0].settings, contents[0].info)
-    for content in contents:
-        for key, value in content.entries.items():
-            if key not in together.entries or _progress(value) >= _progress(together.entries[key]):
-                together.entries[key] = value
-    return together
-
-
-def _progress(value: Mapping[str, Any]) -> tuple[int, bool]:
-    """Orders what two journals say of one unit: a later attempt counts more, and of one attempt the text."""
-    return value.get("attempt", 0), "error" not in value
-
-
-def _is_told(key: str, value: Any) -> bool:
+def _is_entry(key: str, value: Any) -> bool:
     """Whether a journal's line is one that a run writes."""
     if not isinstance(value, dict):
         return False
     if key == FILE_KEY:
         return isinstance(value.get("sha256"), list) and bool(value["sha256"]) and isinstance(value.get("rows"), int)
-    came = [value[name] for name in ("text", "error") if name in value]
+    texts = [value[name] for name in ("text", "error") if name in value]
     sound = isinstance(value.get("prompt"), str) and isinstance(value.get("attempt"), int)
-    return sound and bool(came) and all(isinstance(text, str) for text in came)
+    return sound and bool(texts) and all(isinstance(text, str) for text in texts)

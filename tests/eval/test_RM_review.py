@@ -1,6 +1,6 @@
 # ruff: noqa: N999 - named after the released file
 import json
-import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from eval.judging.scores import read_record
 from tests.closed import close
 from tests.conftest import ROOT
 from tests.fake_backend import FakeBackend, fake_review, flags, make_world, results, sample, write_rows
+from tests.processes import killed_at
 
 
 def answered(name, answer="喝茶", **changes):
@@ -41,7 +42,7 @@ def reviews(world, name="in-test_reviews/one/comment_test.json"):
     return json.loads((world / "eval" / name).read_text())
 
 
-def good(request):
+def good(prompt):
     return "Fine. [Scores]: (8, 9)"
 
 
@@ -51,7 +52,7 @@ def good(request):
 def test_all_agents_are_reviewed_by_default(world):
     backend = FakeBackend(good)
     assert RM_review.main(flags(world), backend) == 0
-    assert len(backend.requests) == 4 * 8
+    assert len(backend.prompts) == 4 * 8
     assert [name for name in results(world / "eval") if "reviews" in name] == [
         "in-test_reviews/one/comment_test.json",
         "in-test_reviews/two/comment_test.json",
@@ -79,10 +80,10 @@ def test_a_request_is_the_review_prompt(world):
     backend = FakeBackend(good)
     RM_review.main(flags(world, "--agent", "two"), backend)
     row = json.loads((world / "eval/in-test_answers/two/comment_test.json").read_text())[0]
-    assert [(request.system, request.text) for request in backend.requests] == list(review_prompts(row).values())
-    assert {request.system for request in backend.requests} == {SYSTEM}
-    assert {request.image for request in backend.requests} == {world / "images" / row["image"]}
-    assert len({request.seed for request in backend.requests}) == 8
+    assert [(prompt.system, prompt.text) for prompt in backend.prompts] == list(review_prompts(row).values())
+    assert {prompt.system for prompt in backend.prompts} == {SYSTEM}
+    assert {prompt.image for prompt in backend.prompts} == {world / "images" / row["image"]}
+    assert len({prompt.seed for prompt in backend.prompts}) == 8
 
 
 def test_published_reviews_come_out_byte_for_byte(shared, tmp_path):
@@ -102,7 +103,7 @@ def test_published_reviews_come_out_byte_for_byte(shared, tmp_path):
                         for metric, (_, text) in review_prompts(row).items():
                             texts[text] = row["rm_review"][metric]["review"]
             told = flags(world, "--input_dir", answers, "--output_dir", tmp_path / split / agent)
-            assert RM_review.main(told, FakeBackend(lambda request, texts=texts: texts[request.text])) == 0
+            assert RM_review.main(told, FakeBackend(lambda prompt, texts=texts: texts[prompt.text])) == 0
             for path in folder.glob("*.json"):
                 assert (tmp_path / split / agent / path.name).read_bytes() == path.read_bytes()
 
@@ -121,8 +122,8 @@ def test_hostile_answers_travel_as_plain_text(world, answer):
     write_rows(world / "eval/in-test_answers/two/comment_test.json", [answered("a", answer)])
     backend = FakeBackend(good)
     assert RM_review.main(flags(world, "--agent", "two"), backend) == 0
-    assert all(answer in request.text for request in backend.requests)
-    assert {request.image for request in backend.requests} == {world / "images/西游记/01.png"}
+    assert all(answer in prompt.text for prompt in backend.prompts)
+    assert {prompt.image for prompt in backend.prompts} == {world / "images/西游记/01.png"}
     (row,) = reviews(world, "in-test_reviews/two/comment_test.json")
     assert row["conversations"][1]["answer"] == answer
 
@@ -133,23 +134,23 @@ def test_hostile_answers_travel_as_plain_text(world, answer):
 def test_unreadable_reviews_are_asked_for_again(world):
     asked = []
 
-    def at_the_third(request):
-        asked.append(request)
-        return "none" if len([r for r in asked if r.text == request.text]) < 3 else "[Scores]: (3, 4)"
+    def at_the_third(prompt):
+        asked.append(prompt)
+        return "none" if len([r for r in asked if r.text == prompt.text]) < 3 else "[Scores]: (3, 4)"
 
     told = flags(world, "--agent", "two", "--no_random")
     assert RM_review.main(told, FakeBackend(at_the_third)) == 0
     (row,) = reviews(world, "in-test_reviews/two/comment_test.json")
     assert row["rm_review"]["Fluency"] == {"review": "[Scores]: (3, 4)", "score": [3.0, 4.0], "attempts": 3}
-    mine = [request for request in asked if request.text == asked[0].text]
-    assert [request.do_sample for request in mine] == [False, True, True]
-    assert len({request.seed for request in asked}) == 24
+    mine = [prompt for prompt in asked if prompt.text == asked[0].text]
+    assert [prompt.decoding.do_sample for prompt in mine] == [False, True, True]
+    assert len({prompt.seed for prompt in asked}) == 24
 
 
 def test_what_stays_unreadable_is_told_and_never_a_score(world, capsys):
-    backend = FakeBackend(lambda request: "I like both.")
+    backend = FakeBackend(lambda prompt: "I like both.")
     assert RM_review.main(flags(world, "--agent", "two", "--retries", 2), backend) == 1
-    assert len(backend.requests) == 8 * 3
+    assert len(backend.prompts) == 8 * 3
     (row,) = reviews(world, "in-test_reviews/two/comment_test.json")
     assert row["rm_review"]["Fluency"] == {
         "review": "I like both.",
@@ -161,20 +162,20 @@ def test_what_stays_unreadable_is_told_and_never_a_score(world, capsys):
     assert "8 failed" in capsys.readouterr().err
     again = FakeBackend(good)
     assert RM_review.main(flags(world, "--agent", "two", "--retries", 2), again) == 1
-    assert again.requests == []
+    assert again.prompts == []
     assert RM_review.main(flags(world, "--agent", "two", "--retries", 3), again) == 0
     assert reviews(world, "in-test_reviews/two/comment_test.json")[0]["rm_review"]["Fluency"]["attempts"] == 4
 
 
 def test_the_forgiving_reader_is_marked_and_counted(world, capsys):
-    assert RM_review.main(flags(world, "--agent", "two"), FakeBackend(lambda request: "【Scores】：8／10，9／10")) == 0
+    assert RM_review.main(flags(world, "--agent", "two"), FakeBackend(lambda prompt: "【Scores】：8／10，9／10")) == 0
     (row,) = reviews(world, "in-test_reviews/two/comment_test.json")
     assert row["rm_review"]["Fluency"]["read_by"] == "forgiving"
     assert "8 read by the forgiving reader" in capsys.readouterr().out
 
 
 def test_an_error_is_stored_with_its_reason_and_tried_again(world):
-    def broken(request):
+    def broken(prompt):
         raise ValueError("not a readable image")
 
     assert RM_review.main(flags(world, "--agent", "two"), FakeBackend(broken)) == 1
@@ -186,8 +187,8 @@ def test_an_error_is_stored_with_its_reason_and_tried_again(world):
 
 
 def test_the_text_before_an_error_stays_with_its_reason(world):
-    def breaks_at_the_second(request):
-        if request.do_sample:
+    def breaks_at_the_second(prompt):
+        if prompt.decoding.do_sample:
             raise ValueError("out of memory")
         return "I like both."
 
@@ -215,12 +216,10 @@ def test_hidden_files_are_no_answers(world):
 @pytest.mark.parametrize("moment", [2, 4, 20, 37, 52])
 def test_killed_in_the_middle_of_a_write(world, tmp_path, moment):
     """Retries included: what was asked for before and after the kill makes the same file."""
-    command = [sys.executable, "-m", "tests.fake_backend", "RM_review", *flags(world)]
-    killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "KILL_AT": str(moment)}, capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()
+    assert killed_at(moment, lambda: RM_review.main(flags(world), FakeBackend(fake_review))) == -signal.SIGKILL
     other = make_answers(make_world(tmp_path / "undisturbed"))
-    told = RM_review.main(flags(other), FakeBackend(fake_review))
-    assert RM_review.main(flags(world), FakeBackend(fake_review)) == told
+    status = RM_review.main(flags(other), FakeBackend(fake_review))
+    assert RM_review.main(flags(world), FakeBackend(fake_review)) == status
     assert results(world / "eval") == results(other / "eval")
 
 
@@ -230,7 +229,7 @@ def test_answers_that_came_later_are_added_and_changed_ones_refused(world):
     write_rows(path, [answered("a"), answered("b", "now answered"), answered("c")])
     backend = FakeBackend(good)
     assert RM_review.main(flags(world, "--agent", "one"), backend) == 0
-    assert len(backend.requests) == 8
+    assert len(backend.prompts) == 8
     assert ["rm_review" in row for row in reviews(world)] == [True] * 3
     write_rows(path, [answered("a", "another agent's"), answered("b", "now answered"), answered("c")])
     with pytest.raises(MMRoleError, match="the input has changed"):

@@ -1,17 +1,14 @@
-"""scripts/launch.sh: one process or several under torchrun, the exit status, the cores."""
+"""scripts/launch.sh: one process, or several under torchrun; and the scripts that answer and judge."""
 
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.eval.test_jobs_engine import make_real_world
-from tests.fake_backend import results
-from tests.processes import free_port, run_group
+from tests.processes import run_group
 
 PRINT = "import os; print({key: os.environ.get(key) for key in ('WORLD_SIZE', 'OMP_NUM_THREADS')})"
 
@@ -25,7 +22,7 @@ def run(*lines: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(PRINT + "; raise SystemExit(3)")
-    done = run(f'launch "{tmp_path}/x.py"', CUDA_VISIBLE_DEVICES="")
+    done = run(f'spread "{tmp_path}/x.py"', CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 3
     assert done.stdout.strip() == "{'WORLD_SIZE': None, 'OMP_NUM_THREADS': None}"
 
@@ -46,48 +43,16 @@ def test_one_process_per_gpu(settings: dict[str, str], told: str) -> None:
 
 
 def test_several_nodes_must_be_named() -> None:
-    done = run("launch x.py", NNODES="2")
+    done = run("spread x.py", NNODES="2")
     assert done.returncode != 0
     assert "NODE_RANK: the number of this node, from 0" in done.stderr
-
-
-def run_script(world: Path, script: str, settings: list[dict[str, str]]) -> list[subprocess.CompletedProcess[str]]:
-    """One launch for each of the settings, all at once."""
-    environ = {**os.environ, "MODEL_PATH": str(world / "model"), "DATA_ROOT": str(world)}
-    environ |= {"EVAL_DIR": str(world / "eval"), "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", ROOT / script, "--max_new_tokens", "6", "--limit", "1"]
-    more = ["--retries", "0"] if "review" in script else []
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda own: run_group(command + more, 200, cwd="/", env=environ | own), settings))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_same_files_from_any_number_of_processes(tmp_path: Path, tokenizer) -> None:
-    """Both scripts with the real engine under torchrun: 1 process, 3, and two nodes of one each."""
-    made = {}
-    for name, size in (("one", "1"), ("three", "3"), ("nodes", None)):
-        world = make_real_world(tmp_path / name, tokenizer)
-        for script, status in (("inference.sh", 0), ("eval/RM_review.sh", 1)):
-            runs = run_script(world, script, [{"PROCESSES": size}] if size else nodes())
-            assert [one.returncode for one in runs] == [status] * len(runs), runs
-            assert sum(one.stdout.count("model fingerprint") for one in runs) == 1
-            assert not any("ChildFailedError" in one.stderr for one in runs)
-        made[name] = results(world / "eval")
-    assert len(made["one"]) == 12
-    assert made["one"] == made["three"] == made["nodes"]
-
-
-def nodes() -> list[dict[str, str]]:
-    alike = {"PROCESSES": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [{**alike, "NODE_RANK": str(rank)} for rank in range(2)]
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("PROCESSES", "abc"), ("PROCESSES", "0"), ("NNODES", "x"), ("NNODES", "-1")]
 )
 def test_numbers_that_are_none(name: str, value: str) -> None:
-    done = run("launch x.py", **{name: value})
+    done = run("spread x.py", **{name: value})
     assert done.returncode == 2
     assert f"value:   {value}\nwhere:   {name}\n" in done.stderr
 

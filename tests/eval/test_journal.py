@@ -1,37 +1,47 @@
+"""Result files and their journals: what is kept, what goes on, what is refused, what is left alone."""
+
 import io
 import json
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 
 from data_utils.errors import MMRoleError
 from data_utils.files import published_json
 from data_utils.journal import read_journal
+from data_utils.schema import TestSample
+from eval.backends.backend import Prompt
 from eval.running.console import Progress
-from eval.running.journal import journal_path, part_journal, part_journals
-from eval.running.result_files import ResultFile, Settings, State, Unit, inspect
-from eval.running.runs import derive_seed, run_files
+from eval.running.job import complete_files
+from eval.running.journal import ResultFile, Settings, State, inspect
+from eval.running.task import Task, derive_seed
 from tests.fake_backend import FakeBackend, write_rows
 
 SETTINGS = Settings({"model": "abc"}, {"names": {"model": "/a"}})
+TASK = Task("texts", "text", TestSample, prompts=None, fill=None, notes=None, advice="")
+FLAGS = {"no_random": False, "temperature": None, "top_p": None, "max_new_tokens": None, "seed": 0}
+FLAGS |= {"processes": None, "device": "cpu", "model_path": "x"}
+
+
+def rows_of(tmp_path, names, input_ids, *, text="ask"):
+    prompts = [Prompt(name, name, tmp_path / "1.png", "1.png", "system", f"{text} {name}") for name in names]
+    fill = lambda row, completions: {**row, "t": completions[row["id"]].text}  # noqa: E731
+    return ResultFile(tmp_path / "out" / "x.json", [{"id": name} for name in names], prompts, fill, input_ids)
 
 
 def make_file(tmp_path, count=3, *, text="ask"):
     keys = [f"row{number}" for number in range(count)]
-    units = [Unit(key, tmp_path / "1.png", "1.png", "system", f"{text} {key}") for key in keys]
-    return ResultFile(
-        tmp_path / "out" / "x.json",
-        units,
-        count,
-        lambda outcomes: [{"id": key, "t": outcomes[key].text} for key in keys],
-    )
+    return rows_of(tmp_path, keys, [f"row{number}" for number in range(10)], text=text)
 
 
-def run(file, backend=None, settings=SETTINGS, *, overwrite=False):
-    reports, problems = inspect([file], settings, overwrite=overwrite)
+def run(file, backend=None, settings=SETTINGS, *, overwrite=False, task=TASK, **changes):
+    options = Namespace(**FLAGS | changes, overwrite=overwrite)
+    reports, problems = inspect([file], task, settings, overwrite=overwrite)
     if problems:
         raise problems[0]
-    backend = backend or FakeBackend()
-    (report,) = run_files(reports, settings, backend, unit_name="text", overwrite=overwrite)
+    backend = (backend or FakeBackend())(options)
+    (report,) = complete_files(reports, task, settings, options, backend, backend)
     return report, backend
 
 
@@ -39,12 +49,12 @@ def test_a_file_is_made_and_then_left_alone(tmp_path):
     file = make_file(tmp_path)
     report, backend = run(file)
     assert report.state is State.OPEN
-    assert len(backend.requests) == 3
+    assert len(backend.prompts) == 3
     made = file.target.read_bytes()
     assert made == published_json(json.loads(made))
     report, backend = run(file)
     assert report.state is State.FINISHED
-    assert backend.requests == []
+    assert backend.prompts == []
     assert file.target.read_bytes() == made
 
 
@@ -54,14 +64,14 @@ def test_a_lost_result_file_comes_back_from_the_journal(tmp_path):
     made = file.target.read_bytes()
     file.target.unlink()
     _, backend = run(file)
-    assert backend.requests == []
+    assert backend.prompts == []
     assert file.target.read_bytes() == made
 
 
 def test_order_and_company_do_not_change_a_seed(tmp_path):
     class Backwards(FakeBackend):
-        def run(self, requests):
-            return super().run(list(requests)[::-1])
+        def run(self, prompts):
+            return super().run(list(prompts)[::-1])
 
     run(make_file(tmp_path / "a"))
     run(make_file(tmp_path / "b"), Backwards())
@@ -74,11 +84,11 @@ def test_order_and_company_do_not_change_a_seed(tmp_path):
 def test_a_larger_limit_goes_on_and_a_smaller_one_takes_nothing_away(tmp_path):
     run(make_file(tmp_path, 2))
     _, backend = run(make_file(tmp_path, 5))
-    assert len(backend.requests) == 3
+    assert len(backend.prompts) == 3
     made = (tmp_path / "out/x.json").read_bytes()
     report, backend = run(make_file(tmp_path, 2))
     assert report.state is State.LARGER
-    assert backend.requests == []
+    assert backend.prompts == []
     assert (tmp_path / "out/x.json").read_bytes() == made
     run(make_file(tmp_path / "straight", 5))
     assert (tmp_path / "straight/out/x.json").read_bytes() == made
@@ -89,7 +99,7 @@ def test_a_file_without_a_journal_is_left_alone_unless_overwritten(tmp_path):
     write_rows(file.target, ["published"])
     report, backend = run(file)
     assert report.state is State.FOREIGN
-    assert backend.requests == []
+    assert backend.prompts == []
     assert not file.journal.exists()
     run(file, overwrite=True)
     assert json.loads(file.target.read_bytes())[0]["id"] == "row0"
@@ -106,8 +116,8 @@ def test_a_file_that_somebody_changed_is_left_alone(tmp_path):
 
 def test_an_interrupted_overwrite_goes_on_without_the_flag(tmp_path):
     class Dying(FakeBackend):
-        def run(self, requests):
-            yield next(super().run(requests))
+        def run(self, prompts):
+            yield next(super().run(prompts))
             raise KeyboardInterrupt
 
     file = make_file(tmp_path)
@@ -117,7 +127,7 @@ def test_an_interrupted_overwrite_goes_on_without_the_flag(tmp_path):
     assert json.loads(file.target.read_bytes()) == ["old"]
     report, backend = run(file)
     assert report.state is State.OPEN
-    assert len(backend.requests) == 2
+    assert len(backend.prompts) == 2
     assert len(json.loads(file.target.read_bytes())) == 3
 
 
@@ -134,20 +144,20 @@ def test_other_settings_and_other_prompts_are_refused(tmp_path):
 
 
 def test_a_failure_is_data_and_is_tried_again(tmp_path):
-    def fails_once(request):
-        if request.text == "ask row1" and not mended:
+    def fails_once(prompt):
+        if prompt.text == "ask row1" and not mended:
             raise ValueError("no such image")
         return "fine"
 
     mended = False
     file = make_file(tmp_path)
     report, _ = run(file, FakeBackend(fails_once))
-    assert report.failures(SETTINGS) == [("row1", "no such image")]
+    assert report.failures(TASK) == [("row1", "no such image")]
     assert [row["t"] for row in json.loads(file.target.read_bytes())] == ["fine", "", "fine"]
     mended = True
     report, backend = run(file, FakeBackend(fails_once))
-    assert [request.text for request in backend.requests] == ["ask row1"]
-    assert report.failures(SETTINGS) == []
+    assert [prompt.text for prompt in backend.prompts] == ["ask row1"]
+    assert report.failures(TASK) == []
     assert [row["t"] for row in json.loads(file.target.read_bytes())] == ["fine"] * 3
 
 
@@ -156,21 +166,21 @@ def never(text):
 
 
 def test_unreadable_texts_are_asked_for_again_sampled_and_with_fresh_seeds(tmp_path):
-    settings = Settings({}, {}, do_sample=False, attempts=3, complaint=never)
-    report, backend = run(make_file(tmp_path, 1), settings=settings)
-    assert [request.do_sample for request in backend.requests] == [False, True, True]
-    assert len({request.seed for request in backend.requests}) == 3
-    assert report.outcomes["row0"].attempt == 2
-    assert report.failures(settings) == [("row0", "unreadable")]
+    task = replace(TASK, attempts=3, complaint=never)
+    report, backend = run(make_file(tmp_path, 1), task=task, no_random=True)
+    assert [prompt.decoding.do_sample for prompt in backend.prompts] == [False, True, True]
+    assert len({prompt.seed for prompt in backend.prompts}) == 3
+    assert report.completions["row0"].attempt == 2
+    assert report.failures(task) == [("row0", "unreadable")]
 
 
 def test_more_attempts_later_give_what_they_would_have_given_at_once(tmp_path):
-    few, many = (Settings({}, {}, attempts=attempts, complaint=never) for attempts in (2, 4))
-    run(make_file(tmp_path / "a"), settings=few)
-    _, backend = run(make_file(tmp_path / "a"), settings=few)
-    assert backend.requests == []
-    run(make_file(tmp_path / "a"), settings=many)
-    run(make_file(tmp_path / "b"), settings=many)
+    few, many = (replace(TASK, attempts=attempts, complaint=never) for attempts in (2, 4))
+    run(make_file(tmp_path / "a"), task=few)
+    _, backend = run(make_file(tmp_path / "a"), task=few)
+    assert backend.prompts == []
+    run(make_file(tmp_path / "a"), task=many)
+    run(make_file(tmp_path / "b"), task=many)
     assert (tmp_path / "a/out/x.json").read_bytes() == (tmp_path / "b/out/x.json").read_bytes()
 
 
@@ -178,7 +188,7 @@ def test_every_text_is_journalled_before_the_next_one_is_asked_for(tmp_path):
     file = make_file(tmp_path)
     seen = []
 
-    def looks(request):
+    def looks(prompt):
         seen.append(len(read_journal(file.journal).entries))
         return "x"
 
@@ -188,34 +198,38 @@ def test_every_text_is_journalled_before_the_next_one_is_asked_for(tmp_path):
 
 def test_half_surrogates_from_a_model_do_not_stop_a_run(tmp_path):
     file = make_file(tmp_path, 1)
-    run(file, FakeBackend(lambda request: "a \udc80 b"))
+    run(file, FakeBackend(lambda prompt: "a \udc80 b"))
     assert json.loads(file.target.read_bytes())[0]["t"] == "a ? b"
 
 
-def test_journals_of_several_processes_count_together(tmp_path):
-    """Two processes made a part each and died; the third goes on, and makes what one alone would have made."""
+def test_journals_of_the_earlier_version_are_gone_on_with(tmp_path):
+    """Two processes made a part each and died; it wrote the dtype as it was given."""
+    settings = Settings({"model": "abc", "dtype": "float32"}, {"options": {"dtype": "auto"}})
     file, alone = make_file(tmp_path / "a", 4), make_file(tmp_path / "b", 4)
-    run(alone)
-    header, *lines = alone.journal.read_bytes().splitlines(keepends=True)
+    run(alone, settings=settings)
+    header, *lines = alone.journal.read_bytes().replace(b'"dtype": "float32"', b'"dtype": "auto"').splitlines(True)
     file.journal.parent.mkdir(parents=True)
     file.journal.write_bytes(header + lines[0])
-    failed = json.dumps({"key": "row0", "value": {"prompt": file.units[0].prompt, "attempt": 0, "error": "x"}})
+    failed = json.dumps({"key": "row0", "value": {"prompt": file.prompts[0].fingerprint, "attempt": 0, "error": "x"}})
     file.journal.with_suffix(".journal.part-1").write_bytes(header + failed.encode() + b"\n" + lines[2])
-    _, backend = run(file)
-    assert [request.text for request in backend.requests] == ["ask row1", "ask row3"]
+    _, backend = run(file, settings=settings)
+    assert [prompt.text for prompt in backend.prompts] == ["ask row1", "ask row3"]
     assert file.target.read_bytes() == alone.target.read_bytes()
-    other = header.replace(b"abc", b"xyz")
-    file.journal.with_suffix(".journal.part-2").write_bytes(other + lines[0])
+    assert run(file, settings=settings)[0].state is State.FINISHED
     with pytest.raises(MMRoleError, match="different settings"):
-        run(file)
-    run(file, overwrite=True)
+        run(file, settings=Settings({"model": "abc", "dtype": "float32"}, {"options": {"dtype": "float32"}}))
+    newer = header.replace(b'"times_begun_anew": 0', b'"times_begun_anew": 1')
+    file.journal.with_suffix(".journal.part-2").write_bytes(newer + lines[0])
+    with pytest.raises(MMRoleError, match="an earlier version was stopped here"):
+        run(file, settings=settings)
+    run(file, settings=settings, overwrite=True)
     assert sorted(path.name for path in file.target.parent.iterdir()) == ["x.journal", "x.json"]
 
 
 class Unloadable(FakeBackend):
-    """A model that cannot be loaded: nothing comes of any request."""
+    """A model that cannot be loaded: nothing comes of any prompt."""
 
-    def run(self, requests):
+    def run(self, prompts):
         raise MMRoleError("the checkpoint cannot be loaded")
 
 
@@ -229,7 +243,7 @@ def test_a_run_without_a_text_locks_nobody_to_its_settings(tmp_path, name):
         run(file, Unloadable())
     file.journal.rename(file.target.with_name(name))
     report, backend = run(file, settings=OTHER)
-    assert (report.state, len(backend.requests)) == (State.OPEN, 3)
+    assert (report.state, len(backend.prompts)) == (State.OPEN, 3)
     assert run(file, settings=OTHER)[0].state is State.FINISHED
 
 
@@ -248,31 +262,11 @@ def test_overwrite_destroys_nothing_before_the_first_text(tmp_path):
     assert folder_of(file) == before
     assert run(file)[0].state is State.FINISHED
     _, backend = run(file, settings=OTHER, overwrite=True)
-    assert len(backend.requests) == 3
+    assert len(backend.prompts) == 3
     assert sorted(folder_of(file)) == ["x.journal", "x.json"]
     assert run(file, settings=OTHER)[0].state is State.FINISHED
     with pytest.raises(MMRoleError, match="different settings"):
         run(file)
-
-
-def test_what_overwrite_replaces_counts_no_longer_after_its_first_text(tmp_path):
-    """Even if the run then dies: a part of an earlier run, in another model's words, is not mixed in."""
-
-    class Dying(FakeBackend):
-        def run(self, requests):
-            yield next(super().run(requests))
-            raise KeyboardInterrupt
-
-    file, straight = make_file(tmp_path / "a"), make_file(tmp_path / "b")
-    run(file)
-    file.journal.rename(file.target.with_name("x.journal.part-1"))
-    with pytest.raises(KeyboardInterrupt):
-        run(file, Dying(lambda request: "new"), settings=OTHER, overwrite=True)
-    _, backend = run(file, FakeBackend(lambda request: "new"), settings=OTHER)
-    run(straight, FakeBackend(lambda request: "new"), settings=OTHER)
-    assert len(backend.requests) == 2
-    assert file.target.read_bytes() == straight.target.read_bytes()
-    assert sorted(folder_of(file)) == ["x.journal", "x.json"]
 
 
 @pytest.mark.parametrize("content", [b"\0\0\n{}\n", b'{"journal": 1, "settings": {}, "info": 3}\n{"key": 3}\n'])
@@ -281,7 +275,7 @@ def test_overwrite_replaces_damaged_journals(tmp_path, content):
     run(file)
     file.journal.write_bytes(content)
     file.target.with_name("x.journal.part-1").write_bytes(content)
-    assert len(run(file, overwrite=True)[1].requests) == 3
+    assert len(run(file, overwrite=True)[1].prompts) == 3
     assert run(file)[0].state is State.FINISHED
 
 
@@ -313,13 +307,6 @@ def test_a_journal_of_the_wrong_shape_is_told_with_its_line(tmp_path, number, ke
     assert "--overwrite" in caught.value.fix
 
 
-def rows_of(tmp_path, names, input_ids):
-    units = [Unit(name, tmp_path / "1.png", "1.png", "system", name) for name in names]
-    return ResultFile(
-        tmp_path / "out" / "x.json", units, len(names), lambda outcomes: [{"id": name} for name in names], input_ids
-    )
-
-
 @pytest.mark.parametrize("names", [["b0", "b1"], ["b0"], ["b0", "b1", "b2"], ["a0", "b1"]])
 def test_another_input_does_not_replace_a_file(tmp_path, names):
     run(rows_of(tmp_path, ["a0", "a1"], ["a0", "a1", "a2"]))
@@ -331,7 +318,7 @@ def test_another_input_does_not_replace_a_file(tmp_path, names):
     assert "--overwrite" in caught.value.fix
     assert (tmp_path / "out/x.json").read_bytes() == made
     run(other, overwrite=True)
-    assert json.loads((tmp_path / "out/x.json").read_bytes()) == [{"id": name} for name in names]
+    assert [row["id"] for row in json.loads((tmp_path / "out/x.json").read_bytes())] == names
 
 
 def test_rows_of_the_same_input_may_become_more_or_fewer(tmp_path):
@@ -349,44 +336,32 @@ def test_other_rows_of_the_same_input_push_nothing_out(tmp_path):
     made = (tmp_path / "out/x.json").read_bytes()
     report, backend = run(rows_of(tmp_path, everything[:2], everything))
     assert report.state is State.LARGER
-    assert backend.requests == [] and (tmp_path / "out/x.json").read_bytes() == made
-
-
-def test_names_that_look_like_a_part_of_another_file(tmp_path):
-    """`x.part-1.json` and `x.journal.json` beside `x.json`, in all of which several processes work."""
-    targets = [tmp_path / f"{name}.json" for name in ("x", "x.part-1", "x.journal", "x.journal.part-1")]
-    journals = [journal_path(target) for target in targets]
-    parts = [part_journal(target, process) for target in targets for process in range(3)]
-    assert len({*targets, *journals, *parts}) == 4 + 4 + 12
-    for path in (*targets, *journals, *parts):
-        path.write_text("{}")
-    assert {part for target in targets for part in part_journals(target)} == set(parts)
-    assert all(len(part_journals(target)) == 3 for target in targets)
+    assert backend.prompts == [] and (tmp_path / "out/x.json").read_bytes() == made
 
 
 def test_an_error_at_a_further_attempt_leaves_the_text_before(tmp_path):
-    def breaks_at_the_second(request):
-        if request.do_sample:
+    def breaks_at_the_second(prompt):
+        if prompt.decoding.do_sample:
             raise ValueError("out of memory")
         return "I like both."
 
-    settings = Settings({}, {}, do_sample=False, attempts=3, complaint=never)
+    task = replace(TASK, attempts=3, complaint=never)
     file = make_file(tmp_path, 1)
-    report, _ = run(file, FakeBackend(breaks_at_the_second), settings)
-    for known in (report, *inspect([file], settings)[0]):
-        assert known.outcomes["row0"].text == "I like both."
-        assert known.failures(settings) == [("row0", "out of memory (the text before: unreadable)")]
-    report, backend = run(file, settings=settings)
-    assert [request.do_sample for request in backend.requests] == [True, True]
-    assert report.outcomes["row0"].error is None
+    report, _ = run(file, FakeBackend(breaks_at_the_second), task=task, no_random=True)
+    for known in (report, *inspect([file], task, SETTINGS)[0]):
+        assert known.completions["row0"].text == "I like both."
+        assert known.failures(task) == [("row0", "out of memory (the text before: unreadable)")]
+    report, backend = run(file, task=task, no_random=True)
+    assert [prompt.decoding.do_sample for prompt in backend.prompts] == [True, True]
+    assert report.completions["row0"].error is None
 
 
-def test_a_silent_engine_is_an_error(tmp_path):
+def test_a_silent_backend_is_an_error(tmp_path):
     class Silent(FakeBackend):
-        def run(self, requests):
-            yield next(super().run(requests))
+        def run(self, prompts):
+            yield next(super().run(prompts))
 
-    with pytest.raises(MMRoleError, match="without a result") as caught:
+    with pytest.raises(MMRoleError, match="without a text") as caught:
         run(make_file(tmp_path), Silent())
     assert "row2" in str(caught.value)
 

@@ -1,0 +1,66 @@
+"""What a run asks of each row, and how a row gets its text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_utils.schema import Record, Row
+from eval.backends.backend import Completion, Prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """Answering or judging.
+
+    Attributes:
+        name: What is made, in journals: "answers".
+        unit: What one text is called: "answer".
+        record: What a row of the input must be.
+        prompts: What is asked of a row, with the file of its picture; every key is unique within the input file.
+        fill: A copy of a row with its texts, from the completions by key.
+        notes: What the report says of a finished file beside its counts.
+        advice: What to do about failures.
+        is_wanted: Whether a row needs any text, and so its picture.
+        complaint: Why a text cannot be used, or None if it can.
+        attempts: How many texts may be asked for until one can be used; all but the first are sampled.
+    """
+
+    name: str
+    unit: str
+    record: type[Record]
+    prompts: Callable[[Row, Path], list[Prompt]]
+    fill: Callable[[Row, Mapping[str, Completion]], Row]
+    notes: Callable[[Sequence[Row], Sequence[Completion]], list[str]]
+    advice: str
+    is_wanted: Callable[[Row], bool] = lambda row: True
+    complaint: Callable[[str], str | None] = lambda text: None
+    attempts: int = 1
+
+    def next_attempt(self, completion: Completion | None) -> int | None:
+        """Return which attempt a prompt needs next, or None; an attempt that ended in an error is repeated."""
+        if completion is None:
+            return 0
+        if completion.error is not None:
+            return completion.attempt
+        if self.complaint(completion.text) is None or completion.attempt + 1 >= self.attempts:
+            return None
+        return completion.attempt + 1
+
+    def failure(self, completion: Completion) -> str | None:
+        """Return why a completion cannot be used, or None if it can."""
+        if completion.refusal is not None and self.complaint("") is None:
+            return None
+        if completion.error is None:
+            reason = self.complaint(completion.text)
+            return f"refused: {completion.refusal}" if reason and completion.refusal is not None else reason
+        before = self.complaint(completion.text) if completion.text else None
+        return f"{completion.error} (the text before: {before})" if before else completion.error
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a seed, 0 to 2**63 - 1, that depends on the parts and on nothing else."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,223 @@
+"""Worker processes: each has a backend on a device of its own, and completes the rows that the parent hands it.
+
+A worker is spawned and has a pipe to the parent of its own, so that one that is killed leaves no lock behind. It gets
+several rows at once, half of a fair share of what is left, so that its batches are large and all end together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from data_utils.console import go_on_unread
+from data_utils.errors import MMRoleError, raise_problems
+from eval.backends.backend import Backend, Completion, MakeBackend, Prompt
+from eval.running.journal import some
+
+Rows = deque[list[Prompt]]  # what is left to do; the prompts of a row stay together
+_LEAST = 8  # rows that a worker gets at once, as long as there are so many
+_AGAIN = "run the same command again: everything finished is kept"
+
+
+def complete_here(rows: Rows, backend: Backend) -> Iterator[Completion]:
+    """Completes rows in this process; rows that are added meanwhile count too.
+
+    Raises:
+        MMRoleError: The backend cannot complete anything, or left prompts without a completion.
+    """
+    while rows:
+        prompts = [prompt for row in rows for prompt in row]
+        rows.clear()
+        yield from _run(backend, prompts)
+
+
+class Workers:
+    """The workers of a run. Use it as a context manager; at its end none is left.
+
+    Args:
+        make_backend: Makes the backend of a worker from the flags; it is imported there by its name.
+        options: The flags.
+        devices: The device of each worker.
+        report: Shows a line to the user.
+    """
+
+    def __init__(
+        self,
+        make_backend: MakeBackend,
+        options: argparse.Namespace,
+        devices: Sequence[str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._report = report
+        self._lost: Rows = deque()  # rows that a worker died with
+        self._lost_once: set[str] = set()
+        self._problems: list[MMRoleError] = []
+        self.summaries: dict[str, str] = {}
+        self._workers: list[_Worker] = []
+        for number, device in enumerate(devices):
+            name = f"worker {number + 1} of {len(devices)} ({device})"
+            theirs = argparse.Namespace(**{**vars(options), "device": device, "workers": len(devices)})
+            self._workers.append(_Worker.start(name, make_backend, theirs))
+
+    def complete(self, rows: Rows) -> Iterator[Completion]:
+        """Completes rows; rows that are added meanwhile count too.
+
+        A row whose worker dies goes to another one, once. If no worker is left, the rest is not completed.
+
+        Raises:
+            MMRoleError: No worker is left, and a backend has said why.
+        """
+        while True:
+            for worker in self._workers:
+                if not worker.busy and (share := self._share(rows)):
+                    worker.take(share)
+            busy = {worker.connection: worker for worker in self._workers if worker.busy}
+            if not busy:
+                break
+            for connection in wait(list(busy)):
+                worker = busy[connection]  # type: ignore[index]
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    yield from self._died(worker, rows)
+                    continue
+                if isinstance(message, Completion):
+                    worker.held.pop(message.id)
+                    yield message
+                elif isinstance(message, MMRoleError):
+                    self._problems.append(message)
+                    self._report(f"{worker.name} has ended:\n{message}")
+                    rows.extend(worker.rows())
+                    self._remove(worker)
+                else:
+                    self.summaries[worker.name] = message
+                    worker.busy = False
+        if rows or self._lost:
+            raise_problems({str(problem): problem for problem in self._problems}.values())
+
+    def _share(self, rows: Rows) -> list[Prompt]:
+        """Takes as many rows as a worker gets at once; one that a worker died with is handed out alone."""
+        if not rows:
+            return self._lost.popleft() if self._lost else []
+        size = max(math.ceil(len(rows) / (2 * len(self._workers))), _LEAST)
+        size = min(size, math.ceil(len(rows) / len(self._workers)))
+        return [prompt for _ in range(size) for prompt in rows.popleft()]
+
+    def _died(self, worker: _Worker, rows: Rows) -> Iterator[Completion]:
+        worker.process.join()
+        code = worker.process.exitcode
+        how = f"was killed by signal {-code}" if code and code < 0 else f"ended with status {code}"
+        hint = "; a kill that nobody asked for is often a lack of memory" if code == -signal.SIGKILL else ""
+        self._report(f"{worker.name} {how}{hint}")
+        self._remove(worker)
+        for row in worker.rows():
+            if row[0].row not in self._lost_once:
+                self._lost_once.add(row[0].row)
+                self._lost.append(row)
+                continue
+            for prompt in row:
+                yield Completion(prompt.id, "", "two workers died while they worked on this row")
+
+    def _remove(self, worker: _Worker) -> None:
+        worker.end()
+        self._workers.remove(worker)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.end()
+
+
+@dataclass
+class _Worker:
+    """A worker as the parent sees it.
+
+    Attributes:
+        name: For the user.
+        process: The process.
+        connection: The pipe to it.
+        held: The prompts that it has not completed, by id.
+        busy: Whether it works on prompts, or has not yet sent its summary of that.
+    """
+
+    name: str
+    process: BaseProcess
+    connection: Connection
+    held: dict[str, Prompt] = field(default_factory=dict)
+    busy: bool = False
+
+    @classmethod
+    def start(cls, name: str, make_backend: MakeBackend, options: argparse.Namespace) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(make_backend, options, theirs), name=name, daemon=True)
+        process.start()
+        theirs.close()
+        return cls(name, process, connection)
+
+    def take(self, prompts: list[Prompt]) -> None:
+        """Hands it prompts; if it is gone, that is seen when its next message is read."""
+        self.held, self.busy = {prompt.id: prompt for prompt in prompts}, True
+        try:
+            self.connection.send(prompts)
+        except OSError:
+            return
+
+    def rows(self) -> list[list[Prompt]]:
+        """Return what it has not completed, by rows."""
+        found: dict[str, list[Prompt]] = {}
+        for prompt in self.held.values():
+            found.setdefault(prompt.row, []).append(prompt)
+        return list(found.values())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _work(make_backend: MakeBackend, options: argparse.Namespace, connection: Connection) -> None:
+    """The life of a worker: takes prompts, sends their completions and then a summary, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    go_on_unread()
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // options.workers, 1)))  # before torch is imported
+    try:
+        backend = make_backend(options)
+        while True:
+            for completion in _run(backend, connection.recv()):
+                connection.send(completion)
+            connection.send(backend.summary())
+    except MMRoleError as error:
+        connection.send(error)
+    except EOFError:
+        return
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker only"
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _run(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[Completion]:
+    waiting = {prompt.id: prompt for prompt in prompts}
+    for completion in backend.run(prompts):
+        del waiting[completion.id]
+        yield completion
+    if waiting:
+        what = f"the backend ended without a text for {len(waiting)} prompt(s)"
+        raise MMRoleError(what, some([prompt.key for prompt in waiting.values()]), fix=_AGAIN)
