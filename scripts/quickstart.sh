@@ -119,6 +119,8 @@ fi
 cat <<END
 
 Agent and judge have a million weights and saw some hundred samples: the numbers show that the road works, no more.
+Next, talk with the agent's characters (a page in your browser; it answers in the demo's few sentences):
+  bash scripts/chat.sh
 Next, with the real weights and data in place (README.md, "On real data"):
   DATA_ROOT=../MMRole_dataset bash inference.sh
   DATA_ROOT=../MMRole_dataset bash eval/RM_review.sh

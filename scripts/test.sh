@@ -32,7 +32,7 @@ run_pytest() { # its name, the interpreter, then pytest's arguments
 }
 
 # An environment on top of this one that has the lower end of every range in pyproject.toml. Not of torch's: each of
-# its builds is gigabytes; not of deepspeed's, which has to be compiled.
+# its builds is gigabytes; not of deepspeed's, which has to be compiled. It also has gradio, which needs Pillow below 13.
 make_oldest() {
     local oldest=$ROOT/.venv-oldest pins
     mapfile -t pins < <(sed -nE '/^test = /q; /"(torch|deepspeed)>/d; s/^ +"([a-z_-]+)>=([0-9.]+),.*/\1==\2/p' pyproject.toml)
@@ -63,7 +63,7 @@ started=$SECONDS
 if [[ $ALL == true ]]; then
     run_pytest "all tests" "$PYTHON" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
     make_oldest
-    run_pytest "qwen_vl, oldest supported packages" "$OLDEST" tests/qwen_vl
+    run_pytest "qwen_vl and web, oldest supported packages" "$OLDEST" tests/qwen_vl tests/web
     run_vllm
 else
     run_pytest "quick tests (all of them: --all)" "$PYTHON" -m "not slow" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}

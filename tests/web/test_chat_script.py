@@ -1,0 +1,89 @@
+"""`bash scripts/chat.sh`: the terminal, an endpoint in place of a checkpoint, and what is refused early."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_utils.errors import MMRoleError
+from tests.conftest import ROOT
+from tests.web.conftest import Served
+from web.__main__ import main
+from web.chats import ChatError, Prompt
+from web.service import EndpointService, Piece, Sampling
+
+
+@pytest.fixture(scope="module")
+def checkpoint(chat_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "Tiny-Agent"
+    model, tokenizer = chat_model
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def name_of(world: Path) -> str:
+    return min(json.loads((world / "profiles/in-distribution/profiles.json").read_text(encoding="utf-8")))
+
+
+def run_chat(settings: dict[str, Any], said: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    environment["VIRTUAL_ENV"] = sys.prefix
+    command = ["sh", str(ROOT / "scripts" / "chat.sh"), *flags]
+    return subprocess.run(command, input=said, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_the_terminal(checkpoint: Path, world: Path, tmp_path: Path) -> None:
+    name = name_of(world)
+    said = "Hello\n/again\n/prompt\n/begin\n/quit\n"
+    settings = {"MODEL_PATH": checkpoint, "DATA_ROOT": world}
+    done = run_chat(settings, said, "--terminal", "--character", name, "--max_new_tokens", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{name}: ") >= 3
+    assert "[human]: Hello" in done.stdout or "the curious human about the image" in done.stdout
+
+
+def test_an_endpoint_in_place_of_a_checkpoint(served: Served) -> None:
+    service = EndpointService(f"{served.url}/v1", "tiny")
+    prompt = Prompt([{"text": "Tell me"}], "Be brief.", [([{"text": "Hi"}], "Yes?")])
+
+    async def answer(sampling: Sampling) -> list[Piece]:
+        return [piece async for piece in service.stream(prompt, sampling)]
+
+    pieces = asyncio.run(answer(Sampling(temperature=0.0, max_tokens=5)))
+    assert "".join(piece.text for piece in pieces)
+    assert pieces[-1].finish_reason == "length"
+    with pytest.raises(ChatError, match="the endpoint failed"):
+        asyncio.run(answer(Sampling(temperature=9.0)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "who answers is not clear"),
+        (["--endpoint", "http://127.0.0.1:9/v1"], "model is missing"),
+        (["--endpoint", "localhost", "--model", "m"], "not a URL"),
+        (["--model_path", "nowhere"], "no such checkpoint folder"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--data_root", "nowhere"], "no such data root"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--host", "0.0.0.0"], "without a key"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--port", "0"], "not a port"),
+    ],
+)
+def test_what_is_refused_early(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MMROLE_KEY", raising=False)
+    with pytest.raises(MMRoleError, match=message):
+        main(flags)
+
+
+def test_a_character_that_is_not_there(world: Path) -> None:
+    flags = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--data_root", str(world), "--terminal"]
+    with pytest.raises(MMRoleError, match="no such character") as error:
+        main([*flags, "--character", "Nobody"])
+    assert name_of(world) in str(error.value)

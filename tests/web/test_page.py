@@ -1,0 +1,159 @@
+"""The page in a browser: choose, show a picture, talk, stop, again, edit, save; at phone width and by keyboard."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.golden_checkpoint import GOLDEN
+from tests.web.conftest import Served
+
+pytest.importorskip("gradio", reason="the web extra is not installed (scripts/test.sh --all runs this beside it)")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+SECONDS = 90  # of one step at the most; machines that run several things at once are slow
+PICTURE = GOLDEN / "images" / "rgb_640x480.png"
+expect = playwright.expect
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saved") / "root"
+
+
+@pytest.fixture(scope="module")
+def address(chat_model: Any, world: Path, saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from web.cast import read_cast
+    from web.chats import Limits
+    from web.page import Page, mount_page
+    from web.server import LOOPBACK, build_app
+    from web.service import EngineService
+
+    uploads = tmp_path_factory.mktemp("uploads")
+    environment = pytest.MonkeyPatch()
+    environment.setenv("GRADIO_TEMP_DIR", str(uploads))
+    service, limits = EngineService(*chat_model, "tiny"), Limits()
+    cast = read_cast(world)
+    app = build_app(service, cast, hosts=frozenset(LOOPBACK), key=None, limits=limits)
+    with Served(mount_page(app, Page(service, cast, uploads, saved, limits))) as served:
+        yield served.url
+    service.close()
+    environment.undo()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The page at a phone's width; what it asks elsewhere for, and what goes wrong in it, fails the test."""
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(SECONDS * 1000)
+    expect.set_options(timeout=SECONDS * 1000)
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    local = re.compile(rf"{re.escape(address)}|data:|blob:")
+    page.on("request", lambda asked: None if local.match(asked.url) else faults.append(asked.url))
+    page.goto(address)
+    page.get_by_text("Brief Introduction").wait_for()
+    yield page
+    page.close()
+    assert faults == []
+
+
+def message_box(page: Any) -> Any:
+    return page.get_by_placeholder("Write a message; add or paste a picture")
+
+
+def answers(page: Any) -> Any:
+    return page.locator("#chat .bot.message")
+
+
+def press(page: Any, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def test_a_whole_visit(page: Any, saved: Path, world: Path) -> None:
+    page.set_input_files("input[type=file]", PICTURE)
+    page.locator(".thumbnail-item, .thumbnails img").first.wait_for()
+    message_box(page).fill("What is this?")
+    message_box(page).press("Enter")
+    expect(answers(page)).to_have_count(1)
+    expect(answers(page).first).not_to_be_empty()
+    expect(page.locator("#chat img")).to_have_count(1)
+    press(page, "Stop")
+    press(page, "Again")
+    expect(answers(page).first).not_to_be_empty()
+    press(page, "Stop")
+
+    page.get_by_text("The exact prompt").click()
+    press(page, "Show the prompt of the next answer")
+    expect(page.get_by_label("Prompt")).to_have_value(re.compile("Please step into the shoes of"))
+    page.get_by_text("Save as a dialogue").click()
+    press(page, "Save this chat")
+    page.get_by_text("Saved to").wait_for()
+    dialogues = json.loads(next((saved / "dialogues/in-distribution/human-role").glob("*.json")).read_text("utf-8"))
+    assert dialogues[0]["conversations"][0] == {"role": "human", "value": "What is this?"}
+    assert (saved / "images" / dialogues[0]["image"]).is_file()
+
+    press(page, "Edit last")
+    expect(message_box(page)).to_have_value("What is this?")
+    expect(answers(page)).to_have_count(0)
+
+    page.get_by_label("Character", exact=True).click()
+    page.get_by_role("option").nth(1).click()
+
+    expect(page.get_by_text("Brief Introduction")).to_be_visible()
+
+    press(page, "Let it begin")
+    expect(answers(page).first).not_to_be_empty()
+    press(page, "New chat")
+    expect(answers(page)).to_have_count(0)
+
+
+def test_an_upload_that_is_no_picture(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    page.set_input_files("input[type=file]", tmp_path / "broken.png")
+    page.locator(".thumbnail-item, .thumbnails img").first.wait_for()
+    message_box(page).press("Enter")
+    page.get_by_text("a picture cannot be read").wait_for()
+
+
+def test_by_keyboard_alone(page: Any) -> None:
+    message_box(page).focus()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Enter")
+    expect(answers(page).first).not_to_be_empty()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.textContent").strip() == "Stop":
+            break
+    assert page.evaluate("document.activeElement.textContent").strip() == "Stop"
+    page.keyboard.press("Enter")
+    page.reload()
+    page.get_by_text("Brief Introduction").wait_for()
+    expect(answers(page)).to_have_count(0)
+
+
+def test_two_characters_talk_by_themselves(page: Any) -> None:
+    page.get_by_label("talks with").click()
+    page.get_by_role("option").nth(2).click()
+    press(page, "Let both talk")
+    expect(page.locator("#chat .user.message").first).not_to_be_empty()
+    expect(answers(page).first).not_to_be_empty()
+    press(page, "Stop")

@@ -1,0 +1,152 @@
+"""Talks with the characters of a data root: a page and an OpenAI-compatible API, or the terminal.
+
+    python -m web --model_path model_weights/MMRole-Agent --data_root ../MMRole_dataset
+    python -m web --terminal --character "Hermione Granger"
+
+`bash scripts/chat.sh` starts it with the settings of the other scripts. The server listens on this machine alone; to
+listen elsewhere, set MMROLE_KEY, which clients then send as their API key and browsers ask for as a password.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_utils.errors import MMRoleError, four_parts, raise_problems, run_main
+from web.cast import Cast, read_cast
+from web.chats import Limits
+
+KEY_VARIABLE = "MMROLE_KEY"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model_path", type=Path, help="a checkpoint or a LoRA adapter that answers")
+    parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint that answers instead (…/v1)")
+    parser.add_argument("--model", help="the model's name at the endpoint")
+    parser.add_argument("--data_root", type=Path, help="the data root whose characters can be met")
+    parser.add_argument("--save_to", type=Path, help="a data root of your own, into which the page saves chats")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:1, … (%(default)s)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=Limits.new_tokens, help="longest answer (%(default)s)")
+    parser.add_argument("--no_page", action="store_true", help="the API alone; needs no gradio")
+    parser.add_argument("--terminal", action="store_true", help="talk here instead of in a browser")
+    parser.add_argument("--character", help="--terminal: who to talk with")
+    parser.add_argument("--partner", help="--terminal: as which other character you talk")
+    parser.add_argument("--image", type=Path, help="--terminal: the picture to talk about")
+    options = parser.parse_args(arguments)
+    raise_problems(_problems(options))
+    cast = read_cast(options.data_root)
+    if options.terminal:
+        from web.terminal import check_terminal, talk
+
+        check_terminal(options, cast)
+        return talk(_service(options), cast, options)
+    return _serve(options, cast)
+
+
+def _problems(options: argparse.Namespace) -> list[MMRoleError]:
+    """What can be known before anything is loaded."""
+    problems = []
+    if (options.model_path is None) == (options.endpoint is None):
+        fix = "give --model_path, or --endpoint with --model"
+        problems.append(MMRoleError("who answers is not clear", None, "--model_path and --endpoint", fix))
+    if options.endpoint and not options.model:
+        problems.append(MMRoleError("the endpoint's model is missing", None, "--model", "give the model's name there"))
+    if options.endpoint and not options.endpoint.startswith(("http://", "https://")):
+        problems.append(MMRoleError("not a URL", options.endpoint, "--endpoint", "give http(s)://…/v1"))
+    if options.model_path is not None:
+        from qwen_vl.checkpoint import checkpoint_problems
+
+        problems += four_parts(checkpoint_problems(options.model_path))
+    if options.data_root is not None and not options.data_root.is_dir():
+        problems.append(MMRoleError("there is no such data root", options.data_root, "--data_root", "check the path"))
+    if not 0 < options.port < 65536:
+        problems.append(MMRoleError("not a port", options.port, "--port", "choose one from 1 to 65535"))
+    if not is_loopback(options.host) and not os.environ.get(KEY_VARIABLE) and not options.terminal:
+        fix = f"set {KEY_VARIABLE} to a long random text, or leave --host away"
+        problems.append(MMRoleError("other machines could talk without a key", options.host, "--host", fix))
+    return problems
+
+
+def _service(options: argparse.Namespace) -> Any:
+    from web.service import EndpointService, EngineService
+
+    if options.endpoint:
+        return EndpointService(options.endpoint, options.model)
+    import qwen_vl
+
+    try:
+        model, tokenizer = qwen_vl.load(options.model_path, dtype=options.dtype, device=options.device)
+    except (ValueError, OSError, RuntimeError) as error:
+        fix = "check the folder, --device and --dtype"
+        raise MMRoleError(f"the checkpoint cannot be loaded: {error}", None, options.model_path, fix) from None
+    return EngineService(model, tokenizer, options.model_path.resolve().name)
+
+
+def _serve(options: argparse.Namespace, cast: Cast) -> int:
+    try:
+        import uvicorn
+    except ModuleNotFoundError:
+        raise _missing("uvicorn") from None
+    from web.server import LOOPBACK, build_app
+
+    limits = Limits(new_tokens=options.max_new_tokens)
+    hosts = frozenset({*LOOPBACK, options.host, *os.environ.get("MMROLE_HOSTS", "").split()})
+    key = os.environ.get(KEY_VARIABLE) or None
+    with tempfile.TemporaryDirectory(prefix="mmrole-chat-") as uploads:
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        service = _service(options)
+        app = build_app(service, cast, hosts=hosts, key=key, limits=limits)
+        if not options.no_page:
+            try:
+                from web.page import Page, mount_page
+            except ModuleNotFoundError:
+                raise _missing("gradio") from None
+            app = mount_page(app, Page(service, cast, Path(uploads), options.save_to, limits))
+        address = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"  # noqa: S104
+        _tell(address, service.name, cast, page=not options.no_page)
+        try:
+            uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
+        finally:
+            service.close()
+    return 0
+
+
+def _tell(address: str, name: str, cast: Cast, *, page: bool) -> None:
+    if page:
+        print(f"The page: {address}/")
+    characters = f", mmrole/<one of {len(cast.roles)} characters>" if cast.roles else ""
+    print(f"The API:  {address}/v1 (models: {name}{characters})")
+    model = f"mmrole/{next(iter(cast.roles))}" if cast.roles else name
+    print(f"""  curl {address}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Who are you?"}}]}}'""")
+    print("Ctrl-C ends it.", flush=True)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine can reach a server that listens there."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _missing(package: str) -> MMRoleError:
+    fix = "bash scripts/chat.sh installs it (pip install '.[web]')"
+    return MMRoleError("a package of the chat is missing", package, None, fix)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

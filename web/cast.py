@@ -1,0 +1,91 @@
+"""The characters of a data root, with their pictures: who can be met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data_utils.errors import raise_problems
+from data_utils.images import find_image
+from data_utils.prompts import ImageInformation, Role
+from data_utils.roots import DataRoots, read_annotations
+from web.chats import ChatError, Limits, read_picture
+
+PREFIX = "mmrole/"
+_MOST_PICTURES = 24  # of a character, on the page
+
+
+@dataclass(frozen=True)
+class CastPicture:
+    """A picture of a character's script, and what is known about it."""
+
+    name: str
+    path: Path
+    information: ImageInformation
+
+    def open(self) -> Image.Image:
+        """The picture, upright, in RGB.
+
+        Raises:
+            ChatError: It cannot be read.
+        """
+        try:
+            return read_picture(self.path.read_bytes(), Limits(), self.name)
+        except OSError as error:
+            raise ChatError(f"a picture cannot be read: {error.strerror}", self.name) from None
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Everybody in a data root.
+
+    Attributes:
+        roles: The characters by name.
+        pictures: The pictures of each script, from `images/annotations.json`; only those whose files are there.
+    """
+
+    roles: Mapping[str, Role]
+    pictures: Mapping[str, list[CastPicture]]
+
+    def role(self, name: str) -> Role:
+        """The character of this name.
+
+        Raises:
+            ChatError: There is none.
+        """
+        if name not in self.roles:
+            raise ChatError(f"there is no character {name!r}", "model", status=404, code="model_not_found")
+        return self.roles[name]
+
+    def pictures_of(self, name: str) -> list[CastPicture]:
+        """The pictures of a character's script."""
+        return self.pictures.get(self.roles[name].script, []) if name in self.roles else []
+
+
+def read_cast(data_root: Path | None) -> Cast:
+    """The characters of a data root, or nobody without one.
+
+    Raises:
+        ProblemsError: The root's files of characters are missing or wrong.
+    """
+    if data_root is None:
+        return Cast({}, {})
+    characters = DataRoots([data_root]).characters
+    roles = {name: characters.role(name) for name in characters.scripts if name in characters.profiles}
+    folders = {script.replace(" ", "_"): script for script in characters.scripts.values()}
+    pictures: dict[str, list[CastPicture]] = {}
+    rows, problems = read_annotations(data_root)
+    raise_problems(problems)
+    for row in rows:
+        name = row["image"]
+        script = folders.get(name.partition("/")[0])
+        if script is None or len(pictures.get(script, ())) >= _MOST_PICTURES:
+            continue
+        path = find_image(data_root / "images", name)
+        if path is not None:
+            known = ImageInformation(*(row.get(key) or "" for key in ("role_info", "place_info", "scene_info")))
+            pictures.setdefault(script, []).append(CastPicture(name, path, known))
+    return Cast(dict(sorted(roles.items())), pictures)

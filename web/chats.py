@@ -1,0 +1,270 @@
+"""A chat as a client sends it, and the prompt that a model or a character gets for it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from data_utils.prompts import HUMAN, SYSTEM_MESSAGE, ImageInformation, Role, role_play_prompt
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+PLAIN_PICTURE = Image.new("RGB", (448, 448), (160, 160, 160))  # shown where a chat has no picture
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_SYSTEM_ROLES = ("system", "developer")
+
+
+class ChatError(Exception):
+    """A request that cannot be answered as it is, in the shape of OpenAI's errors.
+
+    Args:
+        message: What is wrong and what to do.
+        param: The offending field.
+        status: The HTTP status.
+        code: A word for programs.
+    """
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+    def body(self) -> dict[str, Any]:
+        """The response's JSON."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold.
+
+    Attributes:
+        body: Bytes of a request.
+        pictures: Number of pictures.
+        pixels: Pixels of one picture.
+        messages: Number of messages.
+        new_tokens: Tokens of an answer, at the most.
+    """
+
+    body: int = 32 * 2**20
+    pictures: int = 8
+    pixels: int = 50_000_000
+    messages: int = 1_000
+    new_tokens: int = 2_048
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said, with the pictures that it showed."""
+
+    by_assistant: bool
+    text: str
+    pictures: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chat:
+    """System messages in their order, and turns that alternate and end with the person's (or are empty)."""
+
+    system: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """The latest picture that was shown."""
+        return next((picture for turn in reversed(self.turns) for picture in reversed(turn.pictures)), None)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked, as `chat()` takes it."""
+
+    query: list[dict[str, Any]]
+    system: str
+    history: list[tuple[list[dict[str, Any]], str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Who talks with whom about what.
+
+    Attributes:
+        role: The character that answers.
+        partner: The character that it talks with; None for a curious human.
+        information: What is known about the picture.
+    """
+
+    role: Role
+    partner: Role | None = None
+    information: ImageInformation = field(default_factory=lambda: ImageInformation("", "", ""))
+
+    def swapped(self) -> Scene:
+        """The same from the other character's side."""
+        assert self.partner is not None
+        return replace(self, role=self.partner, partner=self.role)
+
+
+def parse_chat(messages: Any, limits: Limits) -> Chat:
+    """Reads a client's messages.
+
+    Neighbouring messages of one side become one turn, a chat that ends with the assistant's gets an empty message of
+    the person, and system messages may stand anywhere: front ends send all of that.
+
+    Raises:
+        ChatError: A message is malformed, or there are too many, or a picture cannot be used.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ChatError("messages must be a list with at least one message", "messages")
+    if len(messages) > limits.messages:
+        raise ChatError(f"more than {limits.messages} messages", "messages")
+    system: list[str] = []
+    turns: list[Turn] = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise ChatError(f"{where} must be an object", where)
+        role = message.get("role")
+        text, pictures = _content(message.get("content"), f"{where}.content", limits)
+        if role in _SYSTEM_ROLES:
+            if pictures:
+                raise ChatError("a system message shows no pictures", where)
+            system.append(text)
+        elif role in ("user", "assistant"):
+            turn = Turn(role == "assistant", text, tuple(pictures))
+            if turns and turns[-1].by_assistant == turn.by_assistant:
+                before = turns.pop()
+                joined = "\n\n".join(part for part in (before.text, turn.text) if part)
+                turn = Turn(turn.by_assistant, joined, before.pictures + turn.pictures)
+            turns.append(turn)
+        else:
+            raise ChatError(f"role must be system, user or assistant, not {role!r}", f"{where}.role")
+    if sum(len(turn.pictures) for turn in turns) > limits.pictures:
+        raise ChatError(f"more than {limits.pictures} pictures", "messages")
+    if turns and turns[-1].by_assistant:
+        turns.append(Turn(False, ""))
+    return Chat("\n\n".join(part for part in system if part), tuple(turns))
+
+
+def plain_prompt(chat: Chat) -> Prompt:
+    """The prompt of the bare model: ChatML turns, with each picture where it was shown."""
+    turns = list(chat.turns)
+    if not turns:
+        raise ChatError("there is no message of a user", "messages")
+    if turns[0].by_assistant:
+        turns.insert(0, Turn(False, ""))
+    pairs = zip(turns[:-1:2], turns[1::2], strict=True)
+    history = [(_elements(user), answer.text) for user, answer in pairs]
+    return Prompt(_elements(turns[-1]), chat.system or DEFAULT_SYSTEM, history)
+
+
+def role_play(scene: Scene, chat: Chat, picture: Image.Image | None = None) -> Prompt:
+    """The prompt of a character: the published role-play prompt, whose text holds the history.
+
+    Args:
+        scene: Who talks with whom.
+        chat: What was said; nothing lets the character begin. Its system messages follow the published one.
+        picture: Shown where the chat shows none.
+    """
+    partner = HUMAN if scene.partner is None else scene.partner.name
+    said = [(scene.role.name if turn.by_assistant else partner, turn.text) for turn in chat.turns]
+    last_words = said[-1][1] if said else None
+    text = role_play_prompt(scene.role, scene.partner, scene.information, history=said[:-1], last_words=last_words)
+    shown = chat.picture or picture or PLAIN_PICTURE
+    system = "\n\n".join(part for part in (SYSTEM_MESSAGE, chat.system) if part)
+    return Prompt([{"image": shown}, {"text": text}], system)
+
+
+def without_oldest_turns(chat: Chat) -> Chat | None:
+    """The chat without its oldest turn of each side, but with its latest picture; None if nothing can be left out."""
+    if len(chat.turns) < 3:
+        return None
+    rest = chat.turns[2:]
+    if chat.picture is not None and not any(turn.pictures for turn in rest):
+        rest = (replace(rest[0], pictures=(chat.picture,)), *rest[1:])
+    return replace(chat, turns=rest)
+
+
+def read_picture(content: bytes, limits: Limits, where: str) -> Image.Image:
+    """An uploaded picture, upright, in RGB; of an animation the first frame.
+
+    Raises:
+        ChatError: It cannot be read, has too many pixels, or is of another format.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                if image.width * image.height > limits.pixels:
+                    raise ChatError(f"a picture has more than {limits.pixels:,} pixels: make it smaller", where)
+                image.load()
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ChatError(f"a picture cannot be read ({error}): send PNG, JPEG, WebP or GIF", where) from None
+
+
+def _content(content: Any, where: str, limits: Limits) -> tuple[str, list[Image.Image]]:
+    if content is None or isinstance(content, str):
+        return _clean(content or ""), []
+    if not isinstance(content, list):
+        raise ChatError(f"{where} must be a text or a list of parts", where)
+    texts, pictures = [], []
+    for number, part in enumerate(content):
+        place = f"{where}[{number}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(_clean(part["text"]))
+        elif kind == "image_url":
+            url = part.get("image_url")
+            pictures.append(_picture(url.get("url") if isinstance(url, dict) else url, place, limits))
+        else:
+            raise ChatError(f"{place}: a part is a text or an image_url, not {kind!r}", place)
+    return "\n".join(texts), pictures
+
+
+def _picture(url: Any, where: str, limits: Limits) -> Image.Image:
+    if not isinstance(url, str) or not url.startswith("data:"):
+        what = "send the picture itself as a data URL (data:image/png;base64,…)"
+        raise ChatError(f"{where}: URLs are not fetched and paths are not read: {what}", where)
+    head, _, text = url.partition(",")
+    if not head.endswith(";base64"):
+        raise ChatError(f"{where}: the data URL must be base64", where)
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ChatError(f"{where}: the data URL is not valid base64", where) from None
+    return read_picture(content, limits, where)
+
+
+def _elements(turn: Turn) -> list[dict[str, Any]]:
+    return [*({"image": picture} for picture in turn.pictures), {"text": turn.text}]
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")  # halves of surrogate pairs
+
+
+def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """A prompt as messages for an OpenAI-compatible endpoint, each picture as the 448 x 448 PNG that the model sees."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": prompt.system}]
+    for query, answer in prompt.history:
+        messages += [{"role": "user", "content": _parts(query)}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": _parts(prompt.query)}]
+
+
+def _parts(elements: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for element in elements:
+        if "text" in element:
+            parts.append({"type": "text", "text": element["text"]})
+        else:
+            out = io.BytesIO()
+            element["image"].resize((448, 448), Image.Resampling.BICUBIC).save(out, "PNG")
+            url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+            parts.append({"type": "image_url", "image_url": {"url": url}})
+    return parts

@@ -1,0 +1,85 @@
+"""Saves a chat as a dialogue of a data root of one's own; `build`, `check`, training and testing take it as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_utils.errors import MMRoleError, raise_problems
+from data_utils.files import make_folder, read_json, write_bytes, write_json
+from data_utils.layout import SPLITS, profiles_folder
+from data_utils.prompts import HUMAN, Role
+from data_utils.roots import add_profile, read_annotations, read_profiles, write_annotations
+from web.chats import PLAIN_PICTURE, Scene, Turn
+
+_KEPT = "files written before are kept"
+_SPLIT = SPLITS[0]
+
+
+def save_dialogue(root: Path, scene: Scene, turns: Sequence[Turn]) -> Path:
+    """Adds a chat, its picture and its characters to a data root; a chat that is there already is not added again.
+
+    Args:
+        root: A data root, or a folder that is to be one.
+        scene: Who talked with whom, and what is known about the picture.
+        turns: At least one of them by the character. A dialogue has one picture: the latest.
+
+    Returns:
+        The file of dialogues.
+
+    Raises:
+        MMRoleError: There is nothing to save, a character's profile differs there, or a file cannot be written.
+    """
+    said = [turn for turn in turns if turn.text]
+    if not any(turn.by_assistant for turn in said):
+        raise MMRoleError("the chat has no answer of the character yet", None, None, "let it say something first")
+    for role in filter(None, (scene.role, scene.partner)):
+        _add_character(root, role)
+    picture = next((p for turn in reversed(turns) for p in reversed(turn.pictures)), PLAIN_PICTURE)
+    stem, script = scene.role.name.replace(" ", "_"), scene.role.script.replace(" ", "_")
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    image = f"{script}/chat-{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.png"
+    information = {
+        "role_info": scene.information.role,
+        "place_info": scene.information.place,
+        "scene_info": scene.information.scene,
+    }
+    partner = HUMAN if scene.partner is None else scene.partner.name
+    conversation = [{"role": scene.role.name if turn.by_assistant else partner, "value": turn.text} for turn in said]
+    kind, word = ("human-role", "human-role") if scene.partner is None else ("inter-role", "role-role")
+    path = root / "dialogues" / _SPLIT / kind / f"{stem}_chat.json"
+    dialogues: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    dialogue = {"image": image, **information, "conversations": conversation}
+    if any({**dialogue, "id": known["id"]} == known for known in dialogues):
+        return path
+    _write(root / "images" / image, content.getvalue())
+    annotations, problems = read_annotations(root)
+    raise_problems(problems)
+    if not any(row["image"] == image for row in annotations):
+        write_annotations(root, [*annotations, {"image": image, **information}])
+    _write(path, [*dialogues, {"id": f"{stem}_{word}-dialogue_chat_{len(dialogues)}", **dialogue}])
+    return path
+
+
+def _add_character(root: Path, role: Role) -> None:
+    characters, problems = read_profiles(root, _SPLIT, may_lack=True)
+    raise_problems(problems)
+    known = characters.profiles.get(role.name)
+    if known not in (None, role.profile):
+        fix = "save into another data root, or give both the same profile"
+        raise MMRoleError("a character of this name has another profile there", role.name, root / "profiles", fix)
+    if known is None:
+        make_folder(profiles_folder(root, _SPLIT), _KEPT)
+        add_profile(root, _SPLIT, role.name, role.script, role.profile)
+
+
+def _write(path: Path, content: Any) -> None:
+    make_folder(path.parent, _KEPT)
+    if isinstance(content, bytes):
+        write_bytes(path, content)
+    else:
+        write_json(path, content)

@@ -1,0 +1,341 @@
+"""The page: choose a character, show it pictures, talk with it, save the chat as a dialogue."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+
+from data_utils.errors import MMRoleError
+from data_utils.prompts import CURIOUS_HUMAN, ImageInformation
+from web.cast import Cast
+from web.chats import Chat, ChatError, Limits, Prompt, Scene, Turn, read_picture, role_play
+from web.dialogues import save_dialogue
+from web.server import fitting_prompt
+from web.service import Sampling, Service
+
+HUMAN = CURIOUS_HUMAN
+_TITLE = "MMRole"
+_LONGEST_PROFILE = 1_500  # characters that are shown at first
+_MOST_TALK = 12  # turns that two characters speak by themselves
+_CSS = """
+#chat { min-height: 55vh; }
+#chat img { max-height: 260px; width: auto; }
+#chat button[title="Share"], #chat button[aria-label="Share"] { display: none; }
+.status { color: var(--error-text-color, #b91c1c); font-weight: 600; }
+@media (max-width: 640px) { .gradio-container { padding: 6px !important; } #chat { min-height: 45vh; } }
+"""
+
+
+class Visit:
+    """What one person's page holds; it lives in the server's memory as long as the visit.
+
+    Attributes:
+        turns: What was said, the chosen character's turns as the assistant's.
+        files: The file that shows a picture, by the picture's id.
+        folder: Where these files are; it goes with the visit.
+    """
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+        self.files: dict[int, str] = {}
+        self.folder: Path | None = None
+
+    def show(self, turn: Turn, by: str, people: Path) -> list[dict[str, Any]]:
+        """A turn as the messages of the chat window."""
+        role = "assistant" if turn.by_assistant else "user"
+        shown = []
+        for picture in turn.pictures:
+            if id(picture) not in self.files:
+                self.folder = self.folder or people / secrets.token_hex(16)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path = self.folder / f"{len(self.files)}.png"
+                picture.save(path)
+                self.files[id(picture)] = str(path)
+            shown.append({"role": role, "content": {"path": self.files[id(picture)], "alt_text": f"shown by {by}"}})
+        if turn.text:
+            shown.append({"role": role, "content": turn.text})
+        return shown
+
+
+class Page:
+    """The page's behaviour, without its looks.
+
+    Args:
+        service: Who writes the answers.
+        cast: Who can be met.
+        uploads: A private folder for the pictures of all visits.
+        save_to: The data root into which chats are saved, or None.
+        limits: What a message may hold.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        cast: Cast,
+        uploads: Path,
+        save_to: Path | None,
+        limits: Limits,
+    ) -> None:
+        self.service, self.cast, self.uploads, self.limits = service, cast, uploads, limits
+        self.save_to = save_to
+
+    def scene(self, character: str, partner: str, scene_info: str) -> Scene:
+        """Who talks with whom; `scene_info` is what is known about the picture."""
+        other = None if partner == HUMAN else self.cast.role(partner)
+        return Scene(self.cast.role(character), other, ImageInformation("", "", scene_info or ""))
+
+    def window(self, visit: Visit, character: str, partner: str) -> list[dict[str, Any]]:
+        """The messages of the chat window."""
+        return [
+            message
+            for turn in visit.turns
+            for message in visit.show(turn, character if turn.by_assistant else partner, self.uploads)
+        ]
+
+    def prompt(self, turns: Sequence[Turn], scene: Scene, sampling: Sampling | None = None) -> Prompt:
+        """The prompt of the next answer."""
+        picture = self._own_picture(scene.role.name)
+        chat = Chat("", tuple(turns))
+        return fitting_prompt(
+            self.service, lambda shorter: role_play(scene, shorter, picture), chat, sampling or Sampling()
+        )
+
+    def _own_picture(self, character: str) -> Any:
+        pictures = self.cast.pictures_of(character)
+        return pictures[0].open() if pictures else None
+
+    def take(self, visit: Visit, message: dict[str, Any], picture: Any) -> None:
+        """Adds what a person wrote, with uploaded pictures and a chosen one.
+
+        Raises:
+            ChatError: An upload is no picture; it is not kept either way.
+        """
+        pictures = [picture] if picture is not None else []
+        for upload in message.get("files") or []:
+            path = Path(upload if isinstance(upload, str) else upload["path"])
+            try:
+                pictures.append(read_picture(path.read_bytes(), self.limits, "upload"))
+            except OSError as error:
+                raise ChatError(f"the upload cannot be read: {error.strerror}", "upload") from None
+            finally:
+                path.unlink(missing_ok=True)
+        visit.turns.append(Turn(False, (message.get("text") or "").strip(), tuple(pictures)))
+
+    async def answer(self, visit: Visit, scene: Scene, *, by_assistant: bool = True) -> AsyncIterator[None]:
+        """Lets the scene's role speak; the visit's last turn grows, and each step is one piece of text.
+
+        Args:
+            visit: Its turns are seen from the chosen character's side.
+            scene: Whose words these are.
+            by_assistant: False where the partner, another character, speaks.
+        """
+        turns = visit.turns if by_assistant else [_swapped(turn) for turn in visit.turns]
+        if turns and turns[-1].by_assistant:
+            turns = [*turns, Turn(False, "")]
+        sampling = Sampling(seed=secrets.randbits(31))
+        prompt = self.prompt(turns, scene, sampling)
+        said = Turn(by_assistant, "")
+        visit.turns.append(said)
+        async with aclosing(self.service.stream(prompt, sampling)) as pieces:
+            async for piece in pieces:
+                if not visit.turns or visit.turns[-1] is not said:
+                    return  # taken back or cleared while it was written
+                visit.turns[-1] = said = replace(said, text=said.text + piece.text)
+                yield
+
+
+def _swapped(turn: Turn) -> Turn:
+    return replace(turn, by_assistant=not turn.by_assistant)
+
+
+def mount_page(app: FastAPI, page: Page) -> FastAPI:
+    """Puts the page at `/` of the API's app."""
+    names = list(page.cast.roles)
+    first = names[0] if names else None
+
+    with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+        visit = gr.State(Visit(), time_to_live=24 * 3600, delete_callback=_forget)
+        chosen = gr.State(None)  # number of a picture of the character's own, shown with the next message
+        with gr.Row():
+            character = gr.Dropdown(names, value=first, label="Character", filterable=True, min_width=240)
+            partner = gr.Dropdown([HUMAN, *names], value=HUMAN, label="talks with", filterable=True, min_width=240)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                chat = gr.Chatbot(
+                    elem_id="chat", label="Chat", buttons=["copy"], allow_tags=False, render_markdown=False,
+                    placeholder="Say something, or let the character begin.", height="60vh",
+                )  # fmt: skip
+                status = gr.Markdown("", elem_classes="status", visible=False)
+                message = gr.MultimodalTextbox(
+                    placeholder="Write a message; add or paste a picture", show_label=False, label="Message",
+                    sources=["upload"], file_types=["image"], file_count="multiple", autofocus=True,
+                )  # fmt: skip
+                with gr.Row():
+                    begin = gr.Button("Let it begin", min_width=100, size="sm")
+                    stop = gr.Button("Stop", variant="stop", min_width=60, size="sm")
+                    again = gr.Button("Again", min_width=60, size="sm")
+                    edit = gr.Button("Edit last", min_width=80, size="sm")
+                    clear = gr.Button("New chat", min_width=80, size="sm")
+                    talk = gr.Button("Let both talk", min_width=110, size="sm", visible=False)
+            with gr.Column(scale=1, min_width=260):
+                portrait = gr.Image(
+                    show_label=False, height=180, interactive=False, buttons=[], label="Portrait", type="pil"
+                )
+                about = gr.Markdown()
+                with gr.Accordion("Pictures of this character", open=False):
+                    gallery = gr.Gallery(
+                        columns=3, height=220, label="Choose one to show it next", allow_preview=False,
+                        interactive=False, type="pil",
+                    )  # fmt: skip
+                    known = gr.Textbox(label="What is known about the picture", lines=2)
+                with gr.Accordion("The exact prompt", open=False):
+                    look = gr.Button("Show the prompt of the next answer", size="sm")
+                    exact = gr.Textbox(show_label=False, label="Prompt", lines=8, max_lines=20, interactive=False)
+                with gr.Accordion("Save as a dialogue", open=False, visible=page.save_to is not None):
+                    save = gr.Button("Save this chat", size="sm")
+                    saved = gr.Markdown()
+
+        people = [visit, character, partner, known]
+        window = [chat, status]
+
+        def drawn(state: Visit, who: str, other: str, error: str = "") -> tuple[Any, Any]:
+            return page.window(state, who, other), gr.Markdown(error, visible=bool(error))
+
+        async def spoken(
+            state: Visit, who: str, other: str, about_picture: str, *, turns: Sequence[bool] = (True,)
+        ) -> AsyncIterator[tuple[Any, Any]]:
+            """The chat window while one answer, or several in turn, are written."""
+            try:
+                scene = page.scene(who, other, about_picture)
+                for by_assistant in turns:
+                    side = scene if by_assistant else scene.swapped()
+                    async with aclosing(page.answer(state, side, by_assistant=by_assistant)) as steps:
+                        async for _ in steps:
+                            yield drawn(state, who, other)
+                yield drawn(state, who, other)
+            except ChatError as error:
+                if state.turns and not state.turns[-1].text:
+                    state.turns.pop()
+                yield drawn(state, who, other, f"That did not work: {error.message}")
+
+        async def send(
+            state: Visit, who: str, other: str, about_picture: str, said: dict[str, Any], number: int | None
+        ) -> AsyncIterator[tuple[Any, ...]]:
+            empty = gr.MultimodalTextbox(value=None)
+            if not (said.get("text") or "").strip() and not said.get("files") and number is None:
+                yield *drawn(state, who, other, "The message is empty."), gr.skip(), gr.skip()
+                return
+            try:
+                picture = None if number is None else page.cast.pictures_of(who)[number].open()
+                page.take(state, said, picture)
+            except ChatError as error:
+                yield *drawn(state, who, other, error.message), gr.skip(), gr.skip()
+                return
+            yield *drawn(state, who, other), empty, None
+            async for seen in spoken(state, who, other, about_picture):
+                yield *seen, gr.skip(), gr.skip()
+
+        async def start(*given: Any) -> AsyncIterator[tuple[Any, ...]]:
+            given[0].turns.clear()
+            async for seen in spoken(*given):
+                yield seen
+
+        async def repeat(state: Visit, *given: Any) -> AsyncIterator[tuple[Any, ...]]:
+            if state.turns and state.turns[-1].by_assistant:
+                state.turns.pop()
+                async for seen in spoken(state, *given):
+                    yield seen
+            else:
+                yield drawn(state, *given[:2], "There is no answer to write again.")
+
+        async def both(state: Visit, *given: Any) -> AsyncIterator[tuple[Any, ...]]:
+            last = state.turns[-1].by_assistant if state.turns else False
+            turns = [bool((number + last) % 2) for number in range(1, _MOST_TALK + 1)]
+            async for seen in spoken(state, *given, turns=turns):
+                yield seen
+
+        def take_back(state: Visit, who: str, other: str, _: str) -> tuple[Any, ...]:
+            while state.turns and state.turns[-1].by_assistant:
+                state.turns.pop()
+            text = state.turns.pop().text if state.turns else ""
+            return *drawn(state, who, other), gr.MultimodalTextbox(value={"text": text, "files": []})
+
+        def choose(state: Visit, who: str, other: str, _: str) -> tuple[Any, ...]:
+            state.turns.clear()
+            pictures = page.cast.pictures_of(who) if who else []
+            shown = [(picture.open(), picture.name) for picture in pictures]
+            return (
+                *drawn(state, who, other), shown[0][0] if shown else None, _about(page, who), shown, "", None,
+                gr.Button(visible=other != HUMAN), "",
+            )  # fmt: skip
+
+        def choose_picture(who: str, event: gr.SelectData) -> tuple[str, int]:
+            information = page.cast.pictures_of(who)[event.index].information
+            texts = (information.role, information.place, information.scene)
+            return " ".join(text for text in texts if text), event.index
+
+        def show_prompt(state: Visit, who: str, other: str, about_picture: str) -> str:
+            try:
+                prompt = page.prompt(state.turns, page.scene(who, other, about_picture))
+            except ChatError as error:
+                return error.message
+            words = "\n".join(element.get("text", "Picture 1: (the picture)") for element in prompt.query)
+            return f"{prompt.system}\n\n{words}"
+
+        def keep(state: Visit, who: str, other: str, about_picture: str) -> str:
+            assert page.save_to is not None
+            try:
+                scene = page.scene(who, other, about_picture)
+                path = save_dialogue(page.save_to, scene, state.turns)
+            except (ChatError, MMRoleError) as error:
+                return f"Not saved: {error}"
+            return f"Saved to `{path}`. `python -m data_utils.check {page.save_to}` looks it over."
+
+        chosen_outputs = [*window, portrait, about, gallery, known, chosen, talk, exact]
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        gr.on([character.change, partner.change, blocks.load], choose, people, chosen_outputs, **quiet)
+        writing = [
+            message.submit(send, [*people, message, chosen], [*window, message, chosen], **quiet),
+            begin.click(start, people, window, **quiet),
+            again.click(repeat, people, window, **quiet),
+            talk.click(both, people, window, **quiet),
+        ]
+        stop.click(None, cancels=writing, **quiet)
+        edit.click(take_back, people, [*window, message], cancels=writing, **quiet)
+        gr.on([clear.click, chat.clear], choose, people, chosen_outputs, cancels=writing, **quiet)
+        gallery.select(choose_picture, [character], [known, chosen], **quiet)
+        look.click(show_prompt, people, exact, **quiet)
+        save.click(keep, people, saved, **quiet)
+    blocks.queue(default_concurrency_limit=None)
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return gr.mount_gradio_app(
+        app, blocks, path="/", footer_links=[], theme=theme, css=_CSS, ssr_mode=False, enable_monitoring=False,
+        max_file_size=page.limits.body, show_error=True, pwa=False,
+    )  # fmt: skip
+
+
+def _about(page: Page, who: str | None) -> str:
+    if not who:
+        return "There is no character here: give a data root (`DATA_ROOT`)."
+    role = page.cast.role(who)
+    profile = role.profile[:_LONGEST_PROFILE] + ("…" if len(role.profile) > _LONGEST_PROFILE else "")
+    return f"**{_escaped(role.name)}** · {_escaped(role.script)}\n\n{_escaped(profile)}"
+
+
+def _escaped(text: str) -> str:
+    """Profiles are data: HTML in them is text."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _forget(visit: Visit) -> None:
+    """Removes the pictures of a visit that has ended."""
+    if visit.folder is not None:
+        shutil.rmtree(visit.folder, ignore_errors=True)

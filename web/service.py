@@ -1,0 +1,249 @@
+"""Answers for many people at once: the engine in a thread of its own, or an endpoint elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from web.chats import ChatError, Prompt, openai_messages
+
+if TYPE_CHECKING:
+    from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn; None for the checkpoint's own settings. A temperature of 0 is greedy."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of an answer; the last piece has a reason (`stop` or `length`) and the tokens that were used."""
+
+    text: str
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Service(Protocol):
+    """Who writes the answers."""
+
+    name: str
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
+        """Yields the answer as it comes; leaving the iteration gives its place back.
+
+        Raises:
+            ChatError: The prompt cannot be answered, or too many are waiting.
+        """
+        ...
+
+    def prompt_tokens(self, prompt: Prompt) -> int | None:
+        """Tokens of a prompt, or None where only the endpoint knows."""
+        ...
+
+
+class EngineService:
+    """The batching engine in a thread: requests join and leave between its steps.
+
+    Args:
+        model: In eval mode.
+        tokenizer: The checkpoint's.
+        name: The model's name for clients.
+        most_waiting: Requests that may be under way at once; more are refused.
+        max_batch_tokens: As `BatchGenerator` takes it.
+
+    Attributes:
+        engine: The engine; only its thread may use it (`call`).
+    """
+
+    def __init__(
+        self,
+        model: QwenVLForCausalLM,
+        tokenizer: QwenVLTokenizer,
+        name: str,
+        *,
+        most_waiting: int = 256,
+        max_batch_tokens: int | None = None,
+    ) -> None:
+        from qwen_vl.generation import BatchGenerator
+
+        self.name, self.most_waiting = name, most_waiting
+        self.engine = BatchGenerator(model, tokenizer, max_batch_tokens=max_batch_tokens)
+        self._tokenizer = tokenizer
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._outputs: dict[int, Callable[[Any], None]] = {}  # of requests under way, used by the thread alone
+        self._numbers = itertools.count()
+        self._under_way = 0
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, history that the window drops left out."""
+        from qwen_vl.chat import build_context
+
+        system = [{"text": prompt.system}]
+        return len(build_context(self._tokenizer, prompt.query, prompt.history, system).ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.engine.model.config.max_position_embeddings
+
+    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
+        """See `Service`."""
+        from qwen_vl.generation import Request
+
+        if self._under_way >= self.most_waiting:
+            raise ChatError("too many requests are waiting: try again in a moment", status=429, code="busy")
+        number = next(self._numbers)
+        request = Request(
+            id=number,
+            query=prompt.query,
+            system=[{"text": prompt.system}],  # an element: tags in it are text
+            history=prompt.history,
+            seed=sampling.seed,
+            do_sample=None if sampling.temperature is None else sampling.temperature > 0,
+            temperature=sampling.temperature or None,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_tokens,
+            stop=sampling.stop,
+        )
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[Any] = asyncio.Queue()
+
+        def put(item: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(pieces.put_nowait, item)
+
+        self._under_way += 1
+        self.call(lambda: self._add(request, put))
+        try:
+            while True:
+                event = await pieces.get()
+                if isinstance(event, Exception):
+                    raise event
+                result = event.result
+                if result is not None and result.error:
+                    raise ChatError(f"the answer failed: {result.error}", status=500, code="failed")
+                if result is None:
+                    if event.text:
+                        yield Piece(event.text)
+                    continue
+                yield Piece(event.text, result.finish_reason, result.prompt_tokens, len(result.token_ids))
+                return
+        finally:
+            self._under_way -= 1
+            self.call(lambda: self._abort(number))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs a function in the engine's thread, between two steps."""
+        self._commands.put(function)
+
+    def close(self) -> None:
+        """Ends the thread after its current step."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _add(self, request: Any, put: Callable[[Any], None]) -> None:
+        try:
+            self.engine.add_request(request)
+        except (ValueError, TypeError, KeyError) as error:
+            put(ChatError(str(error), "messages", code="context_length_exceeded" if "long" in str(error) else None))
+        else:
+            self._outputs[request.id] = put
+
+    def _abort(self, number: int) -> None:
+        if self._outputs.pop(number, None) is not None:
+            self.engine.abort(number)
+
+    def _work(self) -> None:
+        while True:
+            waits = not self._outputs
+            with suppress(queue.Empty):
+                while True:
+                    command = self._commands.get(block=waits)
+                    if command is None:
+                        return
+                    command()
+                    waits = False
+            if self._outputs:
+                self._step()
+
+    def _step(self) -> None:
+        try:
+            events = self.engine.step()
+        except Exception as error:  # noqa: BLE001 - the boundary of a server: all in flight fail, the next may work
+            failure = ChatError(f"the engine failed: {type(error).__name__}: {error}", status=500, code="failed")
+            for number, put in self._outputs.items():
+                self.engine.abort(number)
+                put(failure)
+            self._outputs.clear()
+            return
+        for event in events:
+            put = self._outputs.get(event.id)
+            if put is not None:
+                if event.result is not None:
+                    del self._outputs[event.id]
+                put(event)
+
+
+class EndpointService:
+    """A model behind an OpenAI-compatible endpoint plays the characters.
+
+    Args:
+        url: Its base URL, with `/v1`.
+        model: The model's name there.
+        key_variable: The environment variable with the key, if it needs one.
+    """
+
+    longest: int | None = None
+
+    def __init__(self, url: str, model: str, key_variable: str = "OPENAI_API_KEY") -> None:
+        self.name, self._url = model, url
+        self._key = os.environ.get(key_variable) or "none"
+
+    def prompt_tokens(self, prompt: Prompt) -> None:
+        """Only the endpoint knows."""
+        return
+
+    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
+        """See `Service`."""
+        from openai import APIError, AsyncOpenAI
+
+        settings: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        settings |= {"max_tokens": sampling.max_tokens, "stop": list(sampling.stop) or None}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        reason = None
+        try:
+            async with AsyncOpenAI(base_url=self._url, api_key=self._key, max_retries=0) as client:
+                chunks = await client.chat.completions.create(
+                    model=self.name, messages=openai_messages(prompt), stream=True, **settings
+                )
+                async with chunks:
+                    async for chunk in chunks:
+                        for choice in chunk.choices[:1]:
+                            reason = choice.finish_reason or reason
+                            if choice.delta.content:
+                                yield Piece(choice.delta.content)
+        except APIError as error:
+            what = f"the endpoint failed: {type(error).__name__}: {error}".replace(self._key, "(the key)")
+            raise ChatError(what, status=502, code="endpoint") from None
+        yield Piece("", "length" if reason == "length" else "stop")
+
+    def close(self) -> None:
+        """Nothing to end."""
