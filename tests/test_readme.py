@@ -21,6 +21,7 @@ WEIGHTS = (ROOT / "model_weights" / "README.md").read_text(encoding="utf-8")
 ELSEWHERE = {
     *("scripts/quickstart.sh", "scripts/test.sh", "scripts/download_weights.sh", "scripts/download_data.sh"),
     *("finetune/finetune_ds.sh", "finetune/finetune_RM_ds.sh"),
+    "scripts/chat.sh",  # tests/web runs it, and its page in a browser
     *("scripts/check_data.sh", "scripts/build_data.sh"),  # tests/data_utils runs both programs on real data
 }
 DATA, AGENT = "../MMRole_dataset", "model_weights/MMRole-Agent"
@@ -70,6 +71,7 @@ def test_flags_are_accepted() -> None:
         assert all(flag in known[name] for flag in re.findall(r"--\w+", flags) for name in names)
     everywhere = "".join(known.values()) + " --all --help --deepspeed --i_trust_the_code_in_this_folder --reviews"
     everywhere += " --folder --script --question"  # of data_utils.characters: run below
+    everywhere += flags_of("web")
     assert all(flag in everywhere for flag in re.findall(r"--[a-z_-]{3,}", README))
 
 
