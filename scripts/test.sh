@@ -24,6 +24,10 @@ LOG=$(mktemp)
 trap 'rm -f "$LOG"' EXIT
 RESULTS=()
 
+# Two files of tests at once on two cores, four on more; each process computes with one thread.
+PARALLEL=(-n "$(($(nproc) < 4 ? $(nproc) : 4))" --dist loadfile --no-loadscope-reorder)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
 run_pytest() { # its name, the interpreter, then pytest's arguments
     local name=$1 python=$2
     echo "== $name"
@@ -61,12 +65,12 @@ started=$SECONDS
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
 if [[ $ALL == true ]]; then
-    run_pytest "all tests" "$PYTHON" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+    run_pytest "all tests" "$PYTHON" "${PARALLEL[@]}" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
     make_oldest
-    run_pytest "qwen_vl and web, oldest supported packages" "$OLDEST" tests/qwen_vl tests/web
+    run_pytest "qwen_vl and web, oldest supported packages" "$OLDEST" "${PARALLEL[@]}" tests/qwen_vl tests/web
     run_vllm
 else
-    run_pytest "quick tests (all of them: --all)" "$PYTHON" -m "not slow" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+    run_pytest "quick tests (all of them: --all)" "$PYTHON" "${PARALLEL[@]}" -m "not slow" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
 fi
 echo "== passed in $((SECONDS - started)) s"
 printf '%s\n' "${RESULTS[@]}"

@@ -21,6 +21,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def shared_folder() -> Path | None:
     """The folder with real data and golden numbers (`MMROLE_SHARED`, else `../shared`), or None where there is none."""
     folder = Path(os.environ.get("MMROLE_SHARED", ROOT.parent / "shared"))
