@@ -18,13 +18,14 @@ from data_utils.console import go_on_unread
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
 from data_utils.flag_types import natural
+from data_utils.layout import RELEASED_JUDGE, check_folder_name, judge_folder, results_folder
 from data_utils.paths import SHOWN, is_file, listed
-from eval.results.report import Report, build_report
+from eval.results.report import build_report
 from eval.results.reviews import Agent, csv_bytes, csv_path, describe, read_agents, read_reviews, unexplained_csvs
 from eval.results.tables import markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
 
-EVAL = Path(__file__).resolve().parent
-REPORT_FILES = ("table.md", "table.csv", "statistics.csv", "records.csv", "report.json", "radar.png")
+ROOT = Path(__file__).resolve().parents[1]
+REPORT_FILES = ("table.md", "table.csv", "statistics.csv", "records.csv", "report.json", "radar.png", "report.html")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,8 +34,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input_dir", type=Path, help="one folder of review files (*.json); needs --output_dir")
     parser.add_argument("--input_file", help="one file in --input_dir instead of all")
     parser.add_argument("--output_dir", type=Path, help="where its CSVs go")
-    parser.add_argument("--eval_dir", type=Path, default=EVAL, help="holds {in,out}-test_reviews (%(default)s)")
+    parser.add_argument(
+        "--eval_dir", type=Path, default=ROOT / "eval", help="holds {in,out}-test_reviews (%(default)s)"
+    )
+    parser.add_argument(
+        "--judge",
+        default=RELEASED_JUDGE,
+        help="whose reviews: a folder's name below EVAL_DIR/judges (default: the released reward model's, in EVAL_DIR)",
+    )
     parser.add_argument("--report_dir", type=Path, help="where table and chart go (default: EVAL_DIR/report)")
+    parser.add_argument("--data_root", type=Path, default=ROOT, help="holds images/, for the page (%(default)s)")
+    parser.add_argument("--no_html", action="store_true", help="no report.html, which takes the longest")
     parser.add_argument("--seed", type=natural, default=0, help="of the permutation tests (default: 0)")
     return parser
 
@@ -103,30 +113,31 @@ def _input_files(options: argparse.Namespace) -> list[Path]:
 
 
 def _all_agents(options: argparse.Namespace) -> list[MMRoleError]:
-    report_dir = options.report_dir or options.eval_dir / "report"
-    agents = read_agents(options.eval_dir)
+    check_folder_name(options.judge, "--judge")
+    report_dir = options.report_dir or judge_folder(options.eval_dir, options.judge) / "report"
+    agents = read_agents(options.eval_dir, options.judge)
     for agent in agents:
         print(f"{agent.name} ({agent.status})")
-        _write_csvs(agent, options.eval_dir)
+        _write_csvs(agent, options)
         for (split, kind), result in agent.files.items():
             _say(f"  {split}-test/{kind}", describe(result))
     _write_report(agents, report_dir, options)
-    for path in unexplained_csvs(options.eval_dir):
+    for path in unexplained_csvs(options.eval_dir, options.judge):
         print(f"stale: {path} has no reviews to be computed from; it was left as it is")
-    print(f"\nresults: {csv_path(options.eval_dir, '{in,out}', '', '').parent}/<agent>/*.csv")
+    print(f"\nresults: {results_folder(options.eval_dir, '{in,out}', judge=options.judge)}/<agent>/*.csv")
     made = [name for name in REPORT_FILES if (report_dir / name).is_file()]
     print(f"report:  {report_dir}/{', '.join(made)}")
     return list({str(problem): problem for agent in agents for problem in agent.problems}.values())
 
 
-def _write_csvs(agent: Agent, eval_dir: Path) -> None:
+def _write_csvs(agent: Agent, options: argparse.Namespace) -> None:
     for (split, kind), result in agent.files.items():
         try:
-            _write(csv_path(eval_dir, split, agent.folder, kind), csv_bytes(result))
+            _write(csv_path(options.eval_dir, split, agent.folder, kind, options.judge), csv_bytes(result))
         except MMRoleError as error:
             agent.problems.append(error)
     for split, kind in agent.unreadable:
-        _set_aside(csv_path(eval_dir, split, agent.folder, kind), agent.problems)
+        _set_aside(csv_path(options.eval_dir, split, agent.folder, kind, options.judge), agent.problems)
 
 
 def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
@@ -150,7 +161,7 @@ def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
 def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Namespace) -> None:
     report = build_report(agents, seed=options.seed)
     print(f"\n{terminal_table(report)}", end="")
-    settings = {"eval_dir": str(options.eval_dir), "seed": options.seed}
+    settings = {"eval_dir": str(options.eval_dir), "judge": options.judge, "seed": options.seed}
     for name, text in (
         ("table.md", markdown(report)),
         ("table.csv", table_csv(report)),
@@ -159,21 +170,23 @@ def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Names
         ("report.json", report_json(report, settings)),
     ):
         _write(report_dir / name, text.encode("utf-8", errors="backslashreplace"))
-    chart = report_dir / "radar.png"
-    picture = _radar(report)
+    # matplotlib takes a second to import, and is not needed for CSVs alone
+    from eval.results.figures import radar_lines, radar_png
+
+    chart, page = report_dir / "radar.png", report_dir / "report.html"
+    picture = radar_png(radar_lines(report))
     if picture:
         _write(chart, picture)
     else:
         chart.unlink(missing_ok=True)
         print("no chart: no agent has a single readable review")
+    if options.no_html:
+        page.unlink(missing_ok=True)  # it would be that of earlier reviews
+    else:
+        from eval.results.html import report_html
 
-
-def _radar(report: Report) -> bytes:
-    """The chart; agents without the paper's number are drawn, marked, by their sample means."""
-    # matplotlib takes a second to import, and is not needed for CSVs alone
-    from eval.results.figures import radar_lines, radar_png
-
-    return radar_png(radar_lines(report))
+        told = {"reviews": str(options.eval_dir), "judge": options.judge, "seed": str(options.seed)}
+        _write(page, report_html(report, told, options.data_root / "images"))
 
 
 def _say(name: str, lines: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ run_pytest() { # its name, the interpreter, then pytest's arguments
 # its builds is gigabytes; not of deepspeed's, which has to be compiled. It also has gradio, which needs Pillow below 13.
 make_oldest() {
     local oldest=$ROOT/.venv-oldest pins
-    mapfile -t pins < <(sed -nE '/^test = /q; /"(torch|deepspeed)>/d; s/^ +"([a-z_-]+)>=([0-9.]+),.*/\1==\2/p' pyproject.toml)
+    mapfile -t pins < <(sed -nE '/^test = /q; /"(torch|deepspeed)>/d; s/^ +"([a-z0-9_-]+)>=([0-9.]+),.*/\1==\2/p' pyproject.toml)
     if [[ "$("$oldest/bin/python" --version 2>/dev/null)" != "$("$PYTHON" --version)" ]]; then
         "$PYTHON" -m venv --clear --without-pip "$oldest"
     fi

@@ -185,7 +185,7 @@ def requirements() -> dict[str, str]:
     """The packages of pyproject.toml, extras included, and their versions."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = text[text.index("dependencies = [") : text.index("[project.entry-points")]
-    return dict(re.findall(r'"([a-z_-]+)([<>=][^"]+)"', project))
+    return dict(re.findall(r'"([a-z0-9_-]+)([<>=][^"]+)"', project))
 
 
 def test_imported_packages_are_required() -> None:

@@ -1,22 +1,31 @@
-"""The radar chart of all agents (like the paper's figure): eight axes, one line per agent, at a column's width."""
+"""The figures: the radar chart of all agents (like the paper's figure) as a PNG, and those of the page as SVG."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager, get_font
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.projections.polar import PolarAxes
+from matplotlib.text import Text
 
+from data_utils.layout import KINDS
 from eval.judging.metrics import METRIC_NAMES
-from eval.results.report import Report
+from eval.results.report import ALL, MEAN_RATIO, SETS, AgentReport, Group, Report
+from eval.results.statistics import COLUMNS, LEVEL, OVERALL
 
 WIDTH = 3.35  # inches, a paper's column
 DIAMETER, LABEL_HEIGHT = 2.05, 0.27  # inches, of the circle and of the labels above and below it
@@ -76,9 +85,18 @@ def radar_png(lines: Sequence[Line]) -> bytes:
     Returns:
         A PNG, 3.35 inches wide at 300 dots per inch; empty if there is nothing to draw.
     """
+    figure = _radar(lines)
+    if figure is None:
+        return b""
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
+
+
+def _radar(lines: Sequence[Line]) -> Figure | None:
     drawn = [line for line in lines if not np.isnan(line.values).all()]
     if not drawn:
-        return b""
+        return None
     shown, others = drawn[:MOST], drawn[MOST:]
     legend = 0.11 * math.ceil((len(shown) + bool(others)) / 2) + 0.06
     height = DIAMETER + 2 * LABEL_HEIGHT + legend
@@ -93,9 +111,7 @@ def radar_png(lines: Sequence[Line]) -> bytes:
         handles.append(Line2D([], [], color="#BBBBBB", linewidth=0.8))
     names = [_label(line, rank) for rank, line in enumerate(shown, 1)]
     _draw_legend(figure, handles, [*names, f"{len(others)} more (see table.md)"] if others else names)
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()
+    return figure
 
 
 def _draw_axes(axes: PolarAxes, values: np.ndarray) -> None:
@@ -164,11 +180,16 @@ def _draw_legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str]
         handles, [str(i) for i in range(len(handles))], loc="lower center", ncols=2, fontsize=6, frameon=False,
         handlelength=2.6, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.2, borderpad=0.1,
     )  # fmt: skip
-    # Set afterwards: as labels, names that begin with an underscore would vanish, and $ would be read as mathematics.
+    # Set afterwards: as labels, names that begin with an underscore would vanish.
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name)
-        text.set_fontfamily(_families())
+        _write(text, name)
+
+
+def _write(text: Text, name: str) -> None:
+    """Set a name that may hold $, which is no mathematics, and characters that only some fonts have."""
+    text.set_parse_math(False)
+    text.set_text(name)
+    text.set_fontfamily(_families())
 
 
 def _families() -> list[str]:
@@ -189,3 +210,191 @@ def _label(line: Line, rank: int) -> str:
 
 def _font_paths() -> list[str]:
     return [fontManager.findfont(FontProperties(family=family)) for family in _families()]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page.
+
+    Attributes:
+        title: Its heading.
+        text: What it shows, for its caption.
+        svg: The `<svg>` element. Its colours are CSS: `currentColor`, `var(--paper)` and `var(--c0)` to `var(--c9)`.
+    """
+
+    title: str
+    text: str
+    svg: str
+
+
+_INK = "#010203"  # stands for the page's text colour
+_PAGE_STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 8,
+}
+_PAGE_COLOURS = {
+    **{colour.lower(): f"var(--c{i})" for i, colour in enumerate(_COLOURS)},
+    **dict.fromkeys((_INK, "#444444"), "currentColor"),
+    "#ffffff": "var(--paper)",
+}
+_ROW = 0.26  # inches, of an agent's line
+
+
+def drawings(report: Report) -> list[Drawing]:
+    """Draw the figures of the page; those that would be empty are left out."""
+    level = f"{LEVEL:.0%}"
+    sets = {name: Group("", ALL if split is None else "split", split or ALL) for split, name in SETS.items()}
+    kinds = {kind: Group("", "kind", kind) for kind in KINDS}
+    made = [
+        (
+            "Metrics",
+            "The paper's number of each agent for each metric; incomplete agents (dotted) by their sample means. "
+            "The circle at 1 is as good as the reference.",
+            lambda: _radar(radar_lines(report)),
+        ),
+        (
+            "Overall",
+            f"Sample means of Overall with {level} intervals clustered by character.",
+            lambda: _intervals(report, sets),
+        ),
+        ("By kind", f"Overall by kind of dialogue, with {level} intervals.", lambda: _intervals(report, kinds)),
+        (
+            "By character",
+            "Each mark is an agent's mean over the rows of one character; the line is at the agent's sample mean.",
+            lambda: _characters(report),
+        ),
+        (
+            "Scores",
+            "How often a judge gave a pair of scores (whole numbers; the fuller, the more often). On the diagonal the "
+            "answer and the reference are equally good, above it the answer is better.",
+            lambda: _score_pairs(report.agents),
+        ),
+    ]
+    found = []
+    for title, text, draw in made:
+        with rc_context({**_PAGE_STYLE, "svg.hashsalt": title}):
+            figure = draw()
+            if figure is not None:
+                found.append(Drawing(title, text, _svg(figure, f"{title}. {text}")))
+    return found
+
+
+def _svg(figure: Figure, label: str) -> str:
+    file = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = file.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # the same in each figure, and not referred to
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _PAGE_COLOURS.get(found[0], found[0]), text)
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    opening = re.sub(r' (?:width|height|version|xmlns)="[^"]*"', "", text[: text.index(">")])
+    opening += f' role="img" aria-label="{escape(label)}" width="{width}" height="{height}"'
+    return opening + text[text.index(">") :]
+
+
+def _agent_rows(figure: Figure, agents: Sequence[AgentReport], axes: Axes) -> None:
+    """Name the agents on the vertical axis, the best one on top."""
+    axes.set_yticks(range(len(agents)), [""] * len(agents))
+    for rank, one in enumerate(agents):
+        name = axes.text(-0.02, rank, "", transform=axes.get_yaxis_transform(), ha="right", va="center")
+        _write(name, _label(Line(one.agent.name, np.empty(0), one.agent.complete), rank + 1))
+    axes.set_ylim(len(agents) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.4)
+    axes.set_axisbelow(True)
+
+
+def _row_figure(agents: Sequence[AgentReport], extra: float = 0.75) -> tuple[Figure, Axes]:
+    height = _ROW * len(agents) + extra
+    figure = Figure(figsize=(4.8, height))
+    axes = figure.add_axes((0.33, 0.38 / height, 0.64, 1 - extra / height))
+    return figure, axes
+
+
+def _intervals(report: Report, groups: dict[str, Group]) -> Figure | None:
+    """Overall of each agent in some groups of rows, with intervals where there are any."""
+    figure, axes = _row_figure(report.agents)
+    last = COLUMNS.index(OVERALL)
+    drawn = False
+    for i, (name, group) in enumerate(groups.items()):
+        points = []
+        for rank, one in enumerate(report.agents):
+            estimate = report.estimates.get((MEAN_RATIO, group._replace(agent=one.agent.folder)))
+            if estimate is not None and not math.isnan(estimate.value[last]):
+                points.append((rank + 0.22 * (i - 1), estimate.value[last], estimate.low[last], estimate.high[last]))
+        if points:
+            y, value, low, high = np.array(points).T
+            axes.errorbar(
+                value, y, xerr=(value - low, high - value), fmt=_MARKERS[i], color=_COLOURS[i], markersize=4,
+                linewidth=1, label=name,
+            )  # fmt: skip
+            drawn = True
+    if not drawn:
+        return None
+    axes.axvline(1, color=_INK, linewidth=0.7, alpha=0.6, zorder=0)
+    _agent_rows(figure, report.agents, axes)
+    axes.set_xlabel("Overall (1 is as good as the reference)", labelpad=2)
+    figure.legend(loc="upper center", ncols=len(groups), frameon=False, bbox_to_anchor=(0.65, 1.0), borderaxespad=0.2)
+    return figure
+
+
+def _characters(report: Report) -> Figure | None:
+    """The spread of the characters' means."""
+    figure, axes = _row_figure(report.agents, extra=0.5)
+    last = COLUMNS.index(OVERALL)
+    drawn = False
+    for rank, one in enumerate(report.agents):
+        values = [
+            estimate.value[last]
+            for (statistic, group), estimate in report.estimates.items()
+            if (statistic, group.agent, group.by) == (MEAN_RATIO, one.agent.folder, "character")
+        ]
+        values = [value for value in values if not math.isnan(value)]
+        axes.plot(values, [rank] * len(values), "|", color=_COLOURS[0], markersize=9, alpha=0.6)
+        middle = report.samples(one.agent.folder).value[last]
+        axes.plot([middle, middle], [rank - 0.42, rank + 0.42], color=_COLOURS[1], linewidth=1.8)
+        drawn |= bool(values)
+    if not drawn:
+        return None
+    axes.axvline(1, color=_INK, linewidth=0.7, alpha=0.6, zorder=0)
+    _agent_rows(figure, report.agents, axes)
+    axes.set_xlabel("Overall of a character (1 is as good as the reference)", labelpad=2)
+    return figure
+
+
+def _score_pairs(agents: Sequence[AgentReport]) -> Figure | None:
+    """A heat map of score pairs for each agent."""
+    columns = min(3, len(agents))
+    lines = math.ceil(len(agents) / columns)
+    size = 1.75
+    figure = Figure(figsize=(size * columns + 0.3, size * lines + 0.3))
+    drawn = False
+    for i, one in enumerate(agents):
+        pairs = np.array([(r.a, r.b) for r in one.agent.records() if not math.isnan(r.ratio)]).reshape(-1, 2)
+        cells, numbers = np.unique(np.round(pairs).astype(int), axis=0, return_counts=True)
+        drawn |= bool(len(cells))
+        axes = figure.add_axes(
+            (
+                (0.45 + size * (i % columns)) / (size * columns + 0.3),
+                1 - (0.25 + size * (i // columns) + 1.2) / (size * lines + 0.3),
+                1.2 / (size * columns + 0.3),
+                1.2 / (size * lines + 0.3),
+            )
+        )
+        most = math.log1p(numbers.max(initial=1))
+        for (a, b), count in zip(cells.tolist(), numbers.tolist(), strict=True):
+            alpha = round(0.12 + 0.88 * math.log1p(count) / most, 2)
+            axes.add_patch(Rectangle((b - 0.5, a - 0.5), 1, 1, color=_COLOURS[0], alpha=alpha, linewidth=0))
+        axes.plot([0, 10], [0, 10], color=_COLOURS[1], linewidth=0.8)
+        axes.set(xlim=(-0.5, 10.5), ylim=(-0.5, 10.5), xticks=(0, 5, 10), yticks=(0, 5, 10))
+        axes.tick_params(labelsize=6, length=2, pad=1)
+        title = _label(Line(one.agent.name, np.empty(0), one.agent.complete), i + 1)
+        _write(axes.set_title("", fontsize=7, pad=3), title)
+        if i % columns == 0:
+            axes.set_ylabel("answer", fontsize=6, labelpad=1)
+        if i + columns >= len(agents):
+            axes.set_xlabel("reference", fontsize=6, labelpad=1)
+    return figure if drawn else None

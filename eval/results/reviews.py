@@ -373,7 +373,7 @@ def describe(file: ReviewFile) -> list[str]:
 
 def _records(head: tuple[str, str, str, str], number: int, row: Mapping[str, Any]) -> list[Record]:
     reviews = row.get("rm_review")
-    answer, reference = answer_of(row), _text(row, 1, "value")
+    answer, reference = text_of(row, 1, "answer"), text_of(row, 1, "value")
     script = str(row.get("script", ""))
     about = (number, str(row.get("id")), str(row.get("role", "")), script, category(script), prompt_language(script))
     about = (*about, str(row.get("image", "")))
@@ -399,12 +399,8 @@ def _records(head: tuple[str, str, str, str], number: int, row: Mapping[str, Any
     return records
 
 
-def answer_of(row: Mapping[str, Any]) -> str:
-    """The evaluated answer of a row of any shape; empty without one."""
-    return _text(row, 1, "answer")
-
-
-def _text(row: Mapping[str, Any], turn: int, key: str) -> str:
+def text_of(row: Mapping[str, Any], turn: int, key: str) -> str:
+    """A text of a row of any shape; empty without one."""
     try:
         return str(row["conversations"][turn].get(key) or "")
     except (KeyError, IndexError, TypeError, AttributeError):

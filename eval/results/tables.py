@@ -38,6 +38,12 @@ _PLACES = [ALL_COLUMNS.index(column) for column in COLUMNS]
 _COUNTS = tuple(counts([]))
 
 
+class Strong(str):
+    """A cell that is set in bold."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Table:
     """A table for people.
@@ -47,12 +53,14 @@ class Table:
         note: What its numbers are, in a sentence or two.
         heading: Names of the columns; those in `_LEFT` hold text, the others numbers.
         rows: The cells.
+        detail: Whether a page shows it only on demand.
     """
 
     title: str
     note: str
     heading: Sequence[str]
     rows: Sequence[Sequence[str]]
+    detail: bool = False
 
     def is_text(self, column: int) -> bool:
         """Whether a column holds text."""
@@ -62,7 +70,6 @@ class Table:
 def tables(report: Report) -> list[Table]:
     """All tables, in the order of the report."""
     agents = report.agents
-    level = f"{LEVEL:.0%}"
     return [
         Table(
             "The paper's table",
@@ -75,19 +82,17 @@ def tables(report: Report) -> list[Table]:
             "",
             ["Agent", "Set", *COLUMNS],
             [[one.agent.name, SETS[split], *map(number, one.paper[split])] for split in SHORT_SPLITS for one in agents],
+            detail=True,
         ),
-        Table(
-            "Sample means",
-            f"Over all reviewed samples, with {level} intervals clustered by character: rows of one character are not "
-            f"independent. Below {FEWEST_CLUSTERS} characters no interval is given. Not the paper's number.",
-            ["Agent", "Set", *COLUMNS],
-            [
-                [one.agent.name, SETS[split], *_intervals(report.samples(one.agent.folder, split))]
-                for split in SETS
-                for one in agents
-            ],
-        ),
+        *(_sample_means(report, split) for split in SETS),
         *(_matrix(report, split) for split in SETS),
+        Table(
+            "Counts",
+            "A failed review is that of one metric; means leave it out.",
+            ["Agent", "Set", *(name.replace("_", " ").capitalize() for name in _COUNTS)],
+            [[one.agent.name, SETS[split], *map(str, one.counts[split].values())] for split in SETS for one in agents],
+            detail=not any(one.counts[None]["failed_reviews"] for one in agents),
+        ),
         Table(
             "Other estimates of Overall",
             "Ratio of means: mean score of the agent over mean score of the reference, per metric, then averaged; a "
@@ -96,14 +101,8 @@ def tables(report: Report) -> list[Table]:
             "reference's length), and the geometric mean ratio before and after adjusting to equal lengths; rows "
             "with a score of 0 have no logarithm.",
             [
-                "Agent",
-                "Mean ratio",
-                "Design effect",
-                "Ratio of means",
-                "Length slope",
-                "Geometric",
-                "Adjusted",
-                "Left out",
+                *("Agent", "Mean ratio", "Design effect", "Ratio of means"),
+                *("Length slope", "Geometric", "Adjusted", "Left out"),
             ],
             [_others(report, one) for one in agents],
         ),
@@ -123,22 +122,28 @@ def tables(report: Report) -> list[Table]:
         ),
         Table(
             "Dimensions",
-            f"Means of the metrics of a dimension, with {level} intervals clustered by character.",
+            f"Means of the metrics of a dimension, with {LEVEL:.0%} intervals clustered by character.",
             ["Agent", "Set", *DIMENSIONS],
             [
                 [one.agent.name, SETS[split], *_intervals(report.samples(one.agent.folder, split), DIMENSIONS)]
                 for split in SETS
                 for one in agents
             ],
+            detail=True,
         ),
         *(_by(report, by) for by in ("kind", "category", "language", "character")),
-        Table(
-            "Counts",
-            "A failed review is that of one metric; means leave it out.",
-            ["Agent", "Set", *(name.replace("_", " ").capitalize() for name in _COUNTS)],
-            [[one.agent.name, SETS[split], *map(str, one.counts[split].values())] for split in SETS for one in agents],
-        ),
     ]
+
+
+def _sample_means(report: Report, split: str | None) -> Table:
+    return Table(
+        f"Sample means: {SETS[split]}",
+        f"Over all reviewed samples, with {LEVEL:.0%} intervals clustered by character: rows of one character are not "
+        f"independent. Below {FEWEST_CLUSTERS} characters no interval is given. Not the paper's number.",
+        ["Agent", *COLUMNS],
+        [[one.agent.name, *_intervals(report.samples(one.agent.folder, split))] for one in report.agents],
+        detail=split is not None,
+    )
 
 
 def _by(report: Report, by: str) -> Table:
@@ -165,6 +170,7 @@ def _by(report: Report, by: str) -> Table:
             ]
             for value in values
         ],
+        detail=True,
     )
 
 
@@ -187,6 +193,7 @@ def _matrix(report: Report, split: str | None) -> Table:
         f"{apart_line(report, split)}",
         ["Agent", *(f"{i}" for i in range(1, len(report.agents) + 1))],
         rows,
+        detail=split is not None,
     )
 
 
@@ -194,7 +201,7 @@ def _compared(comparison: Comparison, sign: int) -> str:
     if math.isnan(comparison.difference):
         return NOTHING
     text = f"{sign * comparison.difference:+.3f}"
-    return f"**{text}**" if comparison.apart else text
+    return Strong(text) if comparison.apart else text
 
 
 def _others(report: Report, one: AgentReport) -> list[str]:
@@ -412,7 +419,10 @@ def _cell(text: str) -> str:
 
 def markdown_table(table: Table) -> str:
     """A Markdown table that is also aligned as plain text: names to the left, numbers to the right."""
-    cells = [[_cell(text) for text in row] for row in (table.heading, *table.rows)]
+    cells = [
+        [f"**{_cell(text)}**" if isinstance(text, Strong) else _cell(text) for text in row]
+        for row in (table.heading, *table.rows)
+    ]
     widths = [max(3, *map(_width, column)) for column in zip(*cells, strict=True)]
     left = [table.is_text(i) for i in range(len(table.heading))]
 

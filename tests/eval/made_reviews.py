@@ -39,7 +39,7 @@ def made_row(
 
 def write_rows(path: Path, rows: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, ensure_ascii=False, indent=4), encoding="utf-8")
+    path.write_text(json.dumps(rows, indent=4), encoding="utf-8")
     return path
 
 

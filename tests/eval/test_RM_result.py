@@ -18,26 +18,29 @@ from eval.RM_result import REPORT_FILES, build_parser, main
 from tests.conftest import ROOT
 from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows
 
+QUICK_FILES = [name for name in REPORT_FILES if name != "report.html"]
 
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
+
+def run(*arguments: object, html: bool = False) -> int:
+    return main([*map(str, arguments), *([] if html else ["--no_html"])])
 
 
 def test_published_reviews_give_the_published_files(shared: Path, tmp_path: Path) -> None:
     eval_dir = link_published(shared, tmp_path / "eval")
-    assert run("--eval_dir", eval_dir) == 0
+    assert run("--eval_dir", eval_dir, "--data_root", shared / "mmrole_data", html=True) == 0
     published = shared / "mmrole_data" / "published"
     expected = sorted(published.glob("*_results/*/*.csv"))
     assert len(expected) == 48
     for path in expected:
         assert (eval_dir / path.relative_to(published)).read_bytes() == path.read_bytes()
     assert all((eval_dir / "report" / name).stat().st_size for name in REPORT_FILES)
+    assert (eval_dir / "report" / "report.html").stat().st_size < 10_000_000
 
 
 def test_all_agents_are_not_slow(shared: Path, tmp_path: Path) -> None:
     """A guard against a slow road only; docs/benchmarks.md measures. On busy processors its own time on them counts."""
     eval_dir = link_published(shared, tmp_path / "eval")
-    command = [sys.executable, ROOT / "eval" / "RM_result.py", "--eval_dir", eval_dir]
+    command = [sys.executable, ROOT / "eval" / "RM_result.py", "--eval_dir", eval_dir, "--no_html"]
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -86,7 +89,7 @@ def test_broken_file_is_told_and_the_rest_is_done(tmp_path: Path, capsys: pytest
     assert "bad (incomplete: no readable in-test/comment" in told.out
     assert len(list(tmp_path.glob("*_results/*/*.csv"))) == 11
     assert not (tmp_path / "in-test_results" / "bad" / "comment_test.csv").exists()
-    assert all((tmp_path / "report" / name).is_file() for name in REPORT_FILES)
+    assert all((tmp_path / "report" / name).is_file() for name in QUICK_FILES)
 
 
 def test_a_csv_of_earlier_reviews_is_not_left_as_if_it_were_theirs(
@@ -129,6 +132,27 @@ def test_a_reader_that_has_seen_enough_stops_nothing(tmp_path: Path) -> None:
     assert all((tmp_path / "report" / name).is_file() for name in REPORT_FILES)
 
 
+def test_a_page_of_earlier_reviews_is_not_left(tmp_path: Path) -> None:
+    write_agent(tmp_path, "made", [made_row()])
+    assert run("--eval_dir", tmp_path, html=True) == 0 and (tmp_path / "report" / "report.html").is_file()
+    assert run("--eval_dir", tmp_path) == 0 and not (tmp_path / "report" / "report.html").exists()
+
+
+def test_another_judges_reviews_have_their_own_results_and_report(tmp_path: Path) -> None:
+    write_agent(tmp_path, "made", [made_row()])
+    other = tmp_path / "judges" / "strict"
+    write_agent(other, "made", [made_row(0, (2, 10))])
+    assert run("--eval_dir", tmp_path, "--judge", "strict") == 0
+    line = (other / "in-test_results" / "made" / "comment_test.csv").read_bytes().splitlines()[1]
+    assert line == b"1" + b",0.2" * 8
+    assert all((other / "report" / name).is_file() for name in QUICK_FILES)
+    assert not (tmp_path / "report").exists()
+    with pytest.raises(MMRoleError, match="no reviews here"):
+        run("--eval_dir", tmp_path, "--judge", "absent")
+    with pytest.raises(MMRoleError, match="the name of one folder"):
+        run("--eval_dir", tmp_path, "--judge", "../strict")
+
+
 def test_the_folder_of_evaluations_is_that_of_the_other_scripts() -> None:
     assert build_parser().parse_args([]).eval_dir == ROOT / "eval"
 
@@ -163,7 +187,7 @@ def test_says_what_was_counted_and_why_not(tmp_path: Path, capsys: pytest.Captur
 def test_agent_with_nothing_but_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_agent(tmp_path, "made", [made_row(0, (8, 0))])
     old_chart = write_rows(tmp_path / "report" / "radar.png", "an old chart")
-    assert run("--eval_dir", tmp_path) == 0
+    assert run("--eval_dir", tmp_path, html=True) == 0  # a page without figures
     assert "no chart" in capsys.readouterr().out and not old_chart.exists()
     line = (tmp_path / "in-test_results" / "made" / "comment_test.csv").read_bytes().splitlines()[1]
     assert line == b"1" + b",nan" * 8
@@ -186,7 +210,7 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 def test_reports_are_the_same_each_time(tmp_path: Path) -> None:
     write_agent(tmp_path, "made", [made_row(i, (i, 10)) for i in range(1, 9)])
     for name in ("first", "again"):
-        assert run("--eval_dir", tmp_path, "--report_dir", tmp_path / name, "--seed", 7) == 0
+        assert run("--eval_dir", tmp_path, "--report_dir", tmp_path / name, "--seed", 7, html=True) == 0
     for name in REPORT_FILES:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert json.loads((tmp_path / "first" / "report.json").read_text())["settings"]["seed"] == 7
