@@ -41,7 +41,8 @@ ROAD = [line for line in COMMANDS if not any(script in line for script in ELSEWH
 
 
 def test_readme_has_the_commands() -> None:
-    assert COMMANDS[:2] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
+    assert COMMANDS[0] == "bash scripts/quickstart.sh"
+    assert "bash scripts/test.sh" in COMMANDS
     road = [shlex.split(line)[-1] for line in ROAD]
     assert road == ["inference.sh", "eval/RM_review.sh", "eval/RM_result.sh"]
 
@@ -81,7 +82,7 @@ def test_variables_and_places_are_there() -> None:
     variables = [name for cell in cells for name in re.findall(r"[A-Z_]+", cell)]
     assert len(variables) > 10
     assert all(re.search(rf"\$\{{{variable}:[-+]", shell) for variable in variables)
-    layout = README[README.index("## What stands where") :]
+    layout = README[README.index("## Development") :]
     places = re.findall(r"^\| `([\w./]+)` \|", layout, re.MULTILINE)
     assert places
     assert all((ROOT / place).exists() for place in places)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-PACKAGES = ("qwen_vl", "data_utils", "finetune", "eval")
+PACKAGES = ("qwen_vl", "data_utils", "finetune", "eval", "web")
 
 
 def test_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:
