@@ -1,1 +1,1 @@
-"""Grows profiles and dialogues with a model behind an endpoint: `python -m data_utils.grow`."""
+"""Grows profiles and dialogues with a strong model behind an endpoint: `python -m data_utils.grow`."""

@@ -1,4 +1,4 @@
-"""Asks a strong model behind an OpenAI-compatible endpoint: with retries, within a budget, the key kept to itself."""
+"""Asks a model behind an OpenAI-compatible endpoint: with retries, within a budget, the key kept to itself."""
 
 from __future__ import annotations
 
@@ -11,81 +11,44 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_utils.errors import MMRoleError
-from data_utils.grow.validation import UnusableError
 from data_utils.network import check_network_settings
 
 KEY = "OPENAI_API_KEY"
-IMAGE_TOKENS = 1500  # reckoned for an image before it is sent; what counts afterwards is what the endpoint reports
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+IMAGE_TOKENS = 1500  # estimate for an image before it is sent; afterwards the endpoint's report counts
+_RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _FATAL = {401, 402, 403, 404, 405}
-_LONGEST_WAIT = 60.0
-_SHORTEST_SECRET, _LONGEST_WORD = 8, 16  # characters; shorter keys, and words, are for servers that ask for none
-_CHARACTERS_PER_TOKEN = 2  # few, so that the reckoning errs on the safe side; Chinese has about one
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second attempt, doubled each time
+_CHARACTERS_PER_TOKEN = 2  # few, so that the estimate is rather too high; Chinese has about one
 
 
 class BudgetSpentError(Exception):
-    """The budget does not allow for another request; says what went wrong before, if anything did."""
+    """The budget does not allow for another request; the text says what went wrong before, if anything did."""
 
 
 class NoAnswerError(Exception):
-    """This request got no usable answer, however often it was tried."""
+    """This request got no answer after all retries."""
 
 
-class Budget:
-    """How many requests may be made and how many tokens used, by several threads together.
+class _RetryError(Exception):
+    """A request failed in a way that the next may not."""
 
-    Tokens are reserved before a request and settled after it, so that the limit holds even with requests under way.
-
-    Args:
-        max_requests: Requests, failed ones included; None is any number.
-        max_tokens: Tokens of prompts and answers; None is any number.
-    """
-
-    def __init__(self, max_requests: int | None = None, max_tokens: int | None = None) -> None:
-        self.max_requests, self.max_tokens = max_requests, max_tokens
-        self.requests = self.tokens = self._reserved = 0
-        self._changed = threading.Condition()
-
-    def reserve(self, tokens: int) -> None:
-        """Counts a request and reserves its tokens; waits for requests under way if they may leave enough.
-
-        Raises:
-            BudgetSpentError: The budget does not allow for it.
-        """
-        if self.max_tokens is not None and tokens > self.max_tokens:
-            told = f"a request reserves {tokens:,} tokens (--max_tokens and its prompt), more than --max_tokens_total"
-            raise BudgetSpentError(f"{told} {self.max_tokens:,}")
-        with self._changed:
-            while True:
-                if self.max_requests is not None and self.requests >= self.max_requests:
-                    raise BudgetSpentError
-                if self.max_tokens is None or self.tokens + self._reserved + tokens <= self.max_tokens:
-                    break
-                if not self._reserved:
-                    raise BudgetSpentError
-                self._changed.wait()
-            self.requests += 1
-            self._reserved += tokens
-
-    def settle(self, reserved: int, used: int) -> None:
-        """Gives back what was reserved and counts what was used."""
-        with self._changed:
-            self._reserved -= reserved
-            self.tokens += used
-            self._changed.notify_all()
+    def __init__(self, problem: str, wait: float = 0.0) -> None:
+        super().__init__(problem)
+        self.wait = wait
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of the endpoint, and how often.
+    """The settings of a client.
 
     Attributes:
-        model: The model's name there.
-        base_url: The endpoint, by default `OPENAI_BASE_URL` of the environment or OpenAI's own.
-        max_tokens: Of an answer.
+        model: The model's name at the endpoint.
+        base_url: The endpoint; None is `OPENAI_BASE_URL` of the environment, or OpenAI's own.
+        max_tokens: Limit of an answer.
         temperature: None is the model's own.
+        max_requests: Budget of requests, failed ones included; None is any number.
+        max_tokens_total: Budget of tokens of prompts and answers; None is any number.
         attempts: Requests for one answer when the endpoint is busy or broken.
-        first_wait: Seconds before the second attempt; doubled each time.
         timeout: Seconds for one request.
     """
 
@@ -93,48 +56,54 @@ class Settings:
     base_url: str | None = None
     max_tokens: int = 4096
     temperature: float | None = None
+    max_requests: int | None = None
+    max_tokens_total: int | None = None
     attempts: int = 6
-    first_wait: float = 1.0
     timeout: float = 300.0
 
 
-class Endpoint:
-    """A model to be asked, by several threads at once.
+class Client:
+    """A model that several threads can ask.
+
+    Attributes:
+        requests: Requests made so far.
+        tokens: Tokens used so far.
 
     Raises:
-        MMRoleError: There is no key, or the `openai` package is not installed.
+        MMRoleError: There is no key, no such address, a proxy that cannot work, or no `openai` package.
     """
 
-    def __init__(self, settings: Settings, budget: Budget) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._key = os.environ.get(KEY, "").strip()
         if not self._key:
-            raise MMRoleError(
-                "no key for the endpoint", None, f"{KEY} in the environment",
-                f"export {KEY}=... (any word will do for a server of your own that asks for none)",
-            )  # fmt: skip
+            fix = f"export {KEY}=... (any word will do for a server of your own that asks for none)"
+            raise MMRoleError("no key for the endpoint", None, f"{KEY} in the environment", fix)
         if not (self._key.isascii() and self._key.isprintable()):
-            raise MMRoleError(
-                "the key holds characters that no key has", None, KEY, "set it anew; it is not shown here"
-            )
-        check_network_settings()
-        self._settings, self._budget = settings, budget
+            raise MMRoleError("the key holds characters that no key has", None, KEY, "set it again; it is not shown")
+        self.requests = self.tokens = 0
+        self._reserved = 0  # tokens of the requests under way
+        self._changed = threading.Condition()
+        self._stopped = threading.Event()
+        self._fatal: MMRoleError | None = None  # refuses all further requests
         self._limit_name = "max_tokens"
-        self._refusal: MMRoleError | None = None  # of all further requests
-        self._ending = threading.Event()
-        self._client = self._connect(_checked_url(settings.base_url or os.environ.get("OPENAI_BASE_URL")))
+        check_network_settings()
+        self._client = self._connect(settings.base_url or os.environ.get("OPENAI_BASE_URL") or None)
 
     def _connect(self, url: str | None) -> Any:
+        if url is not None and not _is_address(url):
+            fix = "give it as http(s)://host:port/v1"
+            raise MMRoleError("no such address", None, "--base_url or OPENAI_BASE_URL", fix)
         try:
             import openai
         except ImportError:
-            raise MMRoleError(
-                "the openai package is not installed", None, "the active environment", "pip install -r requirements.txt"
-            ) from None
-        # It retries by itself too, but those requests no budget would count.
+            fix = "pip install -r requirements.txt"
+            raise MMRoleError("the openai package is not installed", None, "the active environment", fix) from None
+        # Its own retries would escape the budget.
         return openai.OpenAI(api_key=self._key, base_url=url, max_retries=0, timeout=self._settings.timeout)
 
     def ask(self, system: str, user: str, image: str | None = None) -> str:
-        """The model's answer.
+        """Return the model's answer; empty if it was cut off or withheld.
 
         Args:
             system: The system message.
@@ -142,68 +111,84 @@ class Endpoint:
             image: A data URL.
 
         Raises:
-            NoAnswerError: It has none to this request.
-            UnusableError: The answer holds the key.
+            NoAnswerError: There is none to this request.
             BudgetSpentError: The budget does not allow for the request.
-            MMRoleError: The endpoint will not answer any request: a wrong key, no such model.
+            MMRoleError: The endpoint refuses all requests: a wrong key, no such model.
         """
         content: Any = user
         if image is not None:
             content = [{"type": "text", "text": user}, {"type": "image_url", "image_url": {"url": image}}]
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        reckoned = (len(system) + len(user)) // _CHARACTERS_PER_TOKEN + (IMAGE_TOKENS if image else 0)
-        problem, asked_wait = "", 0.0
+        estimate = (len(system) + len(user)) // _CHARACTERS_PER_TOKEN + (IMAGE_TOKENS if image else 0)
+        problem, wait = "", 0.0
         for attempt in range(self._settings.attempts):
-            if attempt and self._ending.wait(max(asked_wait, self._wait(attempt))):
+            if attempt and self._stopped.wait(max(wait, self._wait(attempt))):
                 break
-            if self._refusal is not None:
-                raise self._refusal
+            if self._fatal is not None:
+                raise self._fatal
             try:
-                text = self._request(messages, reckoned)
-            except _BusyError as error:
-                problem, asked_wait = self.scrub(str(error)), error.wait
-                continue
+                return self._request(messages, estimate)
+            except _RetryError as error:
+                problem, wait = self.without_key(str(error)), error.wait
             except BudgetSpentError as error:
                 raise BudgetSpentError(str(error) or problem) from None
-            if self.holds_key(text):
-                raise UnusableError("the answer holds the key for the endpoint")
-            return text
         raise NoAnswerError(problem)
 
-    def end(self) -> None:
-        """From now on nothing is asked for again; what is under way still gets its answer."""
-        self._ending.set()
+    def stop(self) -> None:
+        """Ask for nothing again from now on; requests under way still get their answers."""
+        self._stopped.set()
 
     @property
-    def ending(self) -> bool:
-        """Whether nothing is to be asked for again."""
-        return self._ending.is_set()
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped.is_set()
 
     def holds_key(self, text: str) -> bool:
-        """Whether a text holds the key, if it is a secret and not a word for a server that asks for none."""
-        is_word = len(self._key) < _SHORTEST_SECRET or (self._key.isalpha() and len(self._key) < _LONGEST_WORD)
+        """Return whether a text holds the key, unless it is short or a word, as for servers that ask for none."""
+        is_word = len(self._key) < 8 or (self._key.isalpha() and len(self._key) < 16)
         return not is_word and self._key in text
 
-    def scrub(self, text: str) -> str:
-        """The text without the key, or what looks like a piece of one; endpoints like to quote it."""
+    def without_key(self, text: str) -> str:
+        """Return a message without the key, or what looks like a piece of one, which endpoints like to quote."""
         return re.sub(r"\bsk-[\w*.-]{4,}", "***", text.replace(self._key, "***"))
 
     def _wait(self, attempt: int) -> float:
-        if not attempt:
-            return 0.0
-        spread = random.uniform(0.75, 1.25)  # noqa: S311 - so that threads do not come back all at once
-        return min(self._settings.first_wait * 2 ** (attempt - 1), _LONGEST_WAIT) * spread
+        jitter = random.uniform(0.75, 1.25)  # noqa: S311 - so that threads do not come back all at once
+        return min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * jitter
 
-    def _request(self, messages: list[dict[str, Any]], reckoned: int) -> str:
-        reserved = reckoned + self._settings.max_tokens
-        self._budget.reserve(reserved)
+    def _reserve(self, tokens: int) -> None:
+        """Count a request and reserve its tokens, so that the budget holds with requests under way.
+
+        Waits for these if they may leave enough.
+        """
+        limit = self._settings.max_tokens_total
+        if limit is not None and tokens > limit:
+            problem = f"a request reserves {tokens:,} tokens (--max_tokens and its prompt)"
+            raise BudgetSpentError(f"{problem}, more than --max_tokens_total {limit:,}")
+        with self._changed:
+            while True:
+                if self._settings.max_requests is not None and self.requests >= self._settings.max_requests:
+                    raise BudgetSpentError
+                if limit is None or self.tokens + self._reserved + tokens <= limit:
+                    break
+                if not self._reserved:
+                    raise BudgetSpentError
+                self._changed.wait()
+            self.requests += 1
+            self._reserved += tokens
+
+    def _request(self, messages: list[dict[str, Any]], estimate: int) -> str:
+        reserved = estimate + self._settings.max_tokens
+        self._reserve(reserved)
         used = 0
         try:
-            answer = self._send(messages)
-            text, used = _read(answer, reckoned)
+            text, used = _read(self._send(messages), estimate)
             return text
         finally:
-            self._budget.settle(reserved, used)
+            with self._changed:
+                self._reserved -= reserved
+                self.tokens += used
+                self._changed.notify_all()
 
     def _send(self, messages: list[dict[str, Any]]) -> Any:
         import openai
@@ -214,64 +199,52 @@ class Endpoint:
         try:
             return self._client.chat.completions.create(model=self._settings.model, messages=messages, **options)
         except openai.APIStatusError as error:
-            raise self._refused(error) from None
+            raise self._status_error(error) from None
         except openai.OpenAIError as error:  # no connection
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            raise _BusyError(f"{type(error).__name__}: {error}{cause}") from None
+            raise _RetryError(f"{type(error).__name__}: {error}{cause}") from None
         except ValueError as error:
-            raise _BusyError(f"the endpoint's answer is not JSON; is --base_url right? ({error})") from None
+            raise _RetryError(f"the endpoint's answer is not JSON; is --base_url right? ({error})") from None
 
-    def _refused(self, error: Any) -> Exception:
-        status, text = error.status_code, self.scrub(str(error))
+    def _status_error(self, error: Any) -> Exception:
+        status, text = error.status_code, self.without_key(str(error))
         if status == 400 and "max_completion_tokens" in text and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"  # newer models of OpenAI know the limit by this name only
-            return _BusyError(text)
+            return _RetryError(text)
         if status in _FATAL or getattr(error, "code", None) == "insufficient_quota":
-            self._refusal = MMRoleError(
-                f"the endpoint refuses (status {status})", text, f"model {self._settings.model}",
-                f"check {KEY}, --base_url, --model and your account; run the same command again to go on",
-            )  # fmt: skip
-            return self._refusal
-        if status in _AGAIN or status >= 500:
-            return _BusyError(f"status {status}: {text}", _seconds(error.response.headers.get("retry-after")))
+            what = f"the endpoint refuses (status {status})"
+            fix = f"check {KEY}, --base_url, --model and your account; run the same command again to go on"
+            self._fatal = MMRoleError(what, text, f"model {self._settings.model}", fix)
+            return self._fatal
+        if status in _RETRY or status >= 500:
+            return _RetryError(f"status {status}: {text}", _seconds(error.response.headers.get("retry-after")))
         return NoAnswerError(f"status {status}: {text}")
 
 
-def _checked_url(url: str | None) -> str | None:
+def _is_address(url: str) -> bool:
     try:
-        parts = urlsplit(url) if url else None
-        good = parts is None or (parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0)
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
-        good = False
-    if not good:
-        raise MMRoleError("no such address", None, "--base_url or OPENAI_BASE_URL", "give it as http(s)://host:port/v1")
-    return url or None
+        return False
 
 
-class _BusyError(Exception):
-    """A request failed in a way that the next may not."""
-
-    def __init__(self, problem: str, wait: float = 0.0) -> None:
-        super().__init__(problem)
-        self.wait = wait
-
-
-def _read(answer: Any, reckoned: int) -> tuple[str, int]:
-    """The text of an answer, and the tokens it took."""
+def _read(answer: Any, estimate: int) -> tuple[str, int]:
+    """Return the text of an answer, and the tokens it took."""
     try:
         choice = answer.choices[0]
         text, finished = choice.message.content, choice.finish_reason
     except (AttributeError, TypeError, LookupError):
-        raise _BusyError("the endpoint's answer is no chat completion") from None
+        raise _RetryError("the endpoint's answer is no chat completion") from None
     text = text if isinstance(text, str) else ""
     total = getattr(getattr(answer, "usage", None), "total_tokens", None)
-    used = total if isinstance(total, int) and total > 0 else reckoned + len(text) // _CHARACTERS_PER_TOKEN
+    used = total if isinstance(total, int) and total > 0 else estimate + len(text) // _CHARACTERS_PER_TOKEN
     return ("" if finished in ("length", "content_filter") else text), used
 
 
 def _seconds(text: str | None) -> float:
-    """What a Retry-After header asks for, within reason; a date counts as nothing."""
+    """Return the seconds of a Retry-After header, within reason; a date counts as nothing."""
     try:
-        return min(max(float(text or 0), 0.0), _LONGEST_WAIT)
+        return min(max(float(text or 0), 0.0), LONGEST_WAIT)
     except ValueError:
         return 0.0

@@ -1,4 +1,4 @@
-"""What is to be grown, and how the model is asked for each piece."""
+"""Plans what is to be grown, and says how the model is asked for each piece."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from typing import Any
 from PIL import Image
 
 from data_utils.errors import MMRoleError, raise_problems
-from data_utils.files import read_json
-from data_utils.grow.files import JOURNAL, file_name, profiles_of
-from data_utils.grow.ids import Ids, dialogue_key
+from data_utils.files import Row, read_json
 from data_utils.grow.validation import (
     UnusableError,
     dialogue_problem,
@@ -26,11 +24,13 @@ from data_utils.grow.validation import (
     read_turns,
     text_problem,
 )
-from data_utils.images import file_name_problem, find_image
-from data_utils.journal import read_journal
-from data_utils.layout import SPLITS
+from data_utils.images import IMAGE_SUFFIXES, file_name_problem, find_image
+from data_utils.layout import COCO, KIND_IN_ID, KINDS, SPLITS, file_name, profiles_folder
+from data_utils.paths import listed
 from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, Role, prompt_language
-from data_utils.roots import Characters, read_annotations, read_profiles
+from data_utils.roots import Characters, dialogue_files, read_annotations, read_profiles
+from data_utils.samples import speaker
+from data_utils.schema import Dialogue, read_rows
 
 TURNS = (8, 10, 12, 14)  # what nine in ten published human-role dialogues have
 INFORMATION = ("role_info", "place_info", "scene_info")
@@ -39,11 +39,12 @@ _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
 Ask = Callable[[str, str, str | None], str]
 Fill = Callable[[str, dict[str, str]], tuple[str, str]]
+Record = Mapping[str, Any]  # a profile or dialogue that was grown, and where it goes
 
 
 @dataclass(frozen=True)
 class ProfilePlan:
-    """A profile to be written, from a raw text or from facts."""
+    """A profile to be written, from a text or from facts."""
 
     split: str
     name: str
@@ -57,7 +58,7 @@ class ProfilePlan:
         return f"{self.split}/{self.name}"
 
     def write(self, ask: Ask, fill: Fill) -> dict[str, Any]:
-        """Has the detailed and the short profile written; the record holds all that goes into files.
+        """Ask for the detailed and the short profile, and return the record with all that goes into files.
 
         Raises:
             UnusableError: What the model wrote cannot be kept.
@@ -65,8 +66,8 @@ class ProfilePlan:
         values = {"character": self.name, "script": self.script, "language": prompt_language(self.script)}
         template = "profile_from_facts" if self.facts else "profile_from_text"
         detailed = read_detailed_profile(ask(*fill(template, {**values, "text": self.text, "facts": self.facts}), None))
-        whole = json.dumps(detailed, ensure_ascii=False, indent=4)
-        short = read_summary(ask(*fill("profile_summary", {**values, "detailed": whole}), None))
+        text = json.dumps(detailed, ensure_ascii=False, indent=4)
+        short = read_summary(ask(*fill("profile_summary", {**values, "detailed": text}), None))
         return {
             "split": self.split, "name": self.name, "script": self.script, "text": self.text, "facts": self.facts,
             "detailed": detailed, "profile": short,
@@ -82,10 +83,10 @@ class DialoguePlan:
         kind: "comment", "human-role" or "inter-role".
         id: The dialogue's.
         image: Name of the image, `path` where it lies.
-        role: Who has the last word; `partner` is whom it talks with, None for the human.
+        role: The character that has the last word; `partner` is the other one, None for the human.
         information: What the image's annotation says.
         question: Of a comment.
-        turns: Of the others.
+        turns: Number of turns of the others.
     """
 
     split: str
@@ -105,7 +106,7 @@ class DialoguePlan:
         return dialogue_key(self.split, self.kind, self.role.name, self.image)
 
     def write(self, ask: Ask, fill: Fill) -> dict[str, Any]:
-        """Has the dialogue written; the record says where it goes.
+        """Ask for the dialogue, and return the record that says where it goes.
 
         Raises:
             UnusableError: What the model wrote cannot be kept.
@@ -125,55 +126,100 @@ class DialoguePlan:
         return {"split": self.split, "kind": self.kind, "name": self.role.name, "dialogue": dialogue}
 
     def _values(self, language: str) -> dict[str, str]:
-        known = [f" - {key.removesuffix('_info')}: {text.strip()}" for key, text in self.information.items() if text]
+        facts = [f" - {key.removesuffix('_info')}: {text.strip()}" for key, text in self.information.items() if text]
         return {
             "character": self.role.name, "script": self.role.script, "profile": self.role.profile, "language": language,
             "partner": self.partner.name if self.partner else "", "question": self.question, "turns": str(self.turns),
             "partner_profile": self.partner.profile if self.partner else "",
-            "image_information": "\n".join(["", "What is known about the image:", *known, ""]) if known else "",
+            "image_information": "\n".join(["", "What is known about the image:", *facts, ""]) if facts else "",
         }  # fmt: skip
 
 
-def plan_profile(root: Path, split: str, name: str, script: str, text_file: Path) -> ProfilePlan:
-    """Plans a profile from a raw text.
+Plan = ProfilePlan | DialoguePlan
+
+
+def dialogue_key(split: str, kind: str, name: str, image: str) -> str:
+    """Return what identifies a dialogue: there is one of each kind for a character and an image."""
+    return f"{split}/{kind}/{name}/{image}"
+
+
+def dialogue_number(dialogue_id: str) -> int:
+    """Return the number at the end of a dialogue's id; -1 if there is none."""
+    number = dialogue_id.rpartition("_")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def plan_profile(
+    root: Path, split: str, name: str, script: str, file: Path, grown: Mapping[str, Record], overwrite: bool
+) -> list[Plan]:
+    """Plan a profile from a text.
 
     Raises:
         MMRoleError: The text cannot be read or is empty, the name cannot name a file, or it has a profile already.
     """
     try:
-        text = text_file.read_text(encoding="utf-8-sig").strip()
+        text = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise MMRoleError("the text cannot be read", str(error), text_file, "choose a file of UTF-8 text") from None
+        raise MMRoleError("the text cannot be read", str(error), file, "choose a file of UTF-8 text") from None
     if not text:
-        raise MMRoleError("the text is empty", None, text_file, "write down what is known about the character")
-    plan = ProfilePlan(split, name, script, text=text)
-    _check_new(root, [plan])
-    return plan
+        raise MMRoleError("the text is empty", None, file, "write down what is known about the character")
+    return _new_profiles(root, [ProfilePlan(split, name, script, text=text)], grown, overwrite)
 
 
-def plan_person(root: Path, split: str, facts_file: Path) -> list[ProfilePlan]:
-    """Plans the profiles of people who might exist, from a JSON file with the facts of one or of several.
+def plan_people(root: Path, split: str, file: Path, grown: Mapping[str, Record], overwrite: bool) -> list[Plan]:
+    """Plan the profiles of people who might exist, from a JSON file with the facts of one or of several.
 
     Raises:
-        MMRoleError: The file is not of this form, two have one name, or someone has a profile already.
+        MMRoleError: The file has another form, two have one name, or someone has a profile already.
     """
-    found = read_json(facts_file)
+    found = read_json(file)
     people = found if isinstance(found, list) else [found]
+    fix = 'give {"name": "...", ...}, or a list of such'
     if not people:
-        raise MMRoleError("there are no facts", None, facts_file, 'give {"name": "...", ...}, or a list of such')
+        raise MMRoleError("there are no facts", None, file, fix)
     plans, problems = [], []
     for person in people:
         if not isinstance(person, dict) or not isinstance(person.get("name"), str):
-            fix = 'give {"name": "...", ...}, or a list of such'
-            problems.append(MMRoleError("facts without a name", person, facts_file, fix))
+            problems.append(MMRoleError("facts without a name", person, file, fix))
             continue
         facts = json.dumps(person, ensure_ascii=False, indent=4)
-        if not_utf8(facts):
-            problems.append(MMRoleError("facts hold half of a surrogate pair", facts, facts_file, "correct that text"))
+        if any("\ud800" <= character <= "\udfff" for character in facts):
+            problems.append(MMRoleError("facts hold half of a surrogate pair", facts, file, "correct that text"))
         plans.append(ProfilePlan(split, person["name"], HYPOTHETICAL_CHARACTERS, facts=facts))
     raise_problems(problems)
-    _check_new(root, plans)
-    return plans
+    return _new_profiles(root, plans, grown, overwrite)
+
+
+def _new_profiles(root: Path, plans: Sequence[ProfilePlan], grown: Mapping[str, Record], overwrite: bool) -> list[Plan]:
+    """Return the plans that are to be grown.
+
+    Raises:
+        ProblemsError: Names cannot be used or would share files, or a profile exists that was not grown here.
+    """
+    names = {name: what for p in plans for name, what in ((p.name, "the character's name"), (p.script, "the script"))}
+    problems = _name_problems(names)
+    if any(plan.name.casefold() == HUMAN for plan in plans):
+        what = "this name stands for the human who talks with characters"
+        problems.append(MMRoleError(what, HUMAN, "the name", "choose another name"))
+    raise_problems(problems)
+    places: dict[str, Path] = {}
+    for split in SPLITS:
+        found, wrong = read_profiles(root, split, may_lack=True)
+        problems += wrong
+        places |= dict.fromkeys(found.profiles, profiles_folder(root, split))
+    stems = [file_name(plan.name) for plan in plans]
+    for plan, stem in zip(plans, stems, strict=True):
+        if plan.name in places and plan.key not in grown:
+            fix = "choose another name or data root"
+            problems.append(MMRoleError("there is a profile already", plan.name, places[plan.name], fix))
+        alike = [name for name in places if file_name(name) == stem and name != plan.name]
+        if alike:
+            what = f"another character's files have this name: {alike[0]}"
+            problems.append(MMRoleError(what, plan.name, root, "choose another name"))
+        if stems.count(stem) > 1:
+            problems.append(MMRoleError("several have the same name", plan.name, "the facts", "rename one"))
+    raise_problems(problems)
+    return [plan for plan in plans if overwrite or plan.key not in grown]
 
 
 def plan_dialogues(
@@ -181,6 +227,7 @@ def plan_dialogues(
     source: Path,
     split: str,
     questions: Mapping[str, Sequence[str]],
+    grown: Mapping[str, Record],
     *,
     characters: Sequence[str] | None,
     partner: str | None,
@@ -188,9 +235,9 @@ def plan_dialogues(
     images: Sequence[str] | None,
     most: int | None,
     seed: int,
-    again: Mapping[str, str],
-) -> list[DialoguePlan]:
-    """Plans dialogues: one of each kind for each character and image; those that are in `root` already are left out.
+    overwrite: bool,
+) -> list[Plan]:
+    """Plan dialogues: one of each kind for each character and image, without those that exist already.
 
     No id of `root` or `source` is given again, so that both can be built from together.
 
@@ -199,64 +246,66 @@ def plan_dialogues(
         source: The one that profiles and images come from.
         split: Of both.
         questions: What a comment is asked for with, by language.
+        grown: What was grown before, by key.
         characters: Names, or None for all.
-        partner: Who else speaks in inter-role, or None to draw one from the same script.
+        partner: The other character of inter-role, or None to draw one from the same script.
         kinds: Of dialogues.
         images: Names below `images`, or None for all in the folder named after the character's script.
         most: At most so many images for each character, drawn.
-        seed: What is drawn from.
-        again: Keys of dialogues to be grown once more, though they are there, and their ids.
+        seed: Of what is drawn.
+        overwrite: Plan those in `grown` again, with their ids.
 
     Raises:
-        MMRoleError: A name is unknown or cannot name a file, an image is not there, there is nobody to talk with, or
+        MMRoleError: A name is unknown or cannot name a file, an image does not exist, there is nobody to talk with, or
             files of `source` or `root` are wrong.
     """
     cast, roles = _cast(source, split, characters)
-    annotations = _annotations(source)
-    if images is not None:
-        raise_problems(_image_problems(source, images))
-    ids = Ids(root, source, split, kinds, again)
-    plans: list[DialoguePlan] = []
+    rows, problems = read_annotations(source)
+    raise_problems(problems)
+    annotations = {row["image"]: {key: row[key] for key in INFORMATION} for row in rows}
+    paths = _image_paths(source, images if images is not None else [])
+    exists, numbers = _existing(root, source, split, grown)
+    plans: list[Plan] = []
     for role in roles:
-        name = role.name
-        names = sorted(set(images) if images is not None else _script_images(source, role.script))
-        rng = random.Random(f"{seed}/{name}")  # noqa: S311 - draws images, keeps no secret
+        script_images = {} if images is not None else _image_paths(source, _script_images(source, role.script))
+        names = sorted(paths | script_images)
+        rng = random.Random(f"{seed}/{role.name}")  # noqa: S311 - draws images, keeps no secret
         chosen = names if most is None or most >= len(names) else sorted(rng.sample(names, most))
         if not chosen:
-            raise MMRoleError(
-                "no images", role.script, source / "images", f"give --images for {name}, or put some there"
-            )
-        for kind in kinds:
-            for image in chosen:
-                dialogue_id = ids.of(kind, name, image)
-                if dialogue_id is None:
+            fix = f"give --images for {role.name}, or put some there"
+            raise MMRoleError("no images", role.script, source / "images", fix)
+        for kind, image in ((kind, image) for kind in kinds for image in chosen):
+            key = dialogue_key(split, kind, role.name, image)
+            head = f"{file_name(role.name)}_{KIND_IN_ID[kind]}_"
+            if key in grown:
+                if not overwrite:
                     continue
-                draw = random.Random(f"{seed}/{name}/{kind}/{image}")  # noqa: S311
-                other = _partner(cast, role, partner, draw) if kind == "inter-role" else None
-                question, turns = draw.choice(questions[prompt_language(role.script)]), draw.choice(TURNS)
-                path, information = _image(source, image), annotations.get(image, {})
-                plan = DialoguePlan(split, kind, dialogue_id, image, path, role, other, information, question, turns)
-                plans.append(plan)
+                dialogue_id = grown[key]["dialogue"]["id"]
+            elif key in exists:
+                continue
+            else:
+                numbers[head] = numbers.get(head, -1) + 1
+                dialogue_id = f"{head}{'COCO' if image.startswith(COCO) else 'script'}_{numbers[head]}"
+            draw = random.Random(f"{seed}/{key.partition('/')[2]}")  # noqa: S311
+            other = _partner(cast, role, partner, draw) if kind == "inter-role" else None
+            question, turns = draw.choice(questions[prompt_language(role.script)]), draw.choice(TURNS)
+            path, information = (paths | script_images)[image], annotations.get(image, {})
+            plan = DialoguePlan(split, kind, dialogue_id, image, path, role, other, information, question, turns)
+            plans.append(plan)
     return plans
 
 
-def check_images(plans: Iterable[DialoguePlan | ProfilePlan]) -> None:
-    """Reads the images that will be sent.
+def check_images(plans: Iterable[Plan]) -> None:
+    """Read the images that will be sent.
 
     Raises:
         ProblemsError: Some cannot be read, with all of them.
     """
-    problems = []
-    for path in dict.fromkeys(plan.path for plan in plans if isinstance(plan, DialoguePlan)):
-        try:
-            image_url(path)
-        except MMRoleError as error:
-            problems.append(error)
-    raise_problems(problems)
+    _collect(image_url, dict.fromkeys(plan.path for plan in plans if isinstance(plan, DialoguePlan)))
 
 
 def image_url(path: Path) -> str:
-    """A data URL of an image: as it is where endpoints take it, made smaller or a JPEG where they would not.
+    """Return a data URL of an image, made smaller or a JPEG if endpoints would not take it as it is.
 
     Raises:
         MMRoleError: It is no image, or broken.
@@ -276,63 +325,55 @@ def image_url(path: Path) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def _check_new(root: Path, plans: Sequence[ProfilePlan]) -> None:
-    """Refuses names that cannot be used or would share files, and to replace a profile that was not grown here."""
-    names = {name: what for p in plans for name, what in ((p.name, "the character's name"), (p.script, "the script"))}
-    problems = _name_problems(names)
-    if any(plan.name.casefold() == HUMAN for plan in plans):
-        problems.append(MMRoleError("human is who talks with characters", None, "the name", "choose another name"))
+def _existing(root: Path, source: Path, split: str, grown: Mapping[str, Record]) -> tuple[set[str], dict[str, int]]:
+    """Return the keys of dialogues that `root` has in this split, and the highest number after each start of an id."""
+    dialogues: list[tuple[Path, str, str, Row]] = []
+    problems: list[MMRoleError] = []
+    for folder in {source.resolve(), root.resolve()}:
+        for part, kind in ((part, kind) for part in SPLITS for kind in KINDS):
+            for path in dialogue_files(folder, part, kind):
+                rows, wrong = read_rows(path, Dialogue)
+                problems += wrong
+                dialogues += [(folder, part, kind, row) for row in rows]
     raise_problems(problems)
-    there = {root / "profiles" / split: profiles_of(root, split) for split in SPLITS}
-    journal = read_journal(root / "profiles" / JOURNAL)
-    entries = journal.entries if journal is not None else {}
-    places = {name: folder for folder, profiles in there.items() for name in profiles}
-    for plan in plans:
-        if plan.name in places and "grown" not in entries.get(plan.key, {}):
-            fix = "choose another name or data root"
-            problems.append(MMRoleError("there is a profile already", plan.name, places[plan.name], fix))
-        alike = [name for name in places if file_name(name) == file_name(plan.name) and name != plan.name]
-        if alike:
-            fix = "choose another name"
-            problems.append(MMRoleError(f"another character's files have this name: {alike[0]}", plan.name, root, fix))
-    stems = [file_name(plan.name) for plan in plans]
-    twice = sorted({plan.name for plan in plans if stems.count(file_name(plan.name)) > 1})
-    if twice:
-        problems.append(MMRoleError("several have the same name", twice, "the facts", "give each a name of its own"))
-    raise_problems(problems)
-
-
-def not_utf8(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which is also how bytes come that are not UTF-8."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _name_problems(names: Mapping[str, str | Path]) -> list[MMRoleError]:
-    """Why names, which come with where they are from, cannot be parts of files' names."""
-    found = {name: file_name_problem(name) or text_problem(name) for name in names}
-    return [
-        MMRoleError(f"a name that cannot name a file: {problem}", name, names[name], "choose another name")
-        for name, problem in found.items()
-        if problem
-    ]
+    exists = set()
+    ids = [record["dialogue"]["id"] for record in grown.values() if "dialogue" in record]
+    for folder, part, kind, row in dialogues:
+        ids.append(row["id"])
+        for name in {speaker(turn) for turn in row["conversations"]}:
+            own = row["id"].startswith(f"{file_name(name)}_{KIND_IN_ID[kind]}_")
+            if own and part == split and folder == root.resolve():
+                exists.add(dialogue_key(split, kind, name, row["image"]))
+    numbers: dict[str, int] = {}
+    for dialogue_id in ids:  # <head>_<COCO or script>_<number>
+        head = dialogue_id.rpartition("_")[0].rpartition("_")[0] + "_"
+        numbers[head] = max(numbers.get(head, -1), dialogue_number(dialogue_id))
+    return exists, numbers
 
 
 def _cast(source: Path, split: str, wanted: Sequence[str] | None) -> tuple[Characters, list[Role]]:
-    """Everybody of a data root's split, and who is wanted of them, whose names must be able to name files."""
-    found, wrong = read_profiles(source, split)
-    raise_problems(wrong)
+    """Return all characters of a split, and those that are wanted, whose names must be able to name files."""
+    found, problems = read_profiles(source, split)
+    raise_problems(problems)
     cast = Characters(found.profiles, found.scripts)
     roles: list[Role] = []
-    problems: list[MMRoleError] = []
     for name in dict.fromkeys(wanted or sorted(cast.scripts)):
         try:
             roles.append(cast.role(name))
         except MMRoleError as error:
             problems.append(error)
-    place = source / "profiles" / split / "roles.json"
     names = [name for role in roles for name in (role.name, role.script)]
-    raise_problems([*problems, *_name_problems(dict.fromkeys(names, place))])
+    raise_problems([*problems, *_name_problems(dict.fromkeys(names, profiles_folder(source, split) / "roles.json"))])
     return cast, roles
+
+
+def _name_problems(names: Mapping[str, str | Path]) -> list[MMRoleError]:
+    """Return why names, given with where they are from, cannot be parts of file names."""
+    return [
+        MMRoleError(f"a name that cannot name a file: {problem}", name, where, "choose another name")
+        for name, where in names.items()
+        if (problem := file_name_problem(name) or text_problem(name))
+    ]
 
 
 def _partner(cast: Characters, role: Role, wanted: str | None, draw: random.Random) -> Role:
@@ -340,43 +381,33 @@ def _partner(cast: Characters, role: Role, wanted: str | None, draw: random.Rand
         return cast.role(wanted)
     others = sorted(name for name, script in cast.scripts.items() if script == role.script and name != role.name)
     if not others:
-        raise MMRoleError(
-            "nobody else is in the script, so there is no inter-role dialogue", role.name, role.script,
-            "give --partner, or leave inter-role out of --kinds",
-        )  # fmt: skip
+        what = "nobody else is in the script, so there is no inter-role dialogue"
+        raise MMRoleError(what, role.name, role.script, "give --partner, or leave inter-role out of --kinds")
     return cast.role(draw.choice(others))
-
-
-def _image(source: Path, name: str) -> Path:
-    if not_utf8(name):
-        raise MMRoleError("an image's name is not UTF-8 text", name, source / "images", "rename the file")
-    path = find_image(source / "images", name, follow_links=True)
-    if path is None:
-        raise MMRoleError("no such image", name, source / "images", "put it there, or correct --images")
-    return path
-
-
-def _image_problems(source: Path, names: Iterable[str]) -> list[MMRoleError]:
-    """Why images cannot be used, as far as their names tell."""
-    problems = []
-    for name in names:
-        try:
-            _image(source, name)
-        except MMRoleError as error:
-            problems.append(error)
-    return problems
 
 
 def _script_images(source: Path, script: str) -> list[str]:
     folder = source / "images" / file_name(script)
-    return [
-        f"{folder.name}/{path.name}"
-        for path in folder.glob("*")
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
-    ]
+    return [f"{folder.name}/{path.name}" for path in listed(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _annotations(source: Path) -> dict[str, dict[str, str]]:
-    rows, problems = read_annotations(source)
+def _image_paths(source: Path, names: Iterable[str]) -> dict[str, Path]:
+    def path_of(name: str) -> Path:
+        path = find_image(source / "images", name, follow_links=True)
+        if path is None:
+            raise MMRoleError("no such image", name, source / "images", "put it there, or correct --images")
+        return path
+
+    return _collect(path_of, dict.fromkeys(names))
+
+
+def _collect(function: Callable[[Any], Any], values: Iterable[Any]) -> dict[Any, Any]:
+    """Return the results of a function by value; its problems are raised together."""
+    results, problems = {}, []
+    for value in values:
+        try:
+            results[value] = function(value)
+        except MMRoleError as error:
+            problems.append(error)
     raise_problems(problems)
-    return {row["image"]: {key: row[key] for key in INFORMATION} for row in rows}
+    return results

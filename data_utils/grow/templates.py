@@ -1,4 +1,4 @@
-"""The prompts that data are grown with: templates in a folder, all of them checked before anything is asked."""
+"""The templates of the prompts, all checked before anything is asked."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _OF_PROFILES = ("character", "script", "language")
 _OF_DIALOGUES = (
     *_OF_PROFILES, "profile", "partner", "partner_profile", "image_information", "question", "turns",
 )  # fmt: skip
+PROMPTS = Path(__file__).parent / "prompts"
 VALUES = {
     "profile_from_text": (*_OF_PROFILES, "text", "facts"),
     "profile_from_facts": (*_OF_PROFILES, "text", "facts"),
@@ -25,10 +26,10 @@ VALUES = {
 
 
 class Templates:
-    """The prompt templates of a folder: system message and text, parted by a line of three hyphens.
+    """The prompt templates of a folder: system message and text, separated by a line of three hyphens.
 
     Raises:
-        ProblemsError: Files are missing, are not of this form, or name values that there are none of; with all of them.
+        ProblemsError: Files are missing, have another form, or name unknown values; with all of them.
     """
 
     NAMES = tuple(VALUES)
@@ -41,11 +42,11 @@ class Templates:
         raise_problems(self._problems)
         self.hash = hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
         self.questions = {name.partition("_")[2]: self._questions(name, texts[name]) for name in self.QUESTIONS}
-        self._parts = {name: self._parted(name, texts[name]) for name in self.NAMES}
+        self._parts = {name: self._split(name, texts[name]) for name in self.NAMES}
         raise_problems(self._problems)
 
     def fill(self, name: str, values: dict[str, str]) -> tuple[str, str]:
-        """System message and text of a template, with the values put in."""
+        """Return system message and text of a template, with the values put in."""
         system, text = self._parts[name]
         return Template(system).substitute(values), Template(text).substitute(values)
 
@@ -54,39 +55,39 @@ class Templates:
         try:
             return path.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            self._tell("a template cannot be read", str(error), name, "copy it from data_utils/grow/prompts")
+            self._problem("a template cannot be read", str(error), name, "copy it from data_utils/grow/prompts")
             return ""
 
     def _questions(self, name: str, text: str) -> list[str]:
-        """One a line; what a dialogue could not be kept with is told."""
+        """Return the questions, one a line, and report those that no dialogue could be kept with."""
         questions = [line.strip() for line in text.split("\n") if line.strip()]
         if not questions:
-            self._tell("there are no questions", None, name, "write one a line")
+            self._problem("there are no questions", None, name, "write one a line")
         for question in questions:
             problem = text_problem(question)
             if problem:
-                self._tell(f"a question cannot be asked: {problem}", question, name, "reword it")
+                self._problem(f"a question cannot be asked: {problem}", question, name, "reword it")
         return questions
 
-    def _parted(self, name: str, text: str) -> tuple[str, str]:
+    def _split(self, name: str, text: str) -> tuple[str, str]:
         parts = _SEPARATOR.split(text, maxsplit=1)
         if len(parts) == 1:
-            self._tell("a template has no line ---", None, name, "put one before the text")
+            self._problem("a template has no line ---", None, name, "put one before the text")
             return "", ""
         system, text = parts[0].removesuffix("\n"), parts[1].removeprefix("\n")
         for part, where in ((system, "before"), (text, "after")):
             if not part.strip():
-                self._tell(f"a template has nothing {where} its line ---", None, name, f"write something {where} it")
+                self._problem(f"a template has nothing {where} its line ---", None, name, f"write something {where} it")
         values = dict.fromkeys(VALUES[name], "")
         try:
             Template(system).substitute(values)
             Template(text).substitute(values)
         except (KeyError, ValueError) as error:
             fix = f"use these: {', '.join('$' + value for value in sorted(values))}; write a dollar sign as $$"
-            self._tell("a template cannot be filled", str(error), name, fix)
+            self._problem("a template cannot be filled", str(error), name, fix)
         return system, text
 
-    def _tell(self, what: str, value: str | None, name: str, fix: str) -> None:
+    def _problem(self, what: str, value: str | None, name: str, fix: str) -> None:
         self._problems.append(MMRoleError(what, value, self._path(name), fix))
 
     def _path(self, name: str) -> Path:

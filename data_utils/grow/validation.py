@@ -1,4 +1,4 @@
-"""Reads what a model wrote, and keeps nothing of it that the data doctor would find fault with."""
+"""Reads what a model wrote, and refuses what `data_utils.check` would complain about."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Spoken = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class UnusableError(Exception):
-    """What the model wrote cannot be kept; says why."""
+    """What the model wrote cannot be kept; the text says why."""
 
 
 class SaidTurn(BaseModel):
@@ -54,21 +54,27 @@ class DetailedProfile(BaseModel):
 _TURNS = TypeAdapter(Annotated[list[SaidTurn], Field(min_length=2)])
 
 
+def without_thinking(answer: str) -> str:
+    """Return what follows a reasoning model's thoughts, up to `</think>`; nothing if these were cut off."""
+    rest = answer.rpartition("</think>")[2]
+    return "" if rest.lstrip().startswith("<think>") else rest
+
+
 def read_turns(answer: str, speakers: Sequence[str]) -> list[dict[str, str]]:
-    """The turns of a dialogue, in the published form.
+    """Return the turns of a dialogue, in the published form.
 
     Args:
         answer: What the model wrote: a JSON list, maybe in a code fence or with words around it.
-        speakers: Who speaks: the first begins, the second has the last word.
+        speakers: The first begins, the second has the last word.
 
     Raises:
         UnusableError: It is no such dialogue.
     """
     said = _validated(_TURNS, _json(answer))
-    known = {name.casefold(): name for name in speakers}
+    names = {name.casefold(): name for name in speakers}
     turns = []
     for number, turn in enumerate(said):
-        name = known.get(turn.speaker.casefold())
+        name = names.get(turn.speaker.casefold())
         if name is None:
             raise UnusableError(f"an unknown speaker: {turn.speaker}")
         if name != speakers[number % 2]:
@@ -80,7 +86,7 @@ def read_turns(answer: str, speakers: Sequence[str]) -> list[dict[str, str]]:
 
 
 def read_comment(answer: str, name: str) -> str:
-    """What a character says about an image.
+    """Return what a character says about an image.
 
     Raises:
         UnusableError: It says nothing.
@@ -93,7 +99,7 @@ def read_comment(answer: str, name: str) -> str:
 
 
 def read_detailed_profile(answer: str) -> dict[str, str]:
-    """The five parts of a detailed profile, in the published order.
+    """Return the five parts of a detailed profile, in the published order.
 
     Raises:
         UnusableError: A part is missing or empty, there are others, or the texts have faults.
@@ -105,10 +111,10 @@ def read_detailed_profile(answer: str) -> dict[str, str]:
 
 
 def read_summary(answer: str) -> str:
-    """A short profile with five headings.
+    """Return a short profile with five headings.
 
     Raises:
-        UnusableError: It is not.
+        UnusableError: It has another form or faults.
     """
     fenced = _FENCE.match(answer.strip())
     text = (fenced[1] if fenced else answer).strip()
@@ -122,7 +128,7 @@ def read_summary(answer: str) -> str:
 
 
 def dialogue_problem(dialogue: dict[str, Any], kind: str, language: str) -> str | None:
-    """Why a dialogue cannot be kept, or None: what the data doctor looks for, and what trains badly.
+    """Return why a dialogue cannot be kept, or None.
 
     Args:
         dialogue: In the published form.
@@ -145,19 +151,19 @@ def dialogue_problem(dialogue: dict[str, Any], kind: str, language: str) -> str 
     found = _language(words)
     if found != language:
         return f"it is in {found}, and should be in {language}"
-    own = [turn["value"] for turn in turns]
-    return "somebody repeats a turn word for word" if len(set(own)) < len(own) else None
+    texts = [turn["value"] for turn in turns]
+    return "somebody repeats a turn word for word" if len(set(texts)) < len(texts) else None
 
 
 def text_problem(text: str) -> str | None:
-    """Why a text cannot be kept, or None."""
+    """Return why a text cannot be kept, or None."""
     if not text or text != text.strip():
         return "a text is empty or has blanks at its edges"
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "a text holds half of a surrogate pair, which no file can hold"
     token = next((token for token in SPECIAL_TOKENS if token in text), None)
     if token:
-        return f"a text holds {token}, which training would read as a mark"
+        return f"a text holds {token}, a special token that training would obey"
     leftover = _LEFTOVER.search(text)
     if leftover:
         return f"a text holds a leftover of a template: {leftover[0]}"
@@ -174,7 +180,7 @@ def _without_name(text: str, name: str) -> str:
 
 
 def _json(answer: str) -> Any:
-    """The first JSON list or object in a text."""
+    """Return the first JSON list or object in a text."""
     if not answer.strip():
         raise UnusableError("the answer is empty, cut off or withheld")
     start = min((i for i in (answer.find("["), answer.find("{")) if i >= 0), default=-1)

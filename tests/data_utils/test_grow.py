@@ -5,31 +5,27 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, as_completed
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from data_utils.demo.world import draw_world, write_world
-from data_utils.errors import MMRoleError, run_main
+from data_utils.check.roots import check_roots
+from data_utils.errors import MMRoleError, ProblemsError, run_main
 from data_utils.files import read_json
-from data_utils.grow import client as grow_client
-from data_utils.grow import run as grow
-from data_utils.grow.client import Budget, BudgetSpentError, Endpoint, NoAnswerError, Settings
+from data_utils.grow import client as client_module
+from data_utils.grow import run as run_module
+from data_utils.grow.__main__ import main
+from data_utils.grow.client import Client, NoAnswerError, Settings
 from data_utils.grow.plan import image_url
-from data_utils.grow.run import PROMPTS, Templates, main
+from data_utils.grow.templates import PROMPTS, Templates
 from data_utils.grow.validation import (
     UnusableError,
     dialogue_problem,
@@ -37,133 +33,37 @@ from data_utils.grow.validation import (
     read_detailed_profile,
     read_summary,
     read_turns,
+    without_thinking,
 )
+from data_utils.network import PROXIES
 from data_utils.roots import Characters, read_profiles
 from data_utils.samples import iterate_samples
+from tests.data_utils.scripted_endpoint import (
+    DETAILED,
+    PARTS,
+    SECRET,
+    SUMMARY,
+    Handler,
+    Site,
+    good_answer,
+    serving,
+    text_of,
+)
 
 pytest.importorskip("openai")
 
 ROOT = Path(__file__).resolve().parents[2]
-SECRET = "top-secret-0123456789"
-PIECE = "sk-abcd********wxyz"  # as OpenAI quotes a key
-PARTS = ("introduction", "personality", "experience", "relationship", "catchphrase")
-DETAILED = {part: f"Something about the {part} of the character." for part in PARTS}
-SUMMARY = "\n".join(f"### {part.title()}\nWhat there is to say of it, in a sentence or two." for part in PARTS)
-
-Reply = tuple[int, Any]
-
-
-@dataclass
-class Site:
-    """What the endpoint answers first, in this order, whatever it is asked; and what it was asked."""
-
-    faults: list[str] = field(default_factory=list)
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    tokens: int = 100  # that each answer is said to have taken
-    answer: Callable[[dict[str, Any]], str] | None = None
-    url: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-def text_of(request: dict[str, Any]) -> str:
-    content = request["messages"][1]["content"]
-    return content if isinstance(content, str) else content[0]["text"]
-
-
-def good_answer(request: dict[str, Any], number: int) -> str:
-    """What a strong model would write."""
-    text = text_of(request)
-    if "Shorten the profile" in text:
-        return SUMMARY
-    if "five keys" in text:
-        return f"Here it is:\n```json\n{json.dumps(DETAILED)}\n```"
-    turns = re.search(r"take turns, (\d+) turns", text)
-    if not turns:
-        return f"I see a picture, and it is the picture number {number} of this day."
-    first, second = re.search(r'"speaker": "([^"]+)" or "([^"]+)"', text).groups()
-    said = [{"speaker": (first, second)[i % 2], "text": f"I say {number} and {i}."} for i in range(int(turns[1]))]
-    return json.dumps(said)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    site: Site
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.site.lock:
-            self.site.asked.append(request)
-            self.site.keys.append(self.headers.get("Authorization", ""))
-            number = len(self.site.asked)
-            fault = self.site.faults.pop(0) if self.site.faults else ""
-        status, body = self.reply(request, number, fault)
-        if status == 0:
-            self.close_connection = True
-            return
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        if status == 429:
-            self.send_header("Retry-After", "0")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def reply(self, request: dict[str, Any], number: int, fault: str) -> Reply:
-        if fault.isdigit():
-            return int(fault), {"error": {"message": f"no: your key is {SECRET}, {PIECE}", "code": "x"}}
-        if fault == "quota":
-            return 429, {"error": {"message": "spent", "code": "insufficient_quota"}}
-        if fault == "hang up":
-            return 0, b""
-        if fault == "not json":
-            return 200, b"<html>busy</html>"
-        if fault == "not chat":
-            return 200, {"object": "list", "data": []}
-        if "new-model" in request["model"] and "max_tokens" in request:
-            return 400, {"error": {"message": "Unsupported parameter: use 'max_completion_tokens' instead."}}
-        content = fault.removeprefix("say ") if fault.startswith("say ") else good_answer(request, number)
-        if self.site.answer is not None and not fault:
-            content = self.site.answer(request)
-        choice = {"index": 0, "finish_reason": "length" if fault == "cut" else "stop", "message": {"role": "assistant"}}
-        choice["message"]["content"] = content
-        usage = {"prompt_tokens": 70, "completion_tokens": 30, "total_tokens": self.site.tokens}
-        return 200, {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 1,
-            "model": "m",
-            "choices": [choice],
-            "usage": usage,
-        }
 
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    found = Site()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": found}))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    found.url = f"http://127.0.0.1:{server.server_port}/v1"
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(grow_client.Endpoint, "_wait", lambda *_: 0.01)
-    yield found
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_world(draw_world(5), root)
-    return root
+    monkeypatch.setattr(client_module, "FIRST_WAIT", 0.01)
+    with serving() as found:
+        yield found
 
 
 @pytest.fixture
@@ -218,6 +118,7 @@ def test_dialogues_of_the_three_kinds(site: Site, demo: Path, tmp_path: Path, ca
 
 
 FAULTS = [
+    'say <think>[{"speaker": "x"}]',
     "429",
     "500",
     "503",
@@ -281,40 +182,20 @@ def test_second_run_asks_for_nothing_and_more_images_go_on(
 def test_killed_before_the_files_were_written(
     site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(_: Path, entries: dict[str, Any]) -> list[str]:
-        if entries:
-            raise KeyboardInterrupt
-        return []
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
 
     name = min(cast.profiles)
     coco = sorted(f"COCO/train2017/{p.name}" for p in (demo / "images/COCO/train2017").glob("*.jpg"))
     flags = ["--characters", name, "--kinds", "comment", "--images"]
-    monkeypatch.setattr(grow, "write_dialogues", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "write_json", killed)
         grow_dialogues(site, demo, tmp_path, *flags, *coco[:2])
-    monkeypatch.undo()
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     assert dialogues_of(tmp_path) == []  # the journal alone is left
     grow_dialogues(site, demo, tmp_path, *flags, *coco[2:3])
     rows = dialogues_of(tmp_path)
     assert sorted(row["image"] for row in rows) == coco[:3]
-    assert len({row["id"] for row in rows}) == 3
-
-
-def test_other_settings_are_not_mixed_in(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
-    flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "2"]
-    grow_dialogues(site, demo, tmp_path, *flags)
-    before = dialogues_of(tmp_path)
-    with pytest.raises(MMRoleError, match="different settings"):
-        grow_dialogues(site, demo, tmp_path, *flags, "--temperature", "0.5")
-    assert dialogues_of(tmp_path) == before
-    assert grow_dialogues(site, demo, tmp_path, *flags, "--temperature", "0.5", "--overwrite") == 0
-    after = dialogues_of(tmp_path)
-    assert {row["image"] for row in after} == {row["image"] for row in before}
-    assert not {row["conversations"][1]["value"] for row in after} & {
-        row["conversations"][1]["value"] for row in before
-    }
-    assert site.asked[-1]["temperature"] == 0.5
+    assert len({row["id"] for row in rows}) == 3 == len(site.asked)
 
 
 def test_budget_of_requests_and_going_on(site: Site, demo: Path, tmp_path: Path, cast: Characters, capsys) -> None:
@@ -322,7 +203,7 @@ def test_budget_of_requests_and_going_on(site: Site, demo: Path, tmp_path: Path,
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_requests", "3") == 1
     assert len(site.asked) == 3
     assert len(dialogues_of(tmp_path)) == 3
-    assert "3 grown, 0 failed, 1 left for want of budget; 3 requests, 300 tokens" in capsys.readouterr().out
+    assert "3 grown, 0 failed, 1 left because the budget is spent; 3 requests, 300 tokens" in capsys.readouterr().out
     assert grow_dialogues(site, demo, tmp_path, *flags) == 0
     assert len(dialogues_of(tmp_path)) == 4
     assert len(site.asked) == 4
@@ -335,19 +216,6 @@ def test_budget_of_tokens_is_never_exceeded(site: Site, demo: Path, tmp_path: Pa
     assert len(site.asked) == len(dialogues_of(tmp_path)) == 2  # a third might have gone over 4,000
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_tokens_total", "100") == 1
     assert len(site.asked) == 2
-
-
-def test_budget_waits_for_what_is_under_way() -> None:
-    budget = Budget(max_tokens=100)
-    budget.reserve(80)
-    freed = threading.Timer(0.1, budget.settle, (80, 10))
-    freed.start()
-    budget.reserve(80)
-    assert budget.requests == 2
-    budget.settle(80, 80)
-    with pytest.raises(BudgetSpentError):
-        budget.reserve(80)
-    assert budget.tokens == 90
 
 
 @pytest.mark.parametrize("fault", ["401", "403", "404", "quota"])
@@ -415,39 +283,30 @@ def test_escaped_key_in_a_dialogue_is_nowhere(site: Site, demo: Path, tmp_path: 
     flags = ["--characters", min(cast.profiles), "--images_per_character", "1", "--kinds", "human-role"]
     assert grow_dialogues(site, demo, tmp_path, *flags) == 1
     assert dialogues_of(tmp_path) == []
-    assert SECRET not in (tmp_path / "dialogues/grown.journal").read_text(encoding="utf-8")
+    assert SECRET not in (tmp_path / "grown.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_word_for_a_key_may_be_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "picture")  # of a server that asks for none
-    assert "picture" in Endpoint(Settings("m", site.url), Budget()).ask("s", "u")
+    assert "picture" in Client(Settings("m", site.url)).ask("s", "u")
 
 
 def interrupt_after(
     site: Site, count: int, answer: Callable[[dict[str, Any]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C when so many requests have come; they are answered when `grow` waits for the last ones because of it."""
-    arrived, lock = [], threading.Lock()
-    interrupted, sent = threading.Event(), threading.Event()
-
-    def interrupt() -> None:
-        interrupted.set()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-
-    def wait_for(futures: Collection[Future[Any]]) -> Iterator[Future[Any]]:
-        if interrupted.is_set():
-            sent.set()
-        return as_completed(futures)
+    """Ctrl-C when so many requests have come, which are answered only after it."""
+    arrived, lock, stopped = [], threading.Lock(), threading.Event()
+    stop = Client.stop
+    monkeypatch.setattr(Client, "stop", lambda client: (stop(client), stopped.set()))
 
     def wait_and_answer(request: dict[str, Any]) -> str:
         with lock:
             arrived.append(request)
             if len(arrived) == count:
-                threading.Timer(0.3, interrupt).start()
-        assert sent.wait(120)
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert stopped.wait(120)
         return answer(request)
 
-    monkeypatch.setattr(grow, "as_completed", wait_for)
     site.answer = wait_and_answer
 
 
@@ -478,16 +337,38 @@ def test_interrupt_asks_for_nothing_again(
     assert dialogues_of(tmp_path) == []
 
 
-def test_interrupt_ends_the_wait_for_a_busy_endpoint(
-    site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grow_client.Endpoint, "_wait", lambda *_: 60.0)
+def test_nothing_is_asked_again_after_a_stop(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "FIRST_WAIT", 600.0)
     site.faults = ["500"] * 9
-    threading.Timer(1.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        grow_dialogues(site, demo, tmp_path, "--characters", min(cast.profiles), "--kinds", "comment")
-    assert time.monotonic() - started < 30
+    client = Client(Settings("m", site.url))
+    client.stop()
+    with pytest.raises(NoAnswerError, match="500"):
+        client.ask("s", "u")
+    assert len(site.asked) == 1
+
+
+def test_endpoint_that_stays_broken(site: Site) -> None:
+    site.faults = ["500"] * 20
+    client = Client(Settings("m", site.url, attempts=3))
+    with pytest.raises(NoAnswerError, match="500"):
+        client.ask("s", "u")
+    assert (client.requests, client.tokens) == (3, 0)
+
+
+def test_newer_name_of_the_limit(site: Site) -> None:
+    client = Client(Settings("new-model", site.url, max_tokens=77))
+    assert "picture" in client.ask("s", "u")
+    assert "picture" in client.ask("s", "u")
+    limits = [("max_tokens" in r, r.get("max_completion_tokens")) for r in site.asked]
+    assert limits == [(True, None), (False, 77), (False, 77)]
+
+
+def test_a_socks_proxy_without_its_package_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_utils.network.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    with pytest.raises(MMRoleError, match="SOCKS proxy") as caught:
+        Client(Settings("m", site.url))
+    assert "ALL_PROXY" in str(caught.value) and "httpx[socks]" in str(caught.value)
 
 
 def test_second_interrupt_gives_up(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
@@ -516,25 +397,6 @@ def test_second_interrupt_gives_up(site: Site, demo: Path, tmp_path: Path, cast:
         run.kill()
 
 
-def test_newer_name_of_the_limit(site: Site) -> None:
-    endpoint = Endpoint(Settings("new-model", site.url, max_tokens=77), Budget())
-    assert "picture" in endpoint.ask("s", "u")
-    assert "picture" in endpoint.ask("s", "u")
-    assert [("max_tokens" in r, r.get("max_completion_tokens")) for r in site.asked] == [
-        (True, None),
-        (False, 77),
-        (False, 77),
-    ]
-
-
-def test_endpoint_that_stays_broken(site: Site) -> None:
-    site.faults = ["500"] * 20
-    budget = Budget()
-    with pytest.raises(NoAnswerError, match="500"):
-        Endpoint(Settings("m", site.url, attempts=3), budget).ask("s", "u")
-    assert (budget.requests, budget.tokens) == (3, 0)
-
-
 @pytest.mark.parametrize(
     ("key", "url", "words"),
     [
@@ -547,7 +409,7 @@ def test_endpoint_that_stays_broken(site: Site) -> None:
 def test_endpoint_that_cannot_be(monkeypatch: pytest.MonkeyPatch, key: str, url: str, words: str) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(MMRoleError, match=words) as error:
-        Endpoint(Settings("m", url or None), Budget())
+        Client(Settings("m", url or None))
     assert not key or key not in str(error.value)
 
 
@@ -578,22 +440,12 @@ def test_people_from_facts_then_their_dialogues(site: Site, demo: Path, tmp_path
     people = [{"name": "Ines Roth", "age": "41", "origin": "Basel"}, {"name": "Otto Ray", "origin": "Cork"}]
     facts.write_text(json.dumps(people), encoding="utf-8")
     root = tmp_path / "root"
-    second_written = threading.Event()
-
-    def first_comes_last(request: dict[str, Any]) -> str:
-        if "Ines Roth" in text_of(request):
-            assert second_written.wait(30)
-        elif "Shorten the profile" in text_of(request):
-            threading.Timer(0.3, second_written.set).start()
-        return good_answer(request, 0)
-
-    site.answer = first_comes_last
     assert main(["person", str(root), "--model", "m", "--base_url", site.url, "--facts", str(facts)]) == 0
-    site.answer = None
     folder = root / "profiles/in-distribution"
     assert list(read_json(folder / "profiles.json")) == ["Ines Roth", "Otto Ray"]
     assert read_json(folder / "roles.json") == {"Hypothetical Characters": ["Ines Roth", "Otto Ray"]}
     assert read_json(folder / "meta_info_hypo/Ines_Roth.json") == people[0]
+    assert any("41" in text_of(request) for request in site.asked)
     image = root / "images/mine/one.png"
     image.parent.mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(image)
@@ -602,7 +454,6 @@ def test_people_from_facts_then_their_dialogues(site: Site, demo: Path, tmp_path
     rows = dialogues_of(root)
     assert len(rows) == 6
     assert len(list(iterate_samples(rows, characters_of(root)))) > 12
-    assert "41" in text_of(site.asked[0]) + text_of(site.asked[1]) + text_of(site.asked[2])
 
 
 def test_profile_that_is_there_is_not_replaced(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
@@ -776,6 +627,13 @@ def test_turns_are_read_whatever_surrounds_them() -> None:
             read_turns(answer, ["human", "Ada"])
 
 
+def test_thinking_is_no_part_of_an_answer() -> None:
+    said = json.dumps([turn("human", "a [1]"), turn("Ada", "b")])
+    for thoughts in ('<think>Maybe [{"speaker": "x"}].</think>\n', "Maybe [1, 2].\n</think>\n\n", ""):
+        assert len(read_turns(without_thinking(thoughts + said), ["human", "Ada"])) == 2
+    assert without_thinking("<think>Maybe [1, 2], and then") == ""
+
+
 def dialogue(*said: tuple[str, str]) -> dict[str, Any]:
     return {"conversations": [{"role": name, "value": text} for name, text in said]}
 
@@ -842,3 +700,184 @@ def test_images_are_sent_as_endpoints_take_them(tmp_path: Path) -> None:
     (tmp_path / "d.jpg").write_bytes(b"no image")
     with pytest.raises(MMRoleError, match="cannot be read"):
         image_url(tmp_path / "d.jpg")
+
+
+# ---- what stands in files stays the user's
+
+
+def ids_of(root: Path) -> list[str]:
+    return [row["id"] for row in dialogues_of(root)]
+
+
+def grow_person(site: Site, root: Path, facts: Any, *flags: str) -> int:
+    path = root.parent / "facts.json"
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    return main(["person", str(root), "--model", "m", "--base_url", site.url, "--facts", str(path), *flags])
+
+
+def profiles_of(root: Path) -> Path:
+    return root / "profiles/in-distribution/profiles.json"
+
+
+def rewrite(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_ids_of_the_source_are_not_given_again(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    source, root = Path(shutil.copytree(demo, tmp_path / "source")), tmp_path / "grown"
+    assert (
+        grow_dialogues(
+            site, source, root, "--characters", *sorted(cast.profiles)[:2], "--partner", sorted(cast.profiles)[-1]
+        )
+        == 0
+    )
+    assert ids_of(root)
+    assert not set(ids_of(source)) & set(ids_of(root))
+    found = check_roots(source, [root])
+    assert not [name for _, part in found for name in part.counts() if "id" in name.split("_")]
+
+
+def test_what_is_named_twice_is_grown_once(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    name = min(cast.profiles)
+    image = min(f"COCO/train2017/{path.name}" for path in (demo / "images/COCO/train2017").glob("*.jpg"))
+    flags = ["--characters", name, name, "--kinds", "comment", "--images", image, image]
+    assert grow_dialogues(site, demo, tmp_path, *flags) == 0
+    assert len(site.asked) == len(dialogues_of(tmp_path)) == 1
+
+
+def test_edited_and_deleted_dialogues_stay_so(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character"]
+    assert grow_dialogues(site, demo, tmp_path, *flags, "3") == 0
+    files = {path: read_json(path) for path in (tmp_path / "dialogues").rglob("*.json")}
+    path, rows = max(files.items(), key=lambda item: len(item[1]))
+    rows[0]["conversations"][1]["value"] = "By hand."
+    rewrite(path, rows[:-1])
+    before = dialogues_of(tmp_path)
+    assert grow_dialogues(site, demo, tmp_path, *flags, "3") == 0
+    assert dialogues_of(tmp_path) == before
+    assert len(site.asked) == 3
+
+
+def test_overwriting_replaces_what_has_passed(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    coco = sorted(f"COCO/train2017/{p.name}" for p in (demo / "images/COCO/train2017").glob("*.jpg"))
+    flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--workers", "1", "--images"]
+    assert grow_dialogues(site, demo, tmp_path, *flags, *coco[:3]) == 0
+    before = dialogues_of(tmp_path)
+    site.faults = ["401"]
+    with pytest.raises(MMRoleError, match="refuses"):
+        grow_dialogues(site, demo, tmp_path, *flags, *coco[:2], "--overwrite")
+    assert dialogues_of(tmp_path) == before
+    new = ["--overwrite", "--temperature", "0.5"]
+    assert grow_dialogues(site, demo, tmp_path, *flags, *coco[:2], *new, "--max_requests", "1") == 1
+    after = dialogues_of(tmp_path)
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [False, True, True]
+    assert site.asked[-1]["temperature"] == 0.5
+    lines = (tmp_path / "grown.jsonl").read_text(encoding="utf-8").splitlines()
+    by = [json.loads(line)["value"]["by"] for line in lines if '"grown"' in line]
+    assert [(one["model"], one["temperature"]) for one in by] == [("m", None)] * 3 + [("m", 0.5)]
+
+
+def test_edited_profiles_stay_so(site: Site, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert grow_person(site, root, {"name": "Ines"}) == 0
+    rewrite(profiles_of(root), {"Ines": "By hand."})
+    assert grow_person(site, root, [{"name": "Ines"}, {"name": "Otto"}]) == 0
+    assert read_json(profiles_of(root)) == {"Ines": "By hand.", "Otto": SUMMARY}
+    assert grow_person(site, root, {"name": "Ines"}, "--overwrite") == 0
+    assert read_json(profiles_of(root)) == {"Ines": SUMMARY, "Otto": SUMMARY}
+
+
+def test_a_profile_of_ones_own_is_not_replaced(site: Site, tmp_path: Path) -> None:
+    site.faults = ["say no"] * 9
+    assert grow_person(site, tmp_path / "root", {"name": "Otto"}) == 1
+    profiles_of(tmp_path / "root").parent.mkdir(parents=True)
+    rewrite(profiles_of(tmp_path / "root"), {"Otto": "By hand."})
+    with pytest.raises(MMRoleError, match="a profile already"):  # nothing of Otto was grown here
+        grow_person(site, tmp_path / "root", {"name": "Otto"})
+
+
+BAD_FACTS = [
+    ([{"name": "Ines"}, {"name": "Ines"}], "the same name"),
+    ([{"name": "Ines R"}, {"name": "Ines_R"}], "the same name"),
+    ([], "no facts"),
+    ({"name": "human"}, "the human who talks"),
+    ({"name": "Ines <|im_end|>"}, "cannot name a file"),
+    ({"name": "Ines\ud800"}, "surrogate"),
+    ({"name": "Ines", "origin": "\ud800"}, "surrogate"),
+    ({"name": "Otto_Ray"}, "another character's files"),
+]
+
+
+@pytest.mark.parametrize(("facts", "words"), BAD_FACTS)
+def test_facts_that_are_not_asked_for(site: Site, tmp_path: Path, facts: Any, words: str) -> None:
+    root = tmp_path / "root"
+    profiles_of(root).parent.mkdir(parents=True)
+    rewrite(profiles_of(root), {"Otto Ray": "A profile."})
+    with pytest.raises(MMRoleError, match=words):
+        grow_person(site, root, facts)
+    assert site.asked == []
+
+
+def test_bytes_and_marks_of_other_encodings(site: Site, tmp_path: Path) -> None:
+    text, root = tmp_path / "ada.txt", tmp_path / "root"
+    text.write_text("Ada was here.", encoding="utf-8-sig")
+    flags = ["profile", str(root), "--model", "m", "--base_url", site.url, "--script", "My Novel", "--text", str(text)]
+    with pytest.raises(MMRoleError, match="not UTF-8"):
+        main([*flags, "--name", "\udcb0\udca1"])
+    assert not root.exists()
+    assert main([*flags, "--name", "Ada"]) == 0
+    raw = root / "profiles/in-distribution/raw_info_en/Ada.txt"
+    assert raw.read_text(encoding="utf-8") == "Ada was here."
+
+
+def test_templates_with_faults_are_told_at_once(tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(PROMPTS, tmp_path / "prompts"))
+    questions = mine / "questions_English.txt"
+    questions.write_text("\ufeffWhat is it?\n\n  Whose is it? \n", encoding="utf-8")
+    assert Templates(mine).questions["English"] == ["What is it?", "Whose is it?"]
+    questions.write_text("Is it <img>?\n", encoding="utf-8")
+    (mine / "questions_Chinese.txt").write_text(" \n", encoding="utf-8")
+    (mine / "comment.txt").write_text("a\n---\n$nothing", encoding="utf-8")
+    (mine / "human-role.txt").write_text("---\nSay it.", encoding="utf-8")
+    (mine / "inter-role.txt").write_text("Say it.\n---\n", encoding="utf-8")
+    with pytest.raises(ProblemsError) as caught:
+        Templates(mine)
+    told = str(caught.value)
+    for words in ("holds <img>", "no questions", "nothing", "nothing before its line ---", "nothing after its line"):
+        assert words in told
+    assert "no line ---" not in told
+
+
+@pytest.mark.parametrize("choices", [["x"], None])
+def test_choices_of_another_form(site: Site, choices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = {"id": "1", "object": "chat.completion", "choices": choices}
+    monkeypatch.setattr(Handler, "reply", lambda *_: (200, reply))
+    with pytest.raises(NoAnswerError, match="no chat completion"):
+        Client(Settings("m", site.url, attempts=1)).ask("s", "u")
+
+
+def test_broken_images_are_told_before_any_request(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+    source = Path(shutil.copytree(demo, tmp_path / "source"))
+    names = [f"COCO/train2017/{path.name}" for path in sorted((source / "images/COCO/train2017").glob("*.jpg"))[:3]]
+    for name in names[1:]:
+        (source / "images" / name).write_bytes(b"no image")
+    with pytest.raises(MMRoleError) as caught:
+        grow_dialogues(site, source, tmp_path / "root", "--characters", min(cast.profiles), "--images", *names)
+    assert all(name in str(caught.value) for name in names[1:])
+    assert site.asked == []
+    assert not (tmp_path / "root").exists()
+
+
+def test_why_the_budget_was_spent(site: Site, demo: Path, tmp_path: Path, cast: Characters, capsys) -> None:
+    flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
+    site.faults = ["not json"] * 9
+    assert grow_dialogues(site, demo, tmp_path, *flags, "--max_requests", "2") == 1
+    assert "left after this: the endpoint's answer is not JSON" in capsys.readouterr().out
+    site.faults = ["say As an AI, I see nothing."]
+    assert grow_dialogues(site, demo, tmp_path, *flags, "--max_requests", "1") == 1
+    assert "left after this: the model speaks as itself" in capsys.readouterr().out
+    assert grow_dialogues(site, demo, tmp_path, *flags, "--max_tokens_total", "50") == 1
+    told = capsys.readouterr().out
+    assert "a request reserves" in told
+    assert "more than --max_tokens_total 50" in told
