@@ -232,6 +232,14 @@ def test_ci_script_can_be_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+def test_the_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = "|".join(MAY_IMPORT)
+    named = set(re.findall(rf"`((?:{packages}|scripts|tests)/[\w./]*)`", text))
+    assert len(named) > 20
+    assert not {name for name in named if not (ROOT / name).exists()}
+
+
 # Run in a process of its own: imports every module and tells what that did. What other packages do when they are
 # imported is not ours, so the import statements that name them are run before the watch begins.
 WATCH = """
