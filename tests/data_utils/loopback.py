@@ -1,4 +1,4 @@
-"""A server on loopback that is a hub and an image server, and misbehaves as told."""
+"""A server on loopback that is a hub, an image server and a chat model, and misbehaves as told."""
 
 from __future__ import annotations
 
@@ -6,16 +6,45 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 COMMIT = "c0ffee" + "0" * 34
 LARGE = 2000  # bytes from which the fake hub gives a sha256
+
+
+@dataclass
+class Reply:
+    """What the chat model replies: a status, a body (JSON, or bytes as they are) and headers; or something worse.
+
+    Attributes:
+        fault: "hang up" closes the connection, "trickle" sends a byte now and then and never ends.
+    """
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    fault: str = ""
+
+
+def completion(text: str, *, finish: str = "stop", model: str = "m", tokens: int = 100, **message: Any) -> Reply:
+    """A chat completion, as endpoints send it."""
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
+    usage = {"prompt_tokens": tokens - 30, "completion_tokens": 30, "total_tokens": tokens}
+    body = {"id": "1", "object": "chat.completion", "created": 1, "model": model, "choices": [choice], "usage": usage}
+    return Reply(body=body)
+
+
+def refusal(status: int, message: str, **more: Any) -> Reply:
+    """An error, as endpoints send it."""
+    headers = more.pop("headers", {})
+    return Reply(status, {"error": {"message": message, **more}}, headers)
 
 
 @dataclass
@@ -28,7 +57,15 @@ class Site:
         asked: (method, path, Range header) of each request.
         stalled: Set when a file has stalled half-way.
         over: Ends what stalls.
+        chat: Replies to a chat request, by its body and its number from 1.
+        chats: The bodies of the chat requests.
+        keys: Their Authorization headers.
     """
+
+    chat: Callable[[dict[str, Any], int], Reply | str] = lambda body, number: "fine"
+    chats: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
@@ -50,6 +87,31 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.site.lock:
+            self.site.chats.append(body)
+            self.site.keys.append(self.headers.get("Authorization", ""))
+            number = len(self.site.chats)
+        reply = self.site.chat(body, number)
+        reply = completion(reply) if isinstance(reply, str) else reply
+        if reply.fault == "hang up":
+            self.close_connection = True
+            return
+        data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        self.send_response(reply.status)
+        for name, value in {"Content-Type": "application/json", **reply.headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(10**6 if reply.fault == "trickle" else len(data)))
+        self.end_headers()
+        if reply.fault == "trickle":
+            with contextlib.suppress(OSError):
+                while not self.site.over.wait(0.02):
+                    self.wfile.write(b" ")
+            return
+        with contextlib.suppress(OSError):
+            self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
         pass

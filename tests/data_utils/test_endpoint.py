@@ -1,0 +1,302 @@
+"""The client of chat endpoints against a scripted server on loopback: whatever it does, the outcome is data."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from data_utils import endpoint as module
+from data_utils.endpoint import BudgetSpentError, ChatReply, ChatRequest, Endpoint, without_thinking
+from data_utils.errors import MMRoleError
+from tests.data_utils.loopback import Reply, Site, completion, refusal, serving, stay_at_home
+
+SECRET = "sk-verysecret1234567890"
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    stay_at_home(monkeypatch)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with serving() as found:
+        yield found
+
+
+def ask(site: Site, *requests: ChatRequest, **settings: object) -> list[ChatReply]:
+    with Endpoint([f"{site.url}/v1"], "m", first_wait=0.001, **settings) as endpoint:
+        futures = [endpoint.submit(request) for request in requests or [ChatRequest("hello", system="be kind")]]
+        replies = [future.result() for future in futures]
+        site.endpoint = endpoint  # type: ignore[attr-defined]
+        return replies
+
+
+def scripted(*replies: Reply | str):
+    """Replies with these, one after the other, and then always with the last."""
+    return lambda body, number: replies[min(number, len(replies)) - 1]
+
+
+def test_a_request_and_its_reply(site: Site) -> None:
+    request = ChatRequest(
+        "hello", "be kind", "data:image/png;base64,AA", 0.5, 0.9, 3, 20, extra={"return_token_ids": True}
+    )
+    assert ask(site, request) == [ChatReply("fine", tokens=100, model="m")]
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
+    assert site.chats == [
+        {
+            "model": "m",
+            "messages": [
+                {"role": "system", "content": "be kind"},
+                {"role": "user", "content": [picture, {"type": "text", "text": "hello"}]},
+            ],
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "seed": 3,
+            "max_tokens": 20,
+            "return_token_ids": True,
+        }
+    ]
+    assert site.keys == [f"Bearer {SECRET}"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refusal(429, "slow down"),
+        refusal(429, "slow down", headers={"Retry-After": "0"}),
+        refusal(429, "slow down", headers={"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "5ms"}),
+        refusal(500, "broken"),
+        refusal(503, "loading"),
+        Reply(fault="hang up"),
+        Reply(body=b"<html>busy</html>"),
+        Reply(body={"object": "list", "data": []}),
+    ],
+    ids=["429", "retry-after", "rate limit", "500", "503", "hang up", "garbage", "no completion"],
+)
+def test_what_may_pass_is_tried_again(site: Site, fault: Reply) -> None:
+    site.chat = scripted(fault, fault, "fine")
+    assert [reply.text for reply in ask(site)] == ["fine"]
+    assert len(site.chats) == 3
+
+
+def test_what_does_not_pass_is_an_error_of_one_request(site: Site) -> None:
+    site.chat = lambda body, number: refusal(500, "broken") if "bad" in str(body) else "fine"
+    good, bad = ask(site, ChatRequest("good"), ChatRequest("bad"), attempts=3)
+    assert good.text == "fine"
+    assert bad.text == "" and "status 500" in bad.error
+    assert len(site.chats) == 1 + 3
+
+
+def test_a_trickle_ends_at_the_deadline_of_the_whole_request(site: Site) -> None:
+    site.chat = scripted(Reply(body=b"", fault="trickle"))
+    assert ask(site, timeout=0.3, attempts=1) == [ChatReply(error="no whole answer within 0.3 s")]
+
+
+def test_the_four_ends_are_kept_apart(site: Site) -> None:
+    site.chat = scripted(
+        completion("as far as", finish="length"),
+        completion("I", refusal="I cannot say that."),
+        completion("half of", finish="content_filter"),
+        refusal(400, "The prompt was filtered.", code="content_filter"),
+        refusal(400, "no such thing"),
+    )
+    replies = [ask(site)[0] for _ in range(5)]
+    assert replies[0] == ChatReply("as far as", cut=True, tokens=100, model="m")
+    assert replies[1] == ChatReply(refusal="I cannot say that.", tokens=100, model="m")
+    assert replies[2] == ChatReply(refusal="content filter", tokens=100, model="m")
+    assert "filtered" in replies[3].refusal and replies[3].error is None
+    assert "status 400" in replies[4].error and replies[4].refusal is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "more"),
+    [
+        ("max_tokens", "Unsupported parameter: use 'max_completion_tokens' instead.", {"param": "max_tokens"}),
+        ("temperature", "'temperature' does not support 0.5 with this model. Only the default (1) is supported.", {}),
+        ("top_p", "Unknown field: top_p", {}),
+        ("seed", "Extra inputs are not permitted", {"param": "seed"}),
+        ("system", "This model does not support the system role.", {}),
+    ],
+)
+def test_what_a_model_refuses_is_learned_once(site: Site, name: str, message: str, more: dict) -> None:
+    def chat(body, number):
+        sent = "system" in [m["role"] for m in body["messages"]] if name == "system" else name in body
+        return refusal(400, message, **more) if sent else "fine"
+
+    site.chat = chat
+    request = ChatRequest("hello", "be kind", None, 0.5, 0.9, 3, 20)
+    with Endpoint([f"{site.url}/v1"], "m", first_wait=0.001) as endpoint:
+        assert [endpoint.submit(request).result().text for _ in range(3)] == ["fine"] * 3
+        assert list(endpoint.learned) == [name]
+        assert f"{name} refused" in endpoint.summary()
+    assert len(site.chats) == 4
+    if name == "max_tokens":
+        assert site.chats[-1]["max_completion_tokens"] == 20
+    if name == "system":
+        assert site.chats[-1]["messages"] == [{"role": "user", "content": "be kind\n\nhello"}]
+
+
+def test_a_limit_that_is_too_large_is_no_unknown_parameter(site: Site) -> None:
+    site.chat = scripted(
+        refusal(400, "max_tokens is too large: 9000. This model's maximum context length is not supported")
+    )
+    (reply,) = ask(site, ChatRequest("hello", max_tokens=9000))
+    assert "too large" in reply.error
+    assert len(site.chats) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (refusal(401, "wrong key"), "the endpoint refuses"),
+        (refusal(404, "no such model"), "the endpoint refuses"),
+        (refusal(429, "spent", code="insufficient_quota"), "the endpoint refuses"),
+        (refusal(500, "image input is not supported - hint: you may need to provide the mmproj"), "takes no pictures"),
+        (refusal(400, "At most 0 image(s) may be provided in one prompt."), "takes no pictures"),
+    ],
+)
+def test_what_no_request_can_pass_ends_all_of_them(site: Site, reply: Reply, message: str) -> None:
+    site.chat = scripted(reply)
+    with pytest.raises(MMRoleError, match=message) as caught:
+        ask(site, *[ChatRequest("hello", image="data:image/png;base64,AA")] * 50)
+    assert caught.value.fix
+    assert len(site.chats) <= module._START
+
+
+def test_nobody_listens(site: Site) -> None:
+    site.url = "http://127.0.0.1:9"
+    with pytest.raises(MMRoleError, match="cannot be reached"):
+        ask(site)
+
+
+def test_the_number_of_requests_under_way_falls_once_an_episode_and_grows_again(site: Site) -> None:
+    """Twenty requests meet 429 together: one fall by a fifth, not twenty."""
+    together = threading.Barrier(20)
+
+    def chat(body, number):
+        if number <= 20:
+            together.wait(60)
+            return refusal(429, "slow down", headers={"Retry-After": "0"})
+        return "fine"
+
+    site.chat = chat
+    assert {reply.text for reply in ask(site, *[ChatRequest("hello")] * 20)} == {"fine"}
+    limit = site.endpoint._limit
+    assert 16 < limit < 18
+    assert len(site.chats) == 40
+
+
+def test_retry_after_is_waited_for_by_all(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = []
+
+    async def pause(self, seconds):
+        pauses.append(seconds)
+        self._resume_at = 0.0
+
+    monkeypatch.setattr(Endpoint, "_pause", pause)
+    site.chat = scripted(refusal(429, "slow down", headers={"Retry-After": "40"}), "fine")
+    ask(site)
+    assert 39 < pauses[0] <= 40
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after-ms": "250", "retry-after": "7"}, 0.25),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "99999"}, 300.0),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m2.5s"}, 62.5),
+        ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "1m"}, None),
+    ],
+)
+def test_waits_that_headers_ask_for(headers: dict[str, str], seconds: float | None) -> None:
+    assert module._wait_of(headers) == seconds
+
+
+def test_budgets_stop_before_the_next_request(site: Site) -> None:
+    with Endpoint([f"{site.url}/v1"], "m", max_tokens_total=2350) as endpoint:
+        futures = [endpoint.submit(ChatRequest("hello", max_tokens=1000)) for _ in range(30)]
+        replies = [future.exception() for future in futures]
+        assert sum(error is None for error in replies) == 14  # 100 tokens each; then 1,000 more might not fit
+        assert all(isinstance(error, BudgetSpentError) for error in replies if error)
+        assert endpoint.tokens == 1400
+    with Endpoint([f"{site.url}/v1"], "m", max_requests=2) as endpoint:
+        futures = [endpoint.submit(ChatRequest("hello")) for _ in range(3)]
+        assert sum(future.exception() is None for future in futures) == 2
+
+
+def test_the_key_is_nowhere(site: Site, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    site.chat = scripted(
+        completion(f"your key is {SECRET}"),
+        completion("I", refusal=f"not with {SECRET}"),
+        refusal(500, f"{SECRET} is busy"),
+        refusal(401, f"wrong key: {SECRET}, sk-very***7890"),
+    )
+    shown = [repr(reply) for reply in (ask(site)[0], ask(site)[0], ask(site, attempts=1)[0])]
+    with pytest.raises(MMRoleError) as caught:
+        ask(site)
+    error = caught.value
+    shown += [str(error), repr(error.__cause__), repr(error.__context__), caplog.text, *capfd.readouterr()]
+    assert "the answer holds the key" in shown[0]
+    assert not any("verysecret" in text or "sk-very" in text for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("url", "variable", "message"),
+    [
+        ("https://models.example/v1", "", "no key for the endpoint"),
+        ("https://models.example/v1", "schlüssel", "characters that no key has"),
+        ("models.example", "k" * 20, "not the address of an endpoint"),
+    ],
+)
+def test_endpoints_that_cannot_be(site: Site, monkeypatch, url: str, variable: str, message: str) -> None:
+    monkeypatch.setenv("OTHER_KEY", variable)
+    with pytest.raises(MMRoleError, match=message):
+        Endpoint([url], "m", key_env="OTHER_KEY")
+
+
+def test_a_server_on_loopback_needs_no_key(site: Site, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert ask(site)[0].text == "fine"
+
+
+def test_a_socks_proxy_without_its_package_is_named(site: Site, monkeypatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MMRoleError, match="SOCKS proxy"):
+        Endpoint([f"{site.url}/v1"], "m")
+
+
+def test_closing_gives_up_what_is_under_way(site: Site) -> None:
+    began = threading.Event()
+
+    def chat(body, number):
+        began.set()
+        site.over.wait(60)
+        return "late"
+
+    site.chat = chat
+    endpoint = Endpoint([f"{site.url}/v1"], "m")
+    future = endpoint.submit(ChatRequest("hello"))
+    assert began.wait(60)
+    start = time.monotonic()
+    endpoint.close()
+    assert future.done()
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" hello ", "hello"),
+        ("<think>hm\n</think>\n\nhello", "hello"),
+        ("hm</think>hello", "hello"),
+        ("<think>and so on", ""),
+        ("a <think> of it", "a <think> of it"),
+    ],
+)
+def test_thinking_is_no_part_of_an_answer(text: str, answer: str) -> None:
+    assert without_thinking(text) == answer
