@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Looks for everything that is wrong with the data below DATA_ROOT, and tells it in plain text.
+# Lists everything that is wrong with the data below DATA_ROOT.
 # Needs: the data set, or parts of it. Changes nothing. Under half a minute without --decode.
 # Gives: exit status 0 (warnings at most), 1 (errors) or 3 (only MS-COCO images are missing).
 # Flags are handed on: --json FILE, --decode, --tokenizer CHECKPOINT --max_length N, --extra_root ROOT, --help.

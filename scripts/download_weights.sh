@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Downloads weights (19.3 GB or more each): bash scripts/download_weights.sh [qwen-vl-chat|mmrole-agent|reward-model]...
-# Needs a network. Without a name, all three. Stop it at any time; run again, it goes on, and fetches anew what is broken.
+# Needs a network. Without a name, all three. Can be stopped at any time; the same command fetches what is missing or broken.
 # Gives WEIGHTS_DIR/{Qwen-VL-Chat,MMRole-Agent,MMRole-Eval_RM}, without code files. Flags are handed on (--help).
 #   HF_ENDPOINT   a mirror of huggingface.co
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too

@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter into its base: a whole checkpoint that no longer needs peft, nor the base's folder.
+"""Merges a LoRA adapter into its base, into a checkpoint that needs neither peft nor the base's folder.
 
 python scripts/merge_lora.py checkpoints/MMRole-Agent-LoRA model_weights/MMRole-Agent [--base_model FOLDER]
 """

@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    # Without abbreviations: nobody should trust anything by typing --i.
+    # No abbreviations: --i must not be enough to trust code.
     parser = argparse.ArgumentParser(
         prog="bash scripts/parity.sh", description=__doc__.partition("\n")[0], allow_abbrev=False
     )

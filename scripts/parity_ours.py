@@ -1,4 +1,4 @@
-"""Our side of scripts/parity.sh: runs this project's model on every case. Not for people.
+"""Our side of scripts/parity.sh: runs this project's model on every case. Started by parity.py.
 
     python scripts/parity_ours.py WORK CHECKPOINT DEVICE DTYPE
 
@@ -28,7 +28,7 @@ Case = Mapping[str, Any]
 
 
 class Ours:
-    """Our model and tokenizer, and what this side computes of each kind of case."""
+    """Our model and tokenizer, with a method for each kind of case."""
 
     def __init__(self, folder: Path, device: str, dtype: str) -> None:
         try:
@@ -96,7 +96,7 @@ class Ours:
 
 
 def run_cases(side: Ours, cases: Sequence[Case]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the side computes of every case: JSON values and arrays; a case that fails is told as one."""
+    """Returns what the side computes of every case: JSON values and arrays; a failed case gets its error."""
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     part = None
@@ -112,7 +112,7 @@ def run_cases(side: Ours, cases: Sequence[Case]) -> tuple[dict[str, Any], dict[s
                 arrays[case["name"]] = found
             else:
                 values[case["name"]] = {"value": found}
-        except Exception as error:  # noqa: BLE001 - the failure is what is told of this case
+        except Exception as error:  # noqa: BLE001 - the failure becomes data
             values[case["name"]] = {"failed": f"{type(error).__name__}: {error}"[:500]}
     return values, arrays
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All of MMRole on a small made-up world, on a CPU: an agent and a judge are trained, the agent answers, the judge
-# reviews, the results are tabled.
+# Runs all of MMRole on a small made-up world, on a CPU: trains an agent and a judge, lets the agent answer and the judge
+# review, and prints the results.
 #
 #   bash scripts/quickstart.sh
 #
 # Sets everything up first. Needs no download of data or weights: it draws characters, pictures and a tiny base
-# checkpoint from a seed. Run again, it goes on where it stopped and leaves alone what is finished.
-#   DEMO_DIR   where it all goes (default: demo in the repository); remove the folder to start afresh
+# checkpoint from a seed. The same command resumes it, and keeps what is finished.
+#   DEMO_DIR   where it all goes (default: demo in the repository); remove the folder to start again
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
@@ -113,7 +113,7 @@ END
 if [[ $status -eq $FAILED_REVIEWS ]]; then
     cat <<END
 
-Some reviews could not be read: RM_review tells which above. They are counted as failures and none is made into a score.
+Some reviews could not be read: RM_review names them above. They are counted as failures and get no score.
 END
 fi
 cat <<END

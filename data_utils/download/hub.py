@@ -158,7 +158,7 @@ def _download(repo: HubRepo, files: Sequence[HubFile], staging: Path, workers: i
     """Fetches the files into `staging`, and returns the error that ended it early, if any."""
     from huggingface_hub import snapshot_download
 
-    shutil.rmtree(staging / ".cache", ignore_errors=True)  # what a killed run left cannot be gone on with
+    shutil.rmtree(staging / ".cache", ignore_errors=True)  # parts of files that a killed run left are of no use
     try:
         snapshot_download(
             repo.name, repo_type=repo.kind, revision=repo.commit, local_dir=staging, max_workers=workers,

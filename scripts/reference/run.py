@@ -1,4 +1,6 @@
-"""The released side of scripts/parity.sh: runs the remote code in a checkpoint's folder on every case. Not for people.
+"""The released side of scripts/parity.sh: runs the remote code in a checkpoint's folder on every case.
+
+Started by parity.py:
 
     .venv-reference/bin/python run.py WORK CHECKPOINT DEVICE DTYPE
 
@@ -60,10 +62,10 @@ def close_the_network() -> list[str]:
 
 
 class Released:
-    """The released model and tokenizer, and what this side computes of each kind of case."""
+    """The released model and tokenizer, with a method for each kind of case."""
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype | None) -> None:
-        base, self.adapter = _base_of(folder)
+        base, self.adapter = base_of(folder)
         config_class = _remote_class(base, "config.json", "AutoConfig")
         model_class = _remote_class(base, "config.json", "AutoModelForCausalLM")
         with_tokenizer = folder if (folder / "qwen.tiktoken").is_file() else base
@@ -143,7 +145,7 @@ def cut_to_length(ids: Sequence[int], length: int | None) -> list[int]:
 
 
 def training_labels(tokenizer: Any, conversations: Sequence[Case], limit: int) -> tuple[list[int], list[int]]:
-    """What the paper's trainer learns from a sample; its code is not in a checkpoint's folder, so it is told here.
+    """Returns the ids and labels that the paper's trainer makes of a sample, whose code is in no checkpoint's folder.
 
     Every turn is `<|im_start|>role\\ntext<|im_end|>\\n`, a fixed system turn first. What opens and closes a turn is
     learned in all of them, the assistant's text besides, the role never. Whatever is over `limit` is cut off.
@@ -165,7 +167,7 @@ def training_labels(tokenizer: Any, conversations: Sequence[Case], limit: int) -
 
 
 def run_cases(side: Any, cases: Sequence[Case]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the side computes of every case: JSON values and arrays; a case that fails is told as one."""
+    """Returns what the side computes of every case: JSON values and arrays; a failed case gets its error."""
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     part = None
@@ -181,7 +183,7 @@ def run_cases(side: Any, cases: Sequence[Case]) -> tuple[dict[str, Any], dict[st
                 arrays[case["name"]] = found
             else:
                 values[case["name"]] = {"value": found}
-        except Exception as error:  # noqa: BLE001 - the failure is what is told of this case
+        except Exception as error:  # noqa: BLE001 - the failure becomes data
             values[case["name"]] = {"failed": f"{type(error).__name__}: {error}"[:500]}
     return values, arrays
 
@@ -194,7 +196,7 @@ def _dialogue(case: Case) -> dict[str, Any]:
     return {"history": _pairs(case), "system": case["system"]}
 
 
-def _base_of(folder: Path) -> tuple[Path, bool]:
+def base_of(folder: Path) -> tuple[Path, bool]:
     """The folder with the model and its code, and whether the given one is an adapter on top of it."""
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():

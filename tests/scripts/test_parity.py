@@ -138,7 +138,7 @@ def test_an_adapters_base_is_found_from_the_work_folder(
     monkeypatch.chdir(work)
     loaded, _ = qwen_vl.load(folder, device="cpu")
     assert any("lora" in name for name, _ in loaded.named_modules())
-    found, is_adapter = reference._base_of(folder)
+    found, is_adapter = reference.base_of(folder)
     assert (found.resolve(), is_adapter) == (tmp_path / "base", True)
     assert path.read_bytes() == before
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,8 @@ def read(path: Path) -> Any:
 @pytest.mark.timeout(2400)
 def test_the_whole_road(tmp_path: Path) -> None:
     demo = tmp_path / "a demo"
-    started = time.process_time() + sum(os.times()[2:4])
     first = quickstart(ROOT, demo)
     assert first.returncode == 0, first.stdout + first.stderr
-    # Processor time, as others may use this machine, and other machines are slower; docs/benchmarks.md measures.
-    assert time.process_time() + sum(os.times()[2:4]) - started < 1500
     made = {key: [demo / path.format(s, k) for s in ("in", "out") for k in KINDS] for key, path in RESULTS.items()}
     assert all(path.stat().st_size for paths in made.values() for path in paths)
     reviews = [review for path in made["reviews"] for row in read(path) for review in row["rm_review"].values()]
