@@ -18,9 +18,9 @@ from transformers import HfArgumentParser, SchedulerType
 
 from data_utils.errors import MMRoleError, raise_problems
 from finetune.data import Order
-from finetune.distributed import join_deepspeed, settle_devices
+from finetune.distributed import choose_devices, join_deepspeed
 
-WARMUP_LR = "warmup_lr"  # a schedule; see finetune.arguments
+WARMUP_LR = "warmup_lr"  # the schedule of the released scripts; see `finetune.trainer.WarmupRate`
 # What the transformers Trainer offers and this one does not, with the value that leaves it off.
 UNSUPPORTED = {
     "push_to_hub": False,
@@ -49,144 +49,7 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     **dict.fromkeys(_FROM_0, (0, True, math.inf)),
     **dict.fromkeys(_SHARES, (0, True, 1)),
 }
-
-
-def flag_problems(flags: Namespace) -> list[MMRoleError]:
-    """Flags that cannot be, or not together; before a process group or a DeepSpeed config is made of them.
-
-    Args:
-        flags: What the command line says, each value of its type.
-    """
-    problems = [
-        MMRoleError("this flag is not supported here", f"--{name} {getattr(flags, name)}", f"--{name}", "leave it")
-        for name, off in UNSUPPORTED.items()
-        if getattr(flags, name, off) not in (off, "", [], None)
-    ]
-    problems += [problem for name in RANGES if (problem := _range_problem(name, getattr(flags, name, None)))]
-    return problems + _folder_problems(flags) + _recipe_problems(flags) + _contradictions(flags)
-
-
-def resumes(asked: object) -> bool:
-    """Whether a value of `--resume_from_checkpoint` asks to go on with a run, and not to begin at the beginning."""
-    return str(asked or "").lower() not in _NO
-
-
-def _range_problem(name: str, value: Any) -> MMRoleError | None:
-    if not isinstance(value, int | float):
-        return None  # not given, or not read yet
-    least, itself, end = RANGES[name]
-    if least < value < end or (itself and value == least):
-        return None
-    told = f"{'from' if itself else 'above'} {least:g}" + (f" to below {end:g}" if end < math.inf else "")
-    return MMRoleError("a flag has a value that cannot be", f"--{name} {value}", f"--{name}", f"give a number {told}")
-
-
-def _folder_problems(flags: Namespace) -> list[MMRoleError]:
-    problems = []
-    if flags.output_dir is None:
-        problems.append(MMRoleError("no output folder is given", None, "--output_dir", "say where checkpoints go"))
-    if isinstance(flags.deepspeed, str) and not Path(flags.deepspeed).is_file():
-        fix = "use finetune/ds_config_zero2.json, ds_config_zero3.json or ds_config_zero3_offload.json"
-        problems.append(MMRoleError("no such DeepSpeed config", flags.deepspeed, "--deepspeed", fix))
-    return problems
-
-
-def _recipe_problems(flags: Namespace) -> list[MMRoleError]:
-    problems = []
-    if (flags.loss_group not in ("micro", "step") and not flags.loss_group.isdecimal()) or flags.loss_group == "0":
-        fix = "give a number from 1, 'micro' or 'step'"
-        problems.append(MMRoleError("a flag has a value that cannot be", flags.loss_group, "--loss_group", fix))
-    schedules = [WARMUP_LR, *(kind.value for kind in SchedulerType)]
-    if flags.lr_scheduler_type not in schedules:
-        fix = f"use one of {', '.join(schedules)}"
-        problems.append(MMRoleError("no such schedule", flags.lr_scheduler_type, "--lr_scheduler_type", fix))
-    if isinstance(flags.deepspeed, str) and Path(flags.deepspeed).is_file():
-        problems += _deepspeed_problems(Path(flags.deepspeed))
-    return problems
-
-
-def _deepspeed_problems(config: Path) -> list[MMRoleError]:
-    """Blocks of a DeepSpeed config that would make transformers ignore flags without a word."""
-    try:
-        blocks = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [MMRoleError(f"the DeepSpeed config cannot be read: {error}", config, "--deepspeed", "correct it")]
-    return [
-        MMRoleError(f"a {name} block of a DeepSpeed config overrides this program's flags", blocks[name], config, fix)
-        for name, fix in INSTEAD_OF_BLOCKS.items()
-        if isinstance(blocks, dict) and name in blocks
-    ]
-
-
-def _contradictions(flags: Namespace) -> list[MMRoleError]:
-    problems = []
-    goes_on = resumes(flags.resume_from_checkpoint)
-
-    def add(what: str, value: str, fix: str) -> None:
-        problems.append(MMRoleError(what, value, "the command line", fix))
-
-    if flags.fp16 and not flags.use_lora:
-        add("full tuning in float16 overflows", "--fp16", "use --bf16 True, or neither for float32")
-    if flags.overwrite_output_dir and goes_on:
-        add("a run cannot be gone on with and deleted", "--overwrite_output_dir", "give one of the two")
-    if flags.save_only_model and goes_on:
-        fix = "leave --save_only_model away: its checkpoints hold no optimizer state and cannot be gone on with"
-        add("a run that is gone on with must be able to go on again", "--save_only_model", fix)
-    if str(getattr(flags.save_strategy, "value", flags.save_strategy)) == "best":
-        add("there is no best checkpoint here", "--save_strategy best", "give steps, epoch or no")
-    return problems
-
-
 _MOST_LISTED = 16
-
-
-def accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> int:
-    """Micro-batches that each process accumulates before an optimizer step.
-
-    Args:
-        global_batch: Samples of one optimizer step, over all processes.
-        micro_batch: Samples of one forward pass of one process.
-        processes: Processes, one a GPU.
-
-    Raises:
-        MMRoleError: The three do not divide; says which values would.
-    """
-    at_once = micro_batch * processes
-    if min(global_batch, micro_batch, processes) > 0 and global_batch % at_once == 0:
-        return global_batch // at_once
-    raise MMRoleError(
-        "the global batch does not divide into whole micro-batches",
-        f"global batch {global_batch}, micro-batch {micro_batch}, {processes} process(es)",
-        "--global_batch_size (GLOBAL_BATCH), --per_device_train_batch_size (MICRO_BATCH), number of GPUs (PROCESSES)",
-        "\n".join(_ways_out(global_batch, micro_batch, processes)),
-    )
-
-
-def _ways_out(global_batch: int, micro_batch: int, processes: int) -> list[str]:
-    """What could be changed so that it divides, one change a line."""
-    if min(global_batch, micro_batch, processes) <= 0:
-        return ["give whole numbers above 0"]
-    ways = []
-    if global_batch % processes == 0:
-        ways.append(f"micro-batch {_listed(_divisors(global_batch // processes))} with these {processes} process(es)")
-    if global_batch % micro_batch == 0:
-        ways.append(f"{_listed(_divisors(global_batch // micro_batch))} process(es) with this micro-batch")
-    at_once = micro_batch * processes
-    below = global_batch // at_once * at_once
-    near = [str(size) for size in (below, below + at_once) if size > 0]
-    ways.append(f"global batch {' or '.join(near)} with both as they are (no longer the paper's)")
-    return ["any one of these divides:", *(f"  {way}" for way in ways)]
-
-
-def _divisors(number: int) -> list[int]:
-    return [i for i in range(1, number + 1) if number % i == 0]
-
-
-def _listed(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:_MOST_LISTED]))
-    return shown + (", …" if len(numbers) > _MOST_LISTED else "")
-
-
 # Spellings of transformers 4 that today's no longer knows.
 RENAMED = {
     "--evaluation_strategy": "--eval_strategy",
@@ -195,7 +58,7 @@ RENAMED = {
     "--per_gpu_train_batch_size": "--per_device_train_batch_size",
     "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
 }
-# Flags that once decided something and no longer do, with why.
+# Flags that no longer have an effect, with the reason.
 RETIRED = {
     "--lazy_preprocess": "samples are always made when they are needed",
     "--cache_dir": "weights are read from the folder that is given",
@@ -220,20 +83,20 @@ RECIPES = {
     "agent": {**_COMMON, "num_train_epochs": 3.0, "model_max_length": 3072, "loss_group": "8", "fill_to": 64},
     "reward_model": {**_COMMON, "num_train_epochs": 10.0, "model_max_length": 4096, "loss_group": "4", "fill_to": 32},
 }
-# What says nothing to people: values that others give already, or that are of no use here.
-_UNTOLD = {"accelerator_config", "hub_token", "push_to_hub_token", "train_batch_size", "eval_batch_size"}
+# Options that are not printed: others give them already, or they have no use here.
+_NOT_SHOWN = {"accelerator_config", "hub_token", "push_to_hub_token", "train_batch_size", "eval_batch_size"}
 
 
 @dataclass
 class ModelArguments:
-    """Which model is tuned."""
+    """The model to tune."""
 
     model_name_or_path: str = field(metadata={"help": "Checkpoint folder to start from; not downloaded."})
 
 
 @dataclass
 class DataArguments:
-    """What it is tuned on."""
+    """The data."""
 
     data_path: str = field(metadata={"help": "Training samples, a JSON file."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Samples for --eval_strategy steps or epoch."})
@@ -247,7 +110,7 @@ class DataArguments:
 
 @dataclass
 class LoraArguments:
-    """How adapters are made, with `--use_lora`."""
+    """The adapters, with `--use_lora`."""
 
     lora_r: int = 64
     lora_alpha: int = 16
@@ -319,7 +182,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.global_batch_size is not None:
-            # Before anything reads it: the DeepSpeed config is filled in from it below.
+            # First: the DeepSpeed config is filled in from it below.
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             self.gradient_accumulation_steps = accumulation_steps(
                 self.global_batch_size, self.per_device_train_batch_size, processes
@@ -332,7 +195,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False  # sample ids travel with a batch, to be named in errors
         self.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        settle_devices(self)
+        choose_devices(self)
         super().__post_init__()
         if schedule == WARMUP_LR:
             self.lr_scheduler_type = schedule
@@ -361,7 +224,7 @@ class TrainingArguments(transformers.TrainingArguments):
         return named.get(self.loss_group) or int(self.loss_group)
 
     def order(self, samples: int) -> Order:
-        """The stream in which so many samples train."""
+        """Returns the stream in which so many samples train."""
         return Order(
             samples,
             multiple=self.fill_to or self.per_device_train_batch_size * self.world_size,
@@ -372,7 +235,7 @@ class TrainingArguments(transformers.TrainingArguments):
         )
 
     def recipe_used(self) -> dict[str, Any]:
-        """The released script whose settings these are, and which of them are others."""
+        """Returns the recipe's name, and its settings that other flags have changed."""
         if self.recipe is None:
             return {"name": None}
         now = {name: getattr(self, name) for name in RECIPES[self.recipe]}
@@ -391,17 +254,17 @@ class Options:
     lora: LoraArguments
 
     def resolved(self) -> dict[str, Any]:
-        """All options by name, as JSON can hold them."""
+        """Returns all options by name, as JSON can hold them."""
         return {**vars(self.model), **vars(self.data), **vars(self.lora), **self.training.to_sanitized_dict()}
 
-    def told(self) -> dict[str, Any]:
-        """The options that are not transformers' defaults, for people."""
+    def changed(self) -> dict[str, Any]:
+        """Returns the options that are not transformers' defaults, for people."""
         theirs = {f.name: str(_default(f)) for f in fields(transformers.TrainingArguments)}
         resolved = {name: str(value) for name, value in self.resolved().items()}
         return {
             name: value
             for name, value in resolved.items()
-            if value not in ("None", "[]", theirs.get(name)) and name not in _UNTOLD
+            if value not in ("None", "[]", theirs.get(name)) and name not in _NOT_SHOWN
         }
 
 
@@ -415,7 +278,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options, and what is to be told about old spellings. Joins the other processes of a distributed run.
+    """Returns the options, and notices about old spellings. Joins the other processes of a distributed run.
 
     Raises:
         MMRoleError: A flag is unknown, missing, or its value cannot be.
@@ -435,7 +298,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def recipe_flags(words: Sequence[str]) -> list[str]:
-    """The flags that `--recipe` stands for; what the user gives comes after them and counts."""
+    """Returns the flags that `--recipe` stands for; the user's own come after them and win."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     recipe = RECIPES.get(parser.parse_known_args(list(words))[0].recipe, {})
@@ -443,7 +306,7 @@ def recipe_flags(words: Sequence[str]) -> list[str]:
 
 
 def modern_spelling(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line of the released scripts in today's spelling, and a line about each change."""
+    """Returns a command line of the released scripts in today's spelling, and a line about each change."""
     words: list[str] = []
     notices: list[str] = []
     skipping = False
@@ -483,3 +346,136 @@ def _group_error(step: int, group: int) -> MMRoleError:
         "--global_batch_size (GLOBAL_BATCH), --loss_group",
         f"give a global batch of {' or '.join(fits)}, or --loss_group step",
     )
+
+
+def flag_problems(flags: Namespace) -> list[MMRoleError]:
+    """Returns what is wrong with flags, alone or together, before anything is made of them.
+
+    Args:
+        flags: What the command line says, each value of its type.
+    """
+    problems = [
+        MMRoleError("this flag is not supported here", f"--{name} {getattr(flags, name)}", f"--{name}", "leave it")
+        for name, off in UNSUPPORTED.items()
+        if getattr(flags, name, off) not in (off, "", [], None)
+    ]
+    problems += [problem for name in RANGES if (problem := _range_problem(name, getattr(flags, name, None)))]
+    return problems + _folder_problems(flags) + _recipe_problems(flags) + _contradictions(flags)
+
+
+def resumes(asked: object) -> bool:
+    """Returns whether a value of `--resume_from_checkpoint` asks to resume, and not to begin at the beginning."""
+    return str(asked or "").lower() not in _NO
+
+
+def _range_problem(name: str, value: Any) -> MMRoleError | None:
+    if not isinstance(value, int | float):
+        return None  # not given, or not read yet
+    least, itself, end = RANGES[name]
+    if least < value < end or (itself and value == least):
+        return None
+    range_ = f"{'from' if itself else 'above'} {least:g}" + (f" to below {end:g}" if end < math.inf else "")
+    return MMRoleError("a flag has a value that cannot be", f"--{name} {value}", f"--{name}", f"give a number {range_}")
+
+
+def _folder_problems(flags: Namespace) -> list[MMRoleError]:
+    problems = []
+    if flags.output_dir is None:
+        problems.append(MMRoleError("no output folder is given", None, "--output_dir", "say where checkpoints go"))
+    if isinstance(flags.deepspeed, str) and not Path(flags.deepspeed).is_file():
+        fix = "use finetune/ds_config_zero2.json, ds_config_zero3.json or ds_config_zero3_offload.json"
+        problems.append(MMRoleError("no such DeepSpeed config", flags.deepspeed, "--deepspeed", fix))
+    return problems
+
+
+def _recipe_problems(flags: Namespace) -> list[MMRoleError]:
+    problems = []
+    if (flags.loss_group not in ("micro", "step") and not flags.loss_group.isdecimal()) or flags.loss_group == "0":
+        fix = "give a number from 1, 'micro' or 'step'"
+        problems.append(MMRoleError("a flag has a value that cannot be", flags.loss_group, "--loss_group", fix))
+    schedules = [WARMUP_LR, *(kind.value for kind in SchedulerType)]
+    if flags.lr_scheduler_type not in schedules:
+        fix = f"use one of {', '.join(schedules)}"
+        problems.append(MMRoleError("no such schedule", flags.lr_scheduler_type, "--lr_scheduler_type", fix))
+    if isinstance(flags.deepspeed, str) and Path(flags.deepspeed).is_file():
+        problems += _deepspeed_problems(Path(flags.deepspeed))
+    return problems
+
+
+def _deepspeed_problems(config: Path) -> list[MMRoleError]:
+    """Blocks of a DeepSpeed config that would make transformers ignore flags without a word."""
+    try:
+        blocks = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [MMRoleError(f"the DeepSpeed config cannot be read: {error}", config, "--deepspeed", "correct it")]
+    return [
+        MMRoleError(f"a {name} block of a DeepSpeed config overrides this program's flags", blocks[name], config, fix)
+        for name, fix in INSTEAD_OF_BLOCKS.items()
+        if isinstance(blocks, dict) and name in blocks
+    ]
+
+
+def _contradictions(flags: Namespace) -> list[MMRoleError]:
+    problems = []
+    resuming = resumes(flags.resume_from_checkpoint)
+
+    def add(what: str, value: str, fix: str) -> None:
+        problems.append(MMRoleError(what, value, "the command line", fix))
+
+    if flags.fp16 and not flags.use_lora:
+        add("full tuning in float16 overflows", "--fp16", "use --bf16 True, or neither for float32")
+    if flags.overwrite_output_dir and resuming:
+        add("a run cannot be both resumed and deleted", "--overwrite_output_dir", "give one of the two")
+    if flags.save_only_model and resuming:
+        fix = "leave --save_only_model away: its checkpoints hold no optimizer state and cannot be resumed from"
+        add("a resumed run must be resumable again", "--save_only_model", fix)
+    if str(getattr(flags.save_strategy, "value", flags.save_strategy)) == "best":
+        add("there is no best checkpoint here", "--save_strategy best", "give steps, epoch or no")
+    return problems
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> int:
+    """Returns the micro-batches that each process accumulates before an optimizer step.
+
+    Args:
+        global_batch: Samples of one optimizer step, over all processes.
+        micro_batch: Samples of one forward pass of one process.
+        processes: Processes, one a GPU.
+
+    Raises:
+        MMRoleError: The three do not divide; says which values would.
+    """
+    at_once = micro_batch * processes
+    if min(global_batch, micro_batch, processes) > 0 and global_batch % at_once == 0:
+        return global_batch // at_once
+    raise MMRoleError(
+        "the global batch does not divide into whole micro-batches",
+        f"global batch {global_batch}, micro-batch {micro_batch}, {processes} process(es)",
+        "--global_batch_size (GLOBAL_BATCH), --per_device_train_batch_size (MICRO_BATCH), number of GPUs (PROCESSES)",
+        "\n".join(_ways_out(global_batch, micro_batch, processes)),
+    )
+
+
+def _ways_out(global_batch: int, micro_batch: int, processes: int) -> list[str]:
+    """Returns what could be changed so that it divides, one change a line."""
+    if min(global_batch, micro_batch, processes) <= 0:
+        return ["give whole numbers above 0"]
+    ways = []
+    if global_batch % processes == 0:
+        ways.append(f"micro-batch {_listed(_divisors(global_batch // processes))} with these {processes} process(es)")
+    if global_batch % micro_batch == 0:
+        ways.append(f"{_listed(_divisors(global_batch // micro_batch))} process(es) with this micro-batch")
+    at_once = micro_batch * processes
+    below = global_batch // at_once * at_once
+    near = [str(size) for size in (below, below + at_once) if size > 0]
+    ways.append(f"global batch {' or '.join(near)} with both as they are (no longer the paper's)")
+    return ["any one of these divides:", *(f"  {way}" for way in ways)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_MOST_LISTED]))
+    return shown + (", …" if len(numbers) > _MOST_LISTED else "")

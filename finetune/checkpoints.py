@@ -1,4 +1,7 @@
-"""Checkpoints: written aside, checked and renamed into place; verified and chosen to resume from; pruned."""
+"""Checkpoints: saved atomically, verified, resumed from, pruned.
+
+A checkpoint is written into a staging folder, opened again and compared with the model, and only then renamed.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +10,46 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from data_utils.errors import MMRoleError, raise_problems
-from data_utils.files import read_json, write_error, write_text
+from data_utils.files import read_json, write_text
 from finetune.arguments import Options, resumes
+from finetune.distributed import from_first
 from finetune.report import TRAINING
 from qwen_vl import QwenVLTokenizer
-from qwen_vl.checkpoint import VOCAB_FILE, CheckpointError, file_damages, missing_files, read_json_file
+from qwen_vl.checkpoint import VOCAB_FILE, file_damages, missing_files, read_json_file
 
 STAGING = ".saving"
-_ASIDE = ".old"
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "unexpected pos")  # parts of what torch.save says
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-SHARD_SIZE = "5GB"
-# Read first by whoever loads a folder; so they are put there last and taken away first.
+STATE = "trainer_state.json"
+LATEST = "latest"  # DeepSpeed's note of which of its folders counts
+_SHARD_SIZE = "5GB"
+# Read first by whoever loads a folder; so they are put there last and removed first.
 _ENTRANCES = ("config.json", "adapter_config.json")
 _WEIGHTS = ("model*.safetensors*", "adapter_model*.safetensors*", "pytorch_model*.bin*")
 # What only a resume reads: DeepSpeed's shards and its note of them, optimizer, schedule and random states.
-_RESUME_STATE = ("latest", "global_step*", "zero_to_fp32.py", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_RESUME_STATE = (LATEST, "global_step*", "zero_to_fp32.py", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "unexpected pos")  # parts of what torch.save says
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
+# What decides the course of the learning rate and may change on the way, if the user knows.
+_SCHEDULE = ("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay")
 
 Expected = Mapping[str, tuple[list[int], str]]
 
 
+# ---- save
+
+
 def expected_tensors(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, tuple[list[int], str]]:
-    """Name, shape and dtype (as safetensors names it) of every tensor that a save of the model must hold.
+    """Returns name, shape and dtype (as safetensors names it) of every tensor that a save of the model must hold.
 
     Args:
         model: A whole model, or one with adapters, of which only what trains is saved.
@@ -53,13 +62,10 @@ def expected_tensors(model: torch.nn.Module, dtype: torch.dtype | None = None) -
             continue
         shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves the parameter itself empty
         kind = dtype if dtype and parameter.is_floating_point() else parameter.dtype
-        expected[_saved_name(name) if adapted else name] = (shape, _DTYPES[kind])
+        if adapted:  # as peft names it in a file
+            name = name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+        expected[name] = (shape, _DTYPES[kind])
     return expected
-
-
-def _saved_name(name: str) -> str:
-    """The name that peft gives an adapter's parameter in a file."""
-    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
 def save_model(
@@ -89,7 +95,7 @@ def save_model(
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
     else:
         use_cache, model.config.use_cache = model.config.use_cache, True  # off for training only
-        model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=_SHARD_SIZE)
         model.config.use_cache = use_cache
         if dtype is not None:
             _name_dtype(folder / "config.json", dtype)
@@ -99,7 +105,7 @@ def save_model(
 
 
 def _name_dtype(file: Path, dtype: torch.dtype) -> None:
-    """Lets a config name the dtype of the weights beside it; transformers writes the model's own."""
+    """Writes the dtype of the weights beside a config into it; transformers writes the model's own."""
     name = str(dtype).removeprefix("torch.")
     config = read_json_file(file)
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
@@ -116,21 +122,27 @@ def check_saved(folder: Path, expected: Expected) -> None:
     Raises:
         ProblemsError: Tensors are missing, of another shape or dtype, or a file is cut short.
     """
+
+    def problem(what: str, value: object) -> MMRoleError:
+        fix = "look for a full disk or a change of transformers, peft or DeepSpeed; older checkpoints are untouched"
+        return MMRoleError(what, value, folder, fix)
+
     try:
         found = saved_tensors(folder)
     except (OSError, SafetensorError, ValueError) as error:
-        raise_problems([_broken(f"the weights cannot be read again: {error}", folder, folder)])
-    problems = [_broken("a tensor is missing from the save", name, folder) for name in expected.keys() - found.keys()]
-    problems += [_broken("the save has a tensor too many", name, folder) for name in found.keys() - expected.keys()]
+        raise problem(f"the weights cannot be read again: {error}", folder) from error
+    problems = [problem("a tensor is missing from the save", name) for name in expected.keys() - found.keys()]
+    problems += [problem("the save has a tensor too many", name) for name in found.keys() - expected.keys()]
     for name in sorted(expected.keys() & found.keys()):
         if expected[name] != found[name]:
-            told = f"{name}: {_told(found[name])} instead of {_told(expected[name])}"
-            problems.append(_broken("a tensor of the save is not what was trained", told, folder))
+            (there, kind), (shape, wanted) = found[name], expected[name]
+            value = f"{name}: {kind} {there} instead of {wanted} {shape}"
+            problems.append(problem("a tensor of the save is not what was trained", value))
     raise_problems(problems)
 
 
 def saved_tensors(folder: Path) -> dict[str, tuple[list[int], str]]:
-    """Name, shape and dtype of every tensor in a folder's safetensors files; no weight is read."""
+    """Returns name, shape and dtype of every tensor in a folder's safetensors files; no weights are read."""
     indices = list(folder.glob("*.safetensors.index.json"))
     names = {name for index in indices for name in read_json_file(index)["weight_map"].values()}
     found = {}
@@ -143,46 +155,45 @@ def saved_tensors(folder: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def publish_folder(staged: Path, target: Path) -> None:
-    """Puts a finished folder into place; one of that name is kept aside until it is there."""
-    sync_files(staged)
-    aside = _aside(target)
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
+    """Renames a finished folder into place; one of that name goes."""
+    _sync(staged)
+    shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)
-    sync_folder(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _sync(target.parent, files=False)
 
 
-def recover_published(output_dir: Path) -> None:
-    """Puts checkpoints back that a run was killed in the middle of replacing.
+def publish_files(staged: Path, target: Path) -> None:
+    """Moves the files of a finished folder into one that holds other things too; what makes it loadable comes last."""
+    _sync(staged)
+    target.mkdir(parents=True, exist_ok=True)
+    fresh = {file.name for file in staged.iterdir()}
+    stale = [target / name for name in _ENTRANCES if (target / name).exists()]
+    stale += [file for pattern in _WEIGHTS for file in target.glob(pattern) if file.name not in fresh]
+    for file in stale:
+        file.unlink()
+    for file in sorted(staged.iterdir(), key=lambda file: file.name in _ENTRANCES):
+        file.replace(target / file.name)
+    _sync(target, files=False)
+    staged.rmdir()
 
-    Raises:
-        MMRoleError: It cannot be written there.
-    """
-    for aside in [path for path in _folders(output_dir) if path.name.endswith(_ASIDE)]:
-        target = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
-        if not CHECKPOINT.fullmatch(target.name) or aside != _aside(target):
-            continue
+
+def _sync(folder: Path, *, files: bool = True) -> None:
+    """Waits until a folder's names, and the files in it, are on the disk."""
+    paths = [file for file in folder.rglob("*") if file.is_file()] if files else []
+    for path in [*paths, folder]:
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            if target.exists():
-                shutil.rmtree(aside)
-            else:
-                aside.rename(target)
-        except OSError as error:
-            raise write_error(target, error, "the checkpoint lies beside it, in a hidden folder") from error
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}{_ASIDE}")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
 def writing(staging: Path) -> Iterator[None]:
-    """Tells what keeps a save from being written, and takes away what was written of it.
+    """Turns errors of writing into one that says what to do, and removes what was written.
 
     Raises:
-        MMRoleError: The disk is full, or it cannot be written there; or as what is done raises.
+        MMRoleError: The disk is full, or it cannot be written there; or as the body raises.
     """
     try:
         yield
@@ -193,292 +204,209 @@ def writing(staging: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _TORCH_CANNOT_WRITE):
             raise
         shutil.rmtree(staging, ignore_errors=True)
-        fix = "free some space or see to the folder's permissions, then go on with --resume_from_checkpoint auto"
+        fix = "free some space or correct the folder's permissions, then resume with --resume_from_checkpoint auto"
         what = f"the save cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise MMRoleError(what, staging, staging.parent, f"{fix}; the checkpoints before are untouched") from error
+        raise MMRoleError(what, staging, staging.parent, f"{fix}; older checkpoints are untouched") from error
 
 
-def publish_files(staged: Path, target: Path) -> None:
-    """Moves the files of a finished folder into one that holds other things too; what makes it loadable comes last."""
-    sync_files(staged)
-    target.mkdir(parents=True, exist_ok=True)
-    fresh = {file.name for file in staged.iterdir()}
-    stale = [target / name for name in _ENTRANCES if (target / name).exists()]
-    stale += [file for pattern in _WEIGHTS for file in target.glob(pattern) if file.name not in fresh]
-    for file in stale:
-        file.unlink()
-    for file in sorted(staged.iterdir(), key=lambda file: file.name in _ENTRANCES):
-        file.replace(target / file.name)
-    sync_folder(target)
-    staged.rmdir()
-
-
-def sync_files(folder: Path) -> None:
-    """Waits until the files of a folder are on the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# ---- list and prune
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, by step."""
-    found = [(CHECKPOINT.fullmatch(path.name), path) for path in _folders(output_dir)]
+    """Returns the checkpoints of a run, by step."""
+    folders = [path for path in output_dir.iterdir() if path.is_dir()] if output_dir.is_dir() else []
+    found = [(CHECKPOINT.fullmatch(path.name), path) for path in folders]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def drop_checkpoints(output_dir: Path, keep: int | None, last: Path | None = None) -> None:
-    """Deletes the oldest checkpoints, all but so many.
+def prune(output_dir: Path, keep: int | None, newest: Path, *, resume_state_of_newest_only: bool) -> None:
+    """Deletes what a newer checkpoint makes superfluous.
 
     Args:
         output_dir: The run's output folder.
-        keep: How many stay; None keeps all.
-        last: What was written last. It stays, even if some are of later steps: a run may go on from an earlier one.
+        keep: How many checkpoints stay, the oldest go first; None keeps all.
+        newest: The checkpoint written last. It stays, even if others are of later steps: a run may have been resumed
+            from an earlier one.
+        resume_state_of_newest_only: Whether the others lose their optimizer state, and go if they were saved for that.
     """
-    if keep is None or keep <= 0:
-        return
-    others = [path for path in checkpoints(output_dir) if path != last]
-    for path in others[: max(len(others) - keep + bool(last), 0)]:
-        shutil.rmtree(path)
+    others = [path for path in checkpoints(output_dir) if path != newest]
+    if resume_state_of_newest_only:
+        for folder in list(others):
+            if not report_of(folder).get("kept", True):
+                shutil.rmtree(folder)
+                others.remove(folder)
+                continue
+            for path in [found for pattern in _RESUME_STATE for found in folder.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if keep:
+        for path in others[: max(len(others) + 1 - keep, 0)]:
+            shutil.rmtree(path)
 
 
-def drop_resume_state(output_dir: Path, newest: Path) -> None:
-    """Leaves optimizer state in the newest checkpoint only; deletes older ones that were saved to resume from.
-
-    Args:
-        output_dir: The run's output folder.
-        newest: The checkpoint written last.
-    """
-    for folder in checkpoints(output_dir):
-        if folder == newest:
-            continue
-        if not read_json_file(folder / TRAINING).get("kept", True):
-            shutil.rmtree(folder)
-            continue
-        for file in [found for pattern in _RESUME_STATE for found in folder.glob(pattern)]:
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
+# ---- verify
 
 
-def _folders(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ()
+def verify(folder: Path, processes: int) -> list[str]:
+    """Returns what is missing from a checkpoint or damaged, a line each; nothing if a run can be resumed from it.
 
-
-def _told(tensor: tuple[list[int], str]) -> str:
-    return f"{tensor[1]} {tensor[0]}"
-
-
-def _broken(what: str, value: object, folder: Path) -> MMRoleError:
-    fix = "look for a full disk or a change of transformers, peft or DeepSpeed; the checkpoints before are untouched"
-    return MMRoleError(what, value, folder, fix)
-
-
-STATE = "trainer_state.json"
-_PARTS = ("identity", "options", "data", "base")
-LATEST = "latest"  # DeepSpeed's note of which of its folders counts
-_ONE_PROCESS = "rng_state.pth"
-_SHARD = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-_MODEL_SHARD = "zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
-_MODEL_WHOLE = "mp_rank_00_model_states.pt"
-
-
-def damages(folder: Path, processes: int) -> list[str]:
-    """What of a checkpoint is missing or broken, a line each; empty if it can be gone on with.
-
-    Sizes and headers are looked at, no weight is read.
+    Sizes and headers are looked at, no weights are read.
 
     Args:
         folder: The checkpoint.
-        processes: How many there are now. If others wrote it, their own files are not looked for: it cannot be gone on
-            with in any case.
+        processes: The present number of processes. If another number wrote it, the processes' own files are not looked
+            for: it cannot be resumed from in any case.
     """
     if not folder.is_dir():
         return ["there is no such folder"]
     try:
-        identity = written_as(folder)
-    except MMRoleError as error:
-        return [f"{TRAINING}: {error.what}"]
-    if identity.get("processes", processes) != processes:
-        processes = 0
-    found = [*_state_damages(folder), *_model_damages(folder), *_file_damages(folder, ["scheduler.pt"])]
-    found += _file_damages(folder, _random_states(processes))
-    return found + _optimizer_damages(folder, processes, identity.get("ZeRO stage", 0))
+        identity = report_of(folder).get("identity", {})
+        steps_done(folder)
+        found = [f"{name}: missing" for name in missing_files(folder)]
+    except (MMRoleError, ValueError) as error:
+        where = str(getattr(error, "where", None) or STATE).partition(",")[0]  # a JSON error has the line behind it
+        return [f"{Path(where).name}: {getattr(error, 'what', error)}"]
+    written_by = identity.get("processes", 1)
+    ranks = range(processes if written_by == processes else 0)
+    files = [*sorted(path.name for path in folder.glob("*.safetensors")), "scheduler.pt"]
+    files += ["rng_state.pth"] if list(ranks) == [0] else [f"rng_state_{rank}.pth" for rank in ranks]
+    stage = identity.get("ZeRO stage", 0)
+    if not stage:
+        files.append("optimizer.pt")
+    elif not (folder / LATEST).is_file():
+        files.append(LATEST)
+    else:
+        shards = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        files += [f"{shards}/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
+        models = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in ranks] if stage == 3 else ["mp_rank_00"]
+        files += [f"{shards}/{name}_model_states.pt" for name in models]
+    for name in files:
+        there = sorted(folder.glob(name))
+        found += [] if there else [f"{Path(name).name.removeprefix('*')}: missing"]
+        found += [f"{file.name}: {damage}" for file in there for damage, _ in file_damages(file)]
+    return found
 
 
 def report_of(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's `training.json` says; nothing, if another trainer wrote the checkpoint.
+    """Returns what a checkpoint's `training.json` says; nothing, if another trainer wrote the checkpoint.
 
     Raises:
-        MMRoleError: It cannot be read, or is no object.
+        MMRoleError: It cannot be read, or does not hold what a run writes.
     """
     if not (folder / TRAINING).is_file():
         return {}
     content = read_json(folder / TRAINING)
-    if not isinstance(content, dict) or any(not isinstance(content.get(part, {}), dict) for part in _PARTS):
-        raise MMRoleError("the report of the run is not as it was written", type(content).__name__, folder / TRAINING)
-    return content
-
-
-def written_as(folder: Path) -> dict[str, Any]:
-    """Under which settings a checkpoint was written, as `identity` names them.
-
-    Raises:
-        MMRoleError: As `report_of`; or it says no number of processes.
-    """
-    identity = report_of(folder).get("identity", {})
-    numbers = (identity.get("processes", 1), identity.get("ZeRO stage", 0))
-    if not all(isinstance(number, int) for number in numbers):
-        raise MMRoleError("the report of the run is not as it was written", numbers, folder / TRAINING)
-    return identity
+    if isinstance(content, dict):
+        identity = content.get("identity", {})
+        parts = [identity, *(content.get(name, {}) for name in ("options", "data", "base"))]
+        if all(isinstance(part, dict) for part in parts):
+            numbers = [identity.get("processes", 1), identity.get("ZeRO stage", 0)]
+            if all(isinstance(number, int) for number in numbers):
+                return content
+    raise MMRoleError("the report of the run is not as it was written", type(content).__name__, folder / TRAINING)
 
 
 def steps_done(folder: Path) -> int:
-    """Optimizer steps of the run that wrote a folder.
+    """Returns the optimizer steps of the run that wrote a folder.
 
     Raises:
-        ValueError: Its trainer's state is not there, or not as it was written.
+        ValueError: Its trainer's state is missing, or not as it was written.
     """
     try:
         steps = TrainerState.load_from_json(str(folder / STATE)).global_step
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{STATE}: {'missing' if isinstance(error, FileNotFoundError) else error}") from error
+    except FileNotFoundError:
+        raise ValueError("missing") from None
+    except (OSError, TypeError) as error:
+        raise ValueError(str(error)) from error
     if not isinstance(steps, int):
-        raise ValueError(f"{STATE}: says no step")
+        raise ValueError("names no step")
     return steps
 
 
-def _state_damages(folder: Path) -> list[str]:
-    try:
-        steps_done(folder)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _model_damages(folder: Path) -> list[str]:
-    try:
-        missing = missing_files(folder)
-    except CheckpointError as error:
-        return [f"{error.where}: {error.what}"]
-    weights = sorted(folder.glob("*.safetensors"))
-    return [f"{name}: missing" for name in missing] + _file_list_damages(weights)
-
-
-def _random_states(processes: int) -> list[str]:
-    return [_ONE_PROCESS] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-
-
-def _optimizer_damages(folder: Path, processes: int, stage: int) -> list[str]:
-    """Of the optimizer's state: one file, or with DeepSpeed a shard of every process."""
-    if not stage and not (folder / LATEST).is_file():
-        return _file_damages(folder, ["optimizer.pt"])
-    try:
-        shards = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return [f"{LATEST}: missing or unreadable"]
-    models = [_MODEL_SHARD.format(rank=rank) for rank in range(processes)] if stage == 3 else [_MODEL_WHOLE]
-    return _file_damages(shards, [*(_SHARD.format(rank=rank) for rank in range(processes)), *models])
-
-
-def _file_damages(folder: Path, patterns: Iterable[str]) -> list[str]:
-    """Of files that must be there, each named by a pattern that matches it alone."""
-    found = []
-    for pattern in patterns:
-        files = sorted(folder.glob(pattern))
-        if not files:
-            found.append(f"{pattern.replace('*', '')}: missing")
-        found += _file_list_damages(files)
-    return found
-
-
-def _file_list_damages(files: Iterable[Path]) -> list[str]:
-    return [f"{file.name}: {damage}" for file in files for damage, _ in file_damages(file)]
-
-
-AUTO = "auto"
-FLAG = "--resume_from_checkpoint"
-_YES = ("true", "1", "yes")
-# What decides the course of the learning rate and may change on the way, if the user knows.
-_SCHEDULE = ("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay")
+# ---- resume
 
 
 def checkpoint_to_resume(options: Options) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means; None to begin at the beginning.
+    """Returns the checkpoint that `--resume_from_checkpoint` means; None to begin at the beginning.
 
-    "auto" (and "True", as the released flag was a bool) is the last whole one in the output folder, or none if there is
-    none at all. The first process decides for all.
+    "auto" (and "True", as the released flag was a bool) is the newest one that is not damaged, or none if there is no
+    checkpoint at all. The first process decides for all.
 
     Raises:
-        MMRoleError: There is no such checkpoint, or it is not whole; on every process.
+        MMRoleError: There is no such checkpoint, or it is damaged; on every process.
     """
-    answer: list[Any] = [None]
+    answer: Any = None
     if options.training.process_index == 0:
         try:
-            recover_published(Path(options.training.output_dir))
-            answer = [_chosen(options)]
+            answer = _chosen(options)
         except MMRoleError as error:
-            answer = [error]
-    if options.training.world_size > 1:
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], MMRoleError):
-        raise answer[0]
-    return answer[0]
+            answer = error
+    answer = from_first(answer)
+    if isinstance(answer, MMRoleError):
+        raise answer
+    return answer
 
 
 def _chosen(options: Options) -> Path | None:
-    asked = str(options.training.resume_from_checkpoint or "")
+    training = options.training
+    asked = str(training.resume_from_checkpoint or "")
     if not resumes(asked):
         return None
-    there = checkpoints(Path(options.training.output_dir))
-    if asked.lower() in (AUTO, *_YES):
-        return _last_whole(there, options)
+    there = checkpoints(Path(training.output_dir))
+    if asked.lower() in ("auto", "true", "1", "yes"):
+        damaged = []
+        for folder in reversed(there):
+            if not (found := verify(folder, training.world_size)):
+                for line in damaged:
+                    print(f"{line}; resuming from the one before, {folder.name}", file=sys.stderr)
+                return folder
+            damaged.append(f"{folder.name} is damaged or holds no optimizer state ({', '.join(found)})")
+        if not damaged:
+            return None
+        fix = "give --overwrite_output_dir to begin at the beginning, or another --output_dir"
+        raise MMRoleError("no checkpoint of the run can be resumed from", damaged, training.output_dir, fix)
     folder = Path(asked)
-    found = damages(folder, options.training.world_size)
-    if found:
+    if found := verify(folder, training.world_size):
         names = [path.name for path in there if path != folder]
-        place = options.training.output_dir
-        fix = f"give one of {names} below {place}, or auto for the last" if names else "leave the flag away"
-        what = "this checkpoint is not whole" if folder.is_dir() else "no checkpoint to go on with"
-        raise MMRoleError(what, found if folder.is_dir() else folder, f"{FLAG} {folder}", fix)
+        fix = f"give one of {names} below {training.output_dir}, or auto for the last" if names else "leave the flag"
+        what = "this checkpoint is damaged or holds no optimizer state" if folder.is_dir() else "no such checkpoint"
+        raise MMRoleError(what, found if folder.is_dir() else folder, f"--resume_from_checkpoint {folder}", fix)
     return folder
 
 
-def _last_whole(there: list[Path], options: Options) -> Path | None:
-    """The newest checkpoint that is whole; tells of those that are newer and are not."""
-    passed = []
-    for folder in reversed(there):
-        found = damages(folder, options.training.world_size)
-        if not found:
-            for line in passed:
-                print(f"{line}; {folder.name} is gone on with", file=sys.stderr)
-            return folder
-        passed.append(f"{folder.name} is not whole ({', '.join(found)})")
-    if passed:
-        fix = "give --overwrite_output_dir to begin at the beginning, or another --output_dir"
-        raise MMRoleError("no checkpoint of the run is whole", passed, options.training.output_dir, fix)
-    return None
+def identity(options: Options) -> dict[str, Any]:
+    """Returns what must be equal to resume from a checkpoint: what lays out the optimizer's state, or is learned."""
+    training, lora, data = options.training, options.lora, options.data
+    adapters = {"LoRA alpha": lora.lora_alpha, "LoRA dropout": lora.lora_dropout, "LoRA bias": lora.lora_bias}
+    adapters["LoRA base"] = "four bits" if lora.q_lora else "as it is"
+    order = training.order(1)
+    return {
+        "processes": training.world_size,
+        "ZeRO stage": training.zero_stage,
+        "samples a step": training.samples_per_step,
+        "loss group": training.group_size,
+        "epochs filled to": order.multiple,
+        "weight decay of": "every weight" if training.decay_all else "what transformers chooses",
+        "LoRA": f"r {lora.lora_r} on {', '.join(lora.lora_target_modules)}" if training.use_lora else "no",
+        **(adapters if training.use_lora else {}),
+        "vision tower": "frozen" if training.fix_vit or training.use_lora else "trained",
+        "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
+        "longest sample": training.model_max_length,
+        "system message": "each sample's own" if data.use_sample_system else "the published one",
+        "order": "sequential" if training.sequential else f"permuted each epoch by seed {order.seed}",
+    }
 
 
 def resume_problems(folder: Path, now: Mapping[str, Any]) -> list[MMRoleError]:
-    """What keeps a checkpoint from being gone on with.
+    """Returns what keeps a run from being resumed from a checkpoint.
 
     Args:
         folder: The checkpoint.
         now: The present run's `identity`.
     """
-    found = damages(folder, now["processes"])
-    if found:
+    if found := verify(folder, now["processes"]):
         fix = "every node needs the checkpoint's files: put the output folder on a file system that they share"
-        return [MMRoleError("this checkpoint is not whole", found, folder, fix)]
-    there = written_as(folder)
+        return [MMRoleError("this checkpoint is damaged", found, folder, fix)]
+    there = report_of(folder).get("identity", {})
     lines = [f"{key}: {there[key]} there, {now[key]} now" for key in now if key in there and there[key] != now[key]]
     if not lines:
         return []
@@ -488,12 +416,12 @@ def resume_problems(folder: Path, now: Mapping[str, Any]) -> list[MMRoleError]:
 
 
 def origin_problems(folder: Path, now: Mapping[str, Mapping[str, str]], *, adapter: bool) -> list[MMRoleError]:
-    """Other data or another base than the checkpoint came from.
+    """Returns a problem for other data or another base than the checkpoint came from.
 
     Args:
         folder: The checkpoint.
-        now: The present run's `finetune.preflight.fingerprints`.
-        adapter: It holds LoRA adapters.
+        now: The present run's `finetune.preflight.Checked.fingerprints`.
+        adapter: Whether it holds LoRA adapters.
     """
     there, problems = report_of(folder), []
     for name, prints in now.items():
@@ -501,14 +429,14 @@ def origin_problems(folder: Path, now: Mapping[str, Mapping[str, str]], *, adapt
         key = next(key for key in prints if key != "path")
         if before.get(key) != prints[key]:
             both = ((before, "then"), (prints, "now"))
-            told = [f"{one.get('path')} ({key} {str(one.get(key))[:16]}) {when}" for one, when in both]
+            lines = [f"{one.get('path')} ({key} {str(one.get(key))[:16]}) {when}" for one, when in both]
             fix = _ways_out(f"give the {name} that it began with", folder, adapter=adapter)
-            problems.append(MMRoleError(f"the checkpoint began with other {name}", told, folder, fix))
+            problems.append(MMRoleError(f"the checkpoint began with other {name}", lines, folder, fix))
     return problems
 
 
 def schedule_notice(folder: Path, options: Options) -> str | None:
-    """A line about a schedule that is not the one that the checkpoint was written with; None if it is.
+    """Returns a line about a schedule that is not the one that the checkpoint was written with; None if it is.
 
     Args:
         folder: The checkpoint.
@@ -524,21 +452,14 @@ def schedule_notice(folder: Path, options: Options) -> str | None:
     return f"the schedule is not the checkpoint's: {'; '.join(changes)} ({kept})"
 
 
-def is_finished(options: Options, resume: Path, steps: int) -> bool:
-    """Whether a run has done its steps and saved what it trained; such a run needs no model.
+def is_finished(output: Path, resume: Path, steps: int) -> bool:
+    """Returns whether a run has done its steps and saved what it trained; such a run needs no model.
 
     Args:
-        options: The command line.
-        resume: The checkpoint to go on with.
-        steps: What the run is to do in all.
+        output: The output folder.
+        resume: The checkpoint to resume from.
+        steps: The steps of the whole run.
     """
-    answer = [_has_finished(Path(options.training.output_dir), resume, steps)]
-    if options.training.world_size > 1:
-        dist.broadcast_object_list(answer)  # the first process's: other nodes may have disks of their own
-    return answer[0]
-
-
-def _has_finished(output: Path, resume: Path, steps: int) -> bool:
     try:
         done = min(steps_done(resume), steps_done(output))
         finished = report_of(output).get("state") == "finished" and bool(saved_tensors(output))
@@ -553,28 +474,6 @@ def _ways_out(same: str, folder: Path, *, adapter: bool) -> str:
     else:
         anew = f"  --model_name_or_path {folder}"
     return (
-        f"{same},\nor begin anew from the weights of that checkpoint, its optimizer and schedule left behind:\n"
-        f"{anew} --output_dir ANOTHER, without {FLAG}"
+        f"{same},\nor begin again from the weights of that checkpoint, without its optimizer and schedule:\n"
+        f"{anew} --output_dir ANOTHER, without --resume_from_checkpoint"
     )
-
-
-def identity(options: Options) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be gone on with: what lays out the optimizer's state, or is learned."""
-    training, lora, data = options.training, options.lora, options.data
-    adapters = {"LoRA alpha": lora.lora_alpha, "LoRA dropout": lora.lora_dropout, "LoRA bias": lora.lora_bias}
-    adapters["LoRA base"] = "four bits" if lora.q_lora else "as it is"
-    return {
-        "processes": training.world_size,
-        "ZeRO stage": training.zero_stage,
-        "samples a step": training.samples_per_step,
-        "loss group": training.group_size,
-        "epochs filled to": training.order(1).multiple,
-        "weight decay of": "every weight" if training.decay_all else "what transformers chooses",
-        "LoRA": f"r {lora.lora_r} on {', '.join(lora.lora_target_modules)}" if training.use_lora else "no",
-        **(adapters if training.use_lora else {}),
-        "vision tower": "frozen" if training.fix_vit or training.use_lora else "trained",
-        "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
-        "longest sample": training.model_max_length,
-        "system message": "each sample's own" if data.use_sample_system else "the published one",
-        "order": "sequential" if training.sequential else f"permuted each epoch by seed {training.order(1).seed}",
-    }

@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, and telling a problem once."""
+"""The processes of a run: how they join, and how a problem is reported once."""
 
 from __future__ import annotations
 
@@ -7,72 +7,84 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-import torch.distributed as dist
-import transformers
+from typing import TYPE_CHECKING, Any
 
 from data_utils.errors import MMRoleError, ProblemsError, shown
 
-_PATIENCE = 30  # seconds
+if TYPE_CHECKING:
+    import transformers
+
+_SECONDS_TO_END = 30  # in which the launcher ends the other processes, once the first has ended
 _LOST = ("Connection closed by peer", "Connection reset by peer")
-_ALONE = 3  # equal problems up to this many are told one by one, more of them as one
+_REPORTED_ALONE = 3  # equal problems up to this many are reported one by one, more of them as one
 _LISTED = 10
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
-    """For problems that all processes find alike: only the first one of them tells.
-
-    The others wait until the launcher ends them, which it does once the first has ended.
-    """
+def report_once() -> Iterator[None]:
+    """Lets only the first process report a problem that all processes find alike."""
     try:
         yield
     except MMRoleError:
         if os.environ.get("RANK", "0") == "0":
             raise
-        time.sleep(_PATIENCE)
-        raise SystemExit(2) from None
+        _wait_for_the_end(2)
 
 
 @contextmanager
-def quiet_followers() -> Iterator[None]:
-    """For what the processes do in step: where the first one ends with an error that it tells, the others say nothing.
-
-    They lose the connection then, and wait until the launcher ends them.
-    """
+def end_with_the_first() -> Iterator[None]:
+    """Keeps a process quiet that loses its connection because the first process ended with an error."""
     try:
         yield
     except RuntimeError as error:
         if os.environ.get("RANK", "0") == "0" or not any(sign in str(error) for sign in _LOST):
             raise
-        time.sleep(_PATIENCE)
-        raise SystemExit(2) from None
+        _wait_for_the_end(2)
 
 
-def together(problems: Sequence[MMRoleError]) -> None:
-    """Ends all processes if any has found a problem; the first one tells all that were found, each once.
+def _wait_for_the_end(status: int) -> None:
+    time.sleep(_SECONDS_TO_END)
+    raise SystemExit(status) from None
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns the values of all processes, in their order."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """Returns the first process's value on all processes."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def raise_together(problems: Sequence[MMRoleError]) -> None:
+    """Ends all processes if any has found a problem; the first one reports all that were found, each once.
 
     Raises:
         ProblemsError: On the first process.
     """
-    if not dist.is_initialized():
-        merged = list(problems)
-    else:
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, list(problems))
-        merged = list({str(problem): problem for share in shares for problem in share}.values())
+    merged = list({str(problem): problem for share in gathered(list(problems)) for problem in share}.values())
     if not merged:
         return
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if os.environ.get("RANK", "0") == "0":
         raise ProblemsError(grouped(merged))
-    dist.barrier()  # the launcher ends this process when the first one has told what is wrong
-    raise SystemExit(2)
+    _wait_for_the_end(2)
 
 
 def grouped(problems: Sequence[MMRoleError]) -> list[MMRoleError]:
-    """The problems with those that differ in their value and place alone as one, of which some are listed.
+    """Joins problems that differ only in their value and place into one, which lists some of them.
 
     Args:
         problems: In the order in which they were found.
@@ -80,19 +92,21 @@ def grouped(problems: Sequence[MMRoleError]) -> list[MMRoleError]:
     groups: dict[tuple[str, str | None], list[MMRoleError]] = {}
     for problem in problems:
         groups.setdefault((problem.what, problem.fix), []).append(problem)
-    told = []
+    joined = []
     for (what, fix), group in groups.items():
-        if len(group) <= _ALONE:
-            told += group
+        if len(group) <= _REPORTED_ALONE:
+            joined += group
             continue
         listed = [f"{shown(problem.value)} ({shown(problem.where)})" for problem in group[:_LISTED]]
         more = [f"… and {len(group) - _LISTED:,} more"] if len(group) > _LISTED else []
-        told.append(MMRoleError(f"{what} ({len(group):,} times)", [*listed, *more], None, fix))
-    return told
+        joined.append(MMRoleError(f"{what} ({len(group):,} times)", [*listed, *more], None, fix))
+    return joined
 
 
-def settle_devices(arguments: transformers.TrainingArguments) -> None:
-    """CPU and gloo where there is no GPU; and a group of one where DeepSpeed runs without a launcher."""
+def choose_devices(arguments: transformers.TrainingArguments) -> None:
+    """Chooses CPU and gloo where there is no GPU, and a group of one where DeepSpeed runs without a launcher."""
+    import torch
+
     if not torch.cuda.is_available():
         arguments.use_cpu = True
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it finds that out itself
@@ -108,9 +122,9 @@ def settle_devices(arguments: transformers.TrainingArguments) -> None:
 
 
 def join_deepspeed() -> None:
-    """Lets DeepSpeed know of the group of CPU processes, which transformers joins without it."""
+    """Tells DeepSpeed of the group of CPU processes, which transformers joins without it."""
     import deepspeed
 
-    # DeepSpeed would compile an exchange of its own; gloo's is there without a compiler.
+    # DeepSpeed would compile an exchange of its own; gloo's needs no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)

@@ -20,8 +20,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_utils.errors import run_main
-from finetune.distributed import quiet_followers, told_once
-from finetune.preflight import check_early
+from finetune.distributed import end_with_the_first, from_first, report_once
+from finetune.preflight import check_command_line
 
 if TYPE_CHECKING:
     from finetune.arguments import Options
@@ -29,31 +29,32 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks, trains, saves."""
+    """Checks, trains, saves; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     warnings.simplefilter("ignore", FutureWarning)  # torch warns DeepSpeed, and transformers peft, at every step
-    check_early(words)
+    check_command_line(words)
     # What follows takes seconds to import, and the check above must not wait for it.
     from finetune.arguments import parse_arguments
-    from finetune.checkpoints import checkpoint_to_resume, schedule_notice
+    from finetune.checkpoints import checkpoint_to_resume, is_finished, schedule_notice
     from finetune.preflight import check
 
-    with told_once():
+    with report_once(), end_with_the_first():
         options, notices = parse_arguments(words)
         resume = checkpoint_to_resume(options)
-    first = options.training.process_index == 0
-    if first and notices:
-        print(f"old spellings: {'; '.join(notices)}", file=sys.stderr)
-    with told_once(), quiet_followers():
         checked = check(options, resume)
+    training, output = options.training, Path(options.training.output_dir)
+    first = training.process_index == 0
     if first:
-        _tell(options, checked, resume)
+        _print_plan(options, checked, resume)
+        notices = [f"old spellings: {'; '.join(notices)}"] if notices else []
         if resume and (notice := schedule_notice(resume, options)):
-            print(notice, file=sys.stderr)
-        _clear(options)
-    if resume and _finished(options, checked, resume):
+            notices.append(notice)
+        print(*notices, sep="\n", end="\n" * bool(notices), file=sys.stderr)
+        _prepare_output(output, overwrite=training.overwrite_output_dir)
+    # The first process's answer: other nodes may see the folder later.
+    if from_first(resume and is_finished(output, resume, training.order(len(checked.dataset)).updates)):
         if first:
-            print(f"finished already, nothing is left to train: {options.training.output_dir}", flush=True)
+            print(f"finished already, nothing is left to train: {output}", flush=True)
         return 0
     train(options, checked, resume)
     return 0
@@ -64,7 +65,7 @@ def train(options: Options, checked: Checked, resume: Path | None) -> None:
     from finetune.model import load_model, parameter_counts, trainable_names
     from finetune.trainer import SupervisedTrainer
 
-    with told_once():
+    with report_once():
         model = load_model(options)
     names, (trains, total) = trainable_names(model), parameter_counts(model)
     if options.training.process_index == 0:
@@ -79,7 +80,7 @@ def train(options: Options, checked: Checked, resume: Path | None) -> None:
         eval_dataset=checked.eval_dataset,
         facts={**_facts(options, checked, resume), "trainable_weights": trains, "weights": total, "trainable": names},
     )
-    with quiet_followers():
+    with end_with_the_first():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         trainer.save_finished()
     if options.training.process_index == 0:
@@ -87,6 +88,7 @@ def train(options: Options, checked: Checked, resume: Path | None) -> None:
 
 
 def _facts(options: Options, checked: Checked, resume: Path | None) -> dict[str, Any]:
+    """Returns what `training.json` is to say about the run."""
     from finetune.checkpoints import identity, report_of
     from finetune.report import versions
 
@@ -103,9 +105,9 @@ def _facts(options: Options, checked: Checked, resume: Path | None) -> dict[str,
     }
 
 
-def _tell(options: Options, checked: Checked, resume: Path | None) -> None:
-    """Prints the resolved options and what was found in the data, once."""
-    for name, value in sorted(options.told().items()):
+def _print_plan(options: Options, checked: Checked, resume: Path | None) -> None:
+    """Prints the resolved options, the batch arithmetic and what was found in the data."""
+    for name, value in sorted(options.changed().items()):
         print(f"  {name}: {value}")
     training = options.training
     print(
@@ -117,20 +119,13 @@ def _tell(options: Options, checked: Checked, resume: Path | None) -> None:
         f"{order.updates:,} steps over {order.samples:,} samples, each epoch filled up to {order.filled:,}; "
         f"the loss is a mean over groups of {training.group_size}"
     )
-    print(f"{options.data.data_path}: {checked.facts.told(training.model_max_length)}")
-    print(checked.room.told())
+    print(f"{options.data.data_path}: {checked.facts.summary(training.model_max_length)}")
+    print(checked.space.summary())
     print(f"resumes from {resume}" if resume else "begins at the beginning", flush=True)
 
 
-def _finished(options: Options, checked: Checked, resume: Path) -> bool:
-    """Whether a run that is to be gone on with has done all of its steps, and its model is saved."""
-    from finetune.checkpoints import is_finished
-
-    return is_finished(options, resume, options.training.order(len(checked.dataset)).updates)
-
-
-def _clear(options: Options) -> None:
-    """Makes the output folder; deletes the checkpoints of an earlier run in it, if that is what the flag says.
+def _prepare_output(output: Path, *, overwrite: bool) -> None:
+    """Makes the output folder, and deletes the checkpoints of an earlier run in it if that is asked for.
 
     Raises:
         MMRoleError: It cannot be written.
@@ -138,11 +133,9 @@ def _clear(options: Options) -> None:
     from data_utils.files import write_error
     from finetune.checkpoints import checkpoints
 
-    output = Path(options.training.output_dir)
     try:
-        if options.training.overwrite_output_dir:
-            for folder in checkpoints(output):
-                shutil.rmtree(folder)
+        for folder in checkpoints(output) if overwrite else ():
+            shutil.rmtree(folder)
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(output, error, "what is left of an earlier run is as it was") from error

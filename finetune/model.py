@@ -16,11 +16,14 @@ from finetune.arguments import LoraArguments, Options, TrainingArguments
 from qwen_vl import QwenVLForCausalLM
 from qwen_vl.checkpoint import read_json_file
 
+# Prefixes of modules that a base in four bits keeps whole: the tower with its resampler, and the head.
+NOT_QUANTIZED = ["transformer.visual", "lm_head"]
+
 
 def load_model(options: Options) -> nn.Module:
-    """The base with what trains marked, in training precision; adapters on it if they are asked for.
+    """Loads the base in training precision, marks what trains, and puts adapters on it if that is asked for.
 
-    Under ZeRO-3 it comes into being in shards: the arguments, which hold the DeepSpeed config, must exist before.
+    Under ZeRO-3 it is made in shards: the arguments, which hold the DeepSpeed config, must exist before.
     """
     training = options.training
     base = options.model.model_name_or_path
@@ -35,7 +38,7 @@ def load_model(options: Options) -> nn.Module:
 
 
 def freeze(model: QwenVLForCausalLM, training: TrainingArguments) -> None:
-    """Marks what does not train in full tuning."""
+    """Freezes what does not train in full tuning."""
     if training.fix_vit:
         # published: the tower is frozen, its resampler is not, and `pos_embed` trains with the resampler.
         model.transformer.visual.requires_grad_(False)
@@ -43,7 +46,7 @@ def freeze(model: QwenVLForCausalLM, training: TrainingArguments) -> None:
 
 
 def placement(training: TrainingArguments) -> dict[str, Any]:
-    """What lets `from_pretrained` put whole weights onto this process's GPU at once, not first into the host's memory.
+    """Returns the arguments with which `from_pretrained` loads onto this process's GPU, not into host memory first.
 
     ZeRO-3 makes shards itself, and a CPU run needs nothing.
     """
@@ -53,7 +56,7 @@ def placement(training: TrainingArguments) -> dict[str, Any]:
 
 
 def weight_dtype(training: TrainingArguments) -> torch.dtype:
-    """What the weights are held in while they train.
+    """Returns the dtype in which the weights are held while they train.
 
     DeepSpeed keeps its own float32 copy of what trains, and a LoRA base is never updated: both can have half precision.
     Otherwise the weights are the only copy and stay in float32, under autocast.
@@ -66,22 +69,18 @@ def weight_dtype(training: TrainingArguments) -> torch.dtype:
 
 
 def trainable_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that train, in the model's order."""
+    """Returns the names of the parameters that train, in the model's order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Numbers of weights that train, and of all; under ZeRO-3 of the whole, not of this process's share."""
+    """Returns the numbers of weights that train, and of all; under ZeRO-3 of the whole model, not of a shard."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
-# Kept as they are in a base of four bits: the tower and its resampler, and the head. From the start of a module's name.
-NOT_QUANTIZED = ["transformer.visual", "lm_head"]
-
-
 def is_chat_model(base: str | Path) -> bool:
-    """Whether a base has learned ChatML already; the released trainer went by "chat" in the path alone.
+    """Returns whether a base has learned ChatML already; the released trainer went by "chat" in the path alone.
 
     Args:
         base: Checkpoint folder.
@@ -92,7 +91,7 @@ def is_chat_model(base: str | Path) -> bool:
 
 
 def add_adapters(model: PreTrainedModel, options: LoraArguments, *, base: str | Path) -> torch.nn.Module:
-    """The model with LoRA adapters, which alone train.
+    """Returns the model with LoRA adapters, which alone train.
 
     published: r 64, alpha 16, dropout 0.05 on the decoder's c_attn, attn.c_proj, w1 and w2; embedding and head are
     trained and saved too, unless the base is a chat model or has four bits.
@@ -113,18 +112,18 @@ def add_adapters(model: PreTrainedModel, options: LoraArguments, *, base: str | 
         modules_to_save=None if whole else ["wte", "lm_head"],
     )
     adapted = get_peft_model(model, config)
-    # Where the base is, from wherever the adapter will be loaded.
+    # Absolute, so that the adapter finds its base from any directory.
     adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
     return adapted
 
 
 def matched_modules(model: torch.nn.Module, target: str) -> list[str]:
-    """Names of the modules that a LoRA target matches: the name itself, or its end after a dot."""
+    """Returns the names of the modules that a LoRA target matches: the name itself, or its end after a dot."""
     return [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
 
 
 def target_problems(model: torch.nn.Module, targets: Sequence[str]) -> list[MMRoleError]:
-    """LoRA targets that match no module, or one that an adapter cannot be put on.
+    """Returns problems with LoRA targets that match no module, or one that takes no adapter.
 
     Args:
         model: The base; its weights are not needed.
@@ -134,19 +133,19 @@ def target_problems(model: torch.nn.Module, targets: Sequence[str]) -> list[MMRo
     missing = [target for target, names in matched.items() if not names]
     other = {
         target: name for target, names in matched.items() for name in names if not _takes_adapter(model, name)
-    }  # one of each is enough to tell
+    }  # one of each is enough
     fix = "name modules of the decoder: c_attn, attn.c_proj, w1, w2, mlp.c_proj"
     problems = []
     if missing:
         problems.append(MMRoleError("a LoRA target matches no module", missing, "--lora_target_modules", fix))
     if other:
-        told = [f"{target}: {name} is a {_kind(model, name)}" for target, name in other.items()]
-        problems.append(MMRoleError("a LoRA target is no layer of weights", told, "--lora_target_modules", fix))
+        lines = [f"{target}: {name} is a {_kind(model, name)}" for target, name in other.items()]
+        problems.append(MMRoleError("a LoRA target is no layer of weights", lines, "--lora_target_modules", fix))
     return problems
 
 
 def adapter_weights(model: torch.nn.Module, options: LoraArguments) -> int:
-    """Weights of the adapters that would be put on a model, biases left out.
+    """Returns the number of weights of the adapters that a model would get, without biases.
 
     Args:
         model: The base; its weights are not needed.
@@ -166,7 +165,7 @@ def _kind(model: torch.nn.Module, name: str) -> str:
 
 
 def four_bits() -> dict[str, Any]:
-    """What `from_pretrained` needs to load a base in NF4."""
+    """Returns the arguments with which `from_pretrained` loads a base in NF4."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -180,7 +179,7 @@ def four_bits() -> dict[str, Any]:
 
 
 def q_lora_problems(options: LoraArguments, training: TrainingArguments) -> list[MMRoleError]:
-    """Why four bits cannot be had here; empty if they can, or are not asked for."""
+    """Returns why a base in four bits cannot be used here; nothing if it can, or is not asked for."""
     if not options.q_lora:
         return []
     problems = []

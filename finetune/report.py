@@ -1,4 +1,4 @@
-"""What a run tells about itself at each save and at the end: `training.json` and `loss.png`."""
+"""The report that a run writes at each save and at the end: `training.json` and `loss.png`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PANELS = (("loss", "loss"), ("learning_rate", "learning rate"), ("grad_norm", "
 
 @dataclass
 class Throughput:
-    """What was worked off since the run, or its resumption, began; over all processes, but the seconds.
+    """What was trained since the run began or was resumed; over all processes, but for the seconds.
 
     Attributes:
         steps: Optimizer steps.
@@ -40,8 +40,8 @@ class Throughput:
     positions: int = 0
     supervised: int = 0
 
-    def told(self) -> dict[str, float | int]:
-        """Totals and rates, as `training.json` has them."""
+    def summary(self) -> dict[str, float | int]:
+        """Returns totals and rates, as `training.json` has them."""
         seconds = max(self.seconds, 1e-9)
         return {
             "steps": self.steps,
@@ -58,7 +58,7 @@ class Throughput:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide numbers; None for what is not installed."""
+    """Returns the versions of Python and of the packages that decide numbers; None for what is not installed."""
     return {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES}
 
 
@@ -88,7 +88,7 @@ def write_report(folders: Sequence[Path], facts: Mapping[str, Any], history: Seq
 
 
 def draw_curves(file: Path, logged: Sequence[Mapping[str, Any]]) -> None:
-    """Loss, learning rate and gradient norm over the optimizer steps, one above the other, as PNG."""
+    """Plots loss, learning rate and gradient norm over the optimizer steps, one above the other, as PNG."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,18 +1,17 @@
-"""transformers' Trainer with what this project needs: the published log, errors with sample ids, whole saves."""
+"""transformers' Trainer with what this project needs: the published log, errors with sample ids, verified saves."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
@@ -24,13 +23,11 @@ from finetune.arguments import WARMUP_LR, TrainingArguments
 from finetune.checkpoints import (
     STAGING,
     check_saved,
-    drop_checkpoints,
-    drop_resume_state,
     expected_tensors,
+    prune,
     publish_files,
     publish_folder,
     save_model,
-    sync_folder,
     writing,
 )
 from finetune.data import (
@@ -43,7 +40,7 @@ from finetune.data import (
     SupervisedDataset,
     loss_divisors,
 )
-from finetune.distributed import told_once
+from finetune.distributed import report_once
 from finetune.report import Throughput, write_report
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
@@ -150,7 +147,6 @@ class SupervisedTrainer(Trainer):
         self.padded = PaddedCollator(tokenizer.eod_id)
         collator = StreamCollator(PackedCollator() if arguments.packing else self.padded)
         self._staging: Path | None = None
-        self._writes_here = False
         self._overflows = 0
         self._dtype: torch.dtype | None = None
         self._meter = _Meter()
@@ -234,7 +230,7 @@ class SupervisedTrainer(Trainer):
             return
         if not self.accelerator.reduce(learned, reduction="sum").item():
             fix = "look at these samples; raise --model_max_length"
-            with told_once():
+            with report_once():
                 what = "there is not one token to learn in the first step"
                 raise MMRoleError(what, self._step_ids, "these samples", fix)
 
@@ -317,31 +313,30 @@ class SupervisedTrainer(Trainer):
             save_model(self.model, self.tokenizer, folder, state_dict=state_dict, dtype=self._dtype)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint aside, checks it, and only then gives it its name and drops the oldest."""
+        """Writes a checkpoint into the staging folder, checks it, renames it and prunes older ones."""
         began = time.perf_counter()
-        staging = self.output_dir / STAGING
-        with writing(staging):
-            self._begin_staging()
+        newest = self.output_dir / f"checkpoint-{self.state.global_step}"
+        throughput = self.throughput()
+        with self._staged() as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            name = f"checkpoint-{self.state.global_step}"
-            throughput = self.throughput()
             if self.args.should_save:
-                check_saved(staging / name, expected_tensors(self.model))
+                staged = staging / newest.name
+                check_saved(staged, expected_tensors(self.model))
                 facts = self._facts("running", throughput) | {"kept": self._is_kept()}
-                write_report([staging / name, self.output_dir], facts, self.state.log_history)
-            self._publish(staging / name, self.output_dir / name)
+                write_report([staged, self.output_dir], facts, self.state.log_history)
+            self.accelerator.wait_for_everyone()  # all shards are written
             if self.args.should_save:
-                if self.args.resume_save_steps:
-                    drop_resume_state(self.output_dir, self.output_dir / name)
-                drop_checkpoints(self.output_dir, self.args.save_total_limit, self.output_dir / name)
+                publish_folder(staged, newest)
+                newest_only = self.args.resume_save_steps > 0
+                prune(self.output_dir, self.args.save_total_limit, newest, resume_state_of_newest_only=newest_only)
         self._meter.paused += time.perf_counter() - began
 
     def _is_kept(self) -> bool:
-        """Whether the checkpoint of this step stays when there is a newer one; else it is only there to resume from."""
+        """Returns whether the checkpoint of this step stays when there is a newer one."""
         done = self.state.global_step
         if self.args.save_strategy == "epoch":
             return self.order.ends_epoch(done)
@@ -351,29 +346,24 @@ class SupervisedTrainer(Trainer):
         """Writes the trained model, the trainer's state and the report into the output folder itself."""
         throughput = self.throughput()
         if self.args.bf16 and not self.args.deepspeed and not self.args.use_lora:
-            # Trained in float32 under autocast; checkpoints stay so, to be gone on with.
+            # Trained in float32 under autocast; checkpoints stay so, to resume from.
             self._dtype = torch.bfloat16
-        with writing(self.output_dir / STAGING):
-            self._begin_staging()
-            staging = self.output_dir / STAGING / "model"
-            self.save_model(str(staging), _internal_call=True)
+        with self._staged() as staging:
+            staged = staging / "model"
+            self.save_model(str(staged), _internal_call=True)
             if self.args.should_save:
-                check_saved(staging, expected_tensors(self.model, self._dtype))
-                self.state.save_to_json(str(staging / "trainer_state.json"))
-                facts = self._facts("finished", throughput)
-                write_report([staging], facts, self.state.log_history)
-                publish_files(staging, self.output_dir)
-            if self._writes_here:
-                shutil.rmtree(self.output_dir / STAGING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+                check_saved(staged, expected_tensors(self.model, self._dtype))
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+                write_report([staged], self._facts("finished", throughput), self.state.log_history)
+                publish_files(staged, self.output_dir)
 
     def _facts(self, state: str, throughput: Throughput) -> dict[str, Any]:
-        """What the report says; of a run that had nothing left to train, what its checkpoint said of the throughput."""
+        """Returns what the report says; the throughput is the checkpoint's if the run had nothing left to train."""
         facts = {**self.facts, "state": state}
-        return facts | {"throughput": throughput.told()} if throughput.steps or "throughput" not in facts else facts
+        return facts | {"throughput": throughput.summary()} if throughput.steps or "throughput" not in facts else facts
 
     def throughput(self) -> Throughput:
-        """What was worked off so far; every process must ask."""
+        """Returns what was trained so far; all processes must call it."""
         meter = self._meter
         now = time.perf_counter()
         seconds = now - (meter.began or now) - meter.paused
@@ -382,42 +372,19 @@ class SupervisedTrainer(Trainer):
         tokens, positions, supervised, samples = self.accelerator.reduce(local, reduction="sum").tolist()
         return Throughput(meter.steps, seconds, meter.waiting, samples, tokens, positions, supervised)
 
-    def _begin_staging(self) -> None:
-        """Makes an empty folder to write into, on the first process and on each node that has a disk of its own.
-
-        Whether a node has one is seen before anything is published: the first process leaves a file of a new name, of
-        which no cache of a network file system can know.
-        """
+    @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        """Gives an empty folder to write a save into; all processes enter and leave together."""
         staging = self.output_dir / STAGING
-        token = [uuid.uuid4().hex]
-        first = self.args.process_index == 0
-        if self.args.world_size > 1:
-            dist.broadcast_object_list(token)
-        if first:
-            _empty(staging)
-            (staging / token[0]).touch()
-            sync_folder(staging)
-        self.accelerator.wait_for_everyone()
-        own_disk = self.args.local_process_index == 0 and not (staging / token[0]).exists()
-        self._writes_here = first or own_disk
-        self.accelerator.wait_for_everyone()  # all have looked before anybody changes anything
-        if own_disk:
-            _empty(staging)
-        elif first:
-            (staging / token[0]).unlink()
-        self.accelerator.wait_for_everyone()
-
-    def _publish(self, staged: Path, target: Path) -> None:
-        """Renames on the first process, and on the first of each node that has a disk of its own."""
-        self.accelerator.wait_for_everyone()
-        if self._writes_here:
-            publish_folder(staged, target)
-        self.accelerator.wait_for_everyone()
-
-
-def _empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in a save
-    folder.mkdir(parents=True, exist_ok=True)
+        with writing(staging):
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed in a save
+                staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            yield staging
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
 
 
 def _spread(divisors: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -101,7 +101,7 @@ def test_values_that_can_be(flags: Flags) -> None:
 
 def test_a_run_that_goes_on_keeps_its_optimizer_state(flags: Flags) -> None:
     parse_arguments(flags(save_only_model=True, resume_from_checkpoint="False"))
-    with pytest.raises(MMRoleError, match="go on again"):
+    with pytest.raises(MMRoleError, match="resumable again"):
         parse_arguments(flags(save_only_model=True, resume_from_checkpoint="auto"))
 
 

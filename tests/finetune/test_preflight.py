@@ -17,16 +17,16 @@ from data_utils.errors import MMRoleError
 from finetune.arguments import parse_arguments
 from finetune.checkpoints import CHECKPOINT, STAGING
 from finetune.data import SupervisedDataset
-from finetune.distributed import grouped, quiet_followers
+from finetune.distributed import end_with_the_first, grouped
 from finetune.finetune import main
 from finetune.model import adapter_weights
 from finetune.preflight import (
     answer_positions,
     check,
-    check_early,
+    check_command_line,
     check_samples,
-    outline,
-    room,
+    disk_space,
+    empty_model,
 )
 from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
 from tests.conftest import ROOT
@@ -47,34 +47,34 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_nothing_asked_is_fine(installed: set[str]) -> None:
     installed.clear()
     installed.add("accelerate")
-    check_early([])
-    check_early(["--report_to", "none"])
+    check_command_line([])
+    check_command_line(["--report_to", "none"])
 
 
 @pytest.mark.parametrize(("flag", "package"), [("--deepspeed=x", "deepspeed"), ("--use_lora", "peft")])
 def test_a_package_that_is_missing(installed: set[str], flag: str, package: str) -> None:
-    check_early([flag])
+    check_command_line([flag])
     installed.remove(package)
     with pytest.raises(MMRoleError, match=r"scripts/setup\.sh") as caught:
-        check_early([flag])
+        check_command_line([flag])
     assert package in str(caught.value)
 
 
 def test_wandb_needs_a_key(installed: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ["--report_to", "wandb"]
     with pytest.raises(MMRoleError, match="stop to ask"):
-        check_early(words)
+        check_command_line(words)
     with monkeypatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        check_early(words)
+        check_command_line(words)
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "1")  # only the first process tells
-        check_early(words)
+        check_command_line(words)
     netrc = tmp_path / "netrc"
     netrc.write_text("machine api.wandb.ai login user password key\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    check_early(words)
+    check_command_line(words)
 
 
 def test_who_loses_the_first_process_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,14 +85,14 @@ def test_who_loses_the_first_process_says_nothing(monkeypatch: pytest.MonkeyPatc
         ("1", "shapes do not fit", RuntimeError),
     ):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(expected), quiet_followers():
+        with pytest.raises(expected), end_with_the_first():
             raise RuntimeError(text)
 
 
 def test_reporters_that_cannot_be(installed: set[str]) -> None:
     installed -= {"tensorboard"}
     with pytest.raises(MMRoleError) as caught:
-        check_early(["--report_to", "tensorboard", "mlflow"])
+        check_command_line(["--report_to", "tensorboard", "mlflow"])
     assert "tensorboard is not installed" in str(caught.value)
     assert "no such reporter" in str(caught.value)
 
@@ -158,7 +158,7 @@ def test_cut_answers_are_counted(base: Path, data: Data) -> None:
     assert problems == []
     assert (facts.samples, facts.too_long) == (3, ["loses_some", "loses_all"])
     assert (facts.answer_cut, facts.answer_lost) == (["loses_some"], ["loses_all"])
-    assert "2 are longer than 200 tokens and are cut: 1 lose a part of their answer, 1 all of it" in facts.told(200)
+    assert "2 are longer than 200 tokens and are cut: 1 lose a part of their answer, 1 all of it" in facts.summary(200)
     ids, labels = dataset.tokens(0)
     assert [ids[i] for i in answer_positions(labels, tokenizer)] == tokenizer.encode("b")
 
@@ -177,7 +177,7 @@ def test_samples_without_an_answer_are_counted(base: Path, data: Data) -> None:
     rows = [sample("fits", "a", "b"), sample("empty", "a", ""), sample("lost", "a" * 300, "b")]
     facts, _ = check_samples(SupervisedDataset(rows, tokenizer, data_root=data.root, max_length=200), Path("x.json"))
     assert (facts.no_answer, facts.answer_lost, facts.answered) == (["empty"], ["lost"], 1)
-    assert "1 have no answer to learn from (empty)" in facts.told(200)
+    assert "1 have no answer to learn from (empty)" in facts.summary(200)
     assert facts.counts()["no_answer"] == 1
 
 
@@ -240,10 +240,10 @@ def test_a_damaged_base_is_told_whole_before_anything_loads(
     changes = {"model.safetensors": cut, "qwen.tiktoken": "?", "config.json": "[]", "generation_config.json": "[]"}
     with pytest.raises(MMRoleError) as caught:
         main(flags(model_name_or_path=spoiled(base, tmp_path, changes), data_path=data.root / "nowhere.json"))
-    wheres = [Path(problem.where).name for problem in caught.value.problems[:4]]
-    assert wheres == ["model.safetensors", "generation_config.json", "config.json", "Spoiled-Chat"]
-    assert "qwen.tiktoken" in str(caught.value.problems[3])
-    assert "nowhere.json" in str(caught.value)  # the data's problem beside them
+    names = [str(problem) for problem in caught.value.problems]
+    assert len(names) == 5
+    for name in (*changes, "nowhere.json"):
+        assert any(name in text for text in names), name
 
 
 @pytest.mark.parametrize("change", ["visual", "hidden_size", "layers", "vocabulary"])
@@ -262,7 +262,7 @@ def test_a_base_that_does_not_fit_together(flags: Flags, base: Path, tmp_path: P
     with pytest.raises(MMRoleError) as caught:
         main(flags(model_name_or_path=spoiled(base, tmp_path, {"config.json": json.dumps(config)})))
     assert told in str(caught.value)
-    assert "--model_name_or_path" in str(caught.value)
+    assert "Spoiled-Chat" in str(caught.value)
 
 
 def test_lora_targets_are_checked_before_the_weights_load(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +328,7 @@ def test_another_run_is_seen_where_the_flag_says_no(flags: Flags, tmp_path: Path
         main(flags(resume_from_checkpoint="False"))  # as the scripts say it
 
 
-def test_a_disk_without_room(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_disk_space(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.model.load_model", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=6_000_000))
     with pytest.raises(MMRoleError, match="no room") as caught:
@@ -343,11 +343,11 @@ def test_a_disk_without_room(flags: Flags, tmp_path: Path, monkeypatch: pytest.M
 def test_the_estimate_is_near(flags: Flags, base: Path, tmp_path: Path, lora: bool) -> None:
     words = flags(save_strategy="steps", max_steps=1, use_lora=lora)
     main(words)
-    found = room(parse_arguments(words)[0], outline(base))
+    found = disk_space(parse_arguments(words)[0], empty_model(base))
     kinds = ("*.safetensors", "optimizer.pt")
     assert found.checkpoint == pytest.approx(size_of(tmp_path / "out" / "checkpoint-1", *kinds), rel=0.05)
     assert found.finished == pytest.approx(size_of(tmp_path / "out", "*.safetensors"), rel=0.05)
-    assert not lora or adapter_weights(outline(base), parse_arguments(words)[0].lora) * 4 == found.finished
+    assert not lora or adapter_weights(empty_model(base), parse_arguments(words)[0].lora) * 4 == found.finished
 
 
 @pytest.mark.parametrize("size", [1_000_000, 3_000_000], ids=["weights", "optimizer"])

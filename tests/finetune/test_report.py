@@ -40,13 +40,13 @@ def test_no_curve_without_a_step(tmp_path: Path) -> None:
 
 
 def test_throughput() -> None:
-    told = Throughput(steps=2, seconds=4, waiting=1, samples=8, tokens=300, positions=400, supervised=40).told()
+    told = Throughput(steps=2, seconds=4, waiting=1, samples=8, tokens=300, positions=400, supervised=40).summary()
     assert told["samples_per_second"] == 2
     assert told["tokens_per_second"] == 75
     assert told["supervised_tokens_per_second"] == 10
     assert told["padding_share"] == 0.25
     assert told["waiting_for_data_share"] == 0.25
-    assert Throughput().told()["samples_per_second"] == 0
+    assert Throughput().summary()["samples_per_second"] == 0
 
 
 def test_versions_name_what_is_not_there() -> None:

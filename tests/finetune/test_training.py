@@ -182,7 +182,6 @@ def test_only_so_many_skipped_steps_in_a_row(flags: Flags, monkeypatch: pytest.M
 
 
 def test_a_first_step_that_learns_nothing_is_refused(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.preflight._nothing_to_learn", lambda *_: pytest.fail("answers are there"))
     make = SupervisedDataset.__getitem__
 
     def unlearned(self: SupervisedDataset, index: int) -> dict:
@@ -258,24 +257,21 @@ def test_user_errors_have_no_traceback(flags: Flags) -> None:
 def test_several_processes_tell_a_problem_once(flags: Flags, base: Path, data: Data, tmp_path: Path) -> None:
     questions = [f"<img>images/gone_{number}.png</img>" for number in range(3)]
     rows = [{"id": q, "conversations": [{"from": "user", "value": q}]} for q in questions]
-    for words in (flags(data_path=data.with_rows(rows, "gone.json")), flags(max_steps="many")):
-        done = run(words, processes=2, seconds=200)
-        assert done.returncode != 0
-        assert done.stderr.count("error\nproblem:") + done.stderr.count("error\n3 problems:") == 1
+    file = data.with_rows(rows, "gone.json")
     spoiled = shutil.copytree(base, tmp_path / "Spoiled-Chat")
     (spoiled / "generation_config.json").write_text("[]")
     (spoiled / "model.safetensors").write_bytes(b"")
-    done = run(flags(model_name_or_path=spoiled, max_steps=1), processes=2, seconds=200)
-    assert done.returncode != 0
-    assert done.stderr.count("error\n2 problems:") == 1
-    assert "]: Traceback" not in done.stderr  # of a rank; the launcher has one of its own
-    done = run(flags(data_path=data.root / "gone.json"), processes=2, seconds=200)
-    assert all(done.stderr.count(f"an image is missing\nvalue:   images/gone_{n}.png") == 1 for n in range(3))
+    for words, count in ((flags(data_path=file), 3), (flags(model_name_or_path=spoiled, max_steps=1), 2)):
+        done = run(words, processes=2, seconds=200)
+        assert done.returncode != 0
+        assert done.stderr.count("error\nproblem:") + done.stderr.count(f"error\n{count} problems:") == 1
+        assert "]: Traceback" not in done.stderr  # of a rank; the launcher has one of its own
+        if count == 3:
+            assert all(done.stderr.count(f"an image is missing\nvalue:   images/gone_{n}.png") == 1 for n in range(3))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("config", ["zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(("config", "lora"), [("zero2", True), ("zero3", True), ("zero3_offload", False)])
 def test_deepspeed(flags: Flags, base: Path, data: Data, tmp_path: Path, config: str, lora: bool) -> None:
     file = str(ROOT / "finetune" / f"ds_config_{config}.json")
     more = {"use_lora": lora, "lora_dropout": 0.0, "sequential": True}
