@@ -21,13 +21,34 @@ from finetune.data import Order
 from finetune.distributed import choose_devices, join_deepspeed
 
 WARMUP_LR = "warmup_lr"  # the schedule of the released scripts; see `finetune.trainer.WarmupRate`
-# What the transformers Trainer offers and this one does not, with the value that leaves it off.
+# What transformers' Trainer offers and this one does not, or what would be accepted and ignored; with what to do.
 UNSUPPORTED = {
-    "push_to_hub": False,
-    "load_best_model_at_end": False,
-    "auto_find_batch_size": False,
-    "save_on_each_node": False,
-    "fsdp": None,
+    **dict.fromkeys(("push_to_hub", "auto_find_batch_size", "save_on_each_node", "fsdp", "fsdp_config"), "remove it"),
+    **dict.fromkeys(
+        ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision"), "remove it: nothing is uploaded"
+    ),
+    **dict.fromkeys(
+        ("label_smoothing_factor", "use_liger_kernel", "liger_kernel_config"), "remove it: the loss is fixed"
+    ),
+    "load_best_model_at_end": "remove it",
+    "enable_jit_checkpoint": "remove it: a run saves and stops on SIGTERM by itself",
+    "train_sampling_strategy": "remove it: the order of samples is a part of the recipe; --sequential keeps the file's",
+    "length_column_name": "remove it: samples are packed, not grouped by length",
+    "ignore_data_skip": "remove it: a resumed run goes on in the stream of samples where it was",
+    "dataloader_drop_last": "remove it: no step is incomplete",
+    "parallelism_config": "remove it: training scales with DeepSpeed",
+    "neftune_noise_alpha": "remove it",
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "remove it: evaluation runs in the precision of training"),
+    **dict.fromkeys(
+        ("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_accumulation_steps", "label_names"),
+        "remove it: evaluation computes the loss alone",
+    ),
+}
+# Spellings of transformers 4 whose successor is in UNSUPPORTED.
+GONE = {
+    "--group_by_length": "train_sampling_strategy",
+    "--fsdp_min_num_params": "fsdp",
+    "--hub_strategy": "push_to_hub",
 }
 INSTEAD_OF_BLOCKS = {
     "scheduler": "remove the block and give --lr_scheduler_type (warmup_lr is DeepSpeed's WarmupLR), --warmup_steps "
@@ -60,6 +81,9 @@ RENAMED = {
 }
 # Flags that no longer have an effect, with the reason.
 RETIRED = {
+    **dict.fromkeys(
+        ("--do_train", "--do_eval", "--do_predict"), "this program trains, and evaluates by --eval_strategy"
+    ),
     "--lazy_preprocess": "samples are always made when they are needed",
     "--cache_dir": "weights are read from the folder that is given",
     "--save_safetensors": "weights are always saved as safetensors",
@@ -259,7 +283,7 @@ class Options:
 
     def changed(self) -> dict[str, Any]:
         """Returns the options that are not transformers' defaults, for people."""
-        theirs = {f.name: str(_default(f)) for f in fields(transformers.TrainingArguments)}
+        theirs = {name: str(value) for name, value in _THEIRS.items()}
         resolved = {name: str(value) for name, value in self.resolved().items()}
         return {
             name: value
@@ -270,6 +294,9 @@ class Options:
 
 def _default(option: Field[Any]) -> Any:
     return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+_THEIRS = {option.name: _default(option) for option in fields(transformers.TrainingArguments)}
 
 
 class _Parser(HfArgumentParser):
@@ -331,6 +358,10 @@ def _unknown_flags(unknown: Sequence[str], parser: HfArgumentParser) -> list[MMR
     known = [option for action in parser._actions for option in action.option_strings]
     problems = []
     for word in unknown:
+        if successor := GONE.get(word.partition("=")[0]):
+            fix = UNSUPPORTED[successor]
+            problems.append(MMRoleError("this flag is not supported here", word, f"--{successor} today", fix))
+            continue
         near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
         fix = f"did you mean {near[0]}?" if near else "see --help for all flags"
         problems.append(MMRoleError("no such flag, or a value too many", word, "the command line", fix))
@@ -355,9 +386,9 @@ def flag_problems(flags: Namespace) -> list[MMRoleError]:
         flags: What the command line says, each value of its type.
     """
     problems = [
-        MMRoleError("this flag is not supported here", f"--{name} {getattr(flags, name)}", f"--{name}", "leave it")
-        for name, off in UNSUPPORTED.items()
-        if getattr(flags, name, off) not in (off, "", [], None)
+        MMRoleError("this flag is not supported here", f"--{name} {getattr(flags, name)}", f"--{name}", fix)
+        for name, fix in UNSUPPORTED.items()
+        if getattr(flags, name, None) not in (_THEIRS.get(name), "", [], None, False, 0)
     ]
     problems += [problem for name in RANGES if (problem := _range_problem(name, getattr(flags, name, None)))]
     return problems + _folder_problems(flags) + _recipe_problems(flags) + _contradictions(flags)

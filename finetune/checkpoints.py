@@ -5,6 +5,7 @@ A checkpoint is written into a staging folder, opened again and compared with th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -207,6 +208,27 @@ def writing(staging: Path) -> Iterator[None]:
         fix = "free some space or correct the folder's permissions, then resume with --resume_from_checkpoint auto"
         what = f"the save cannot be written: {getattr(error, 'strerror', None) or error}"
         raise MMRoleError(what, staging, staging.parent, f"{fix}; older checkpoints are untouched") from error
+
+
+@contextmanager
+def lock(output_dir: Path) -> Iterator[None]:
+    """Keeps other trainings out of an output folder; a process that dies lets go of it.
+
+    Raises:
+        MMRoleError: Another one is running in it.
+    """
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fix = "wait for it, stop it, or give another --output_dir (OUTPUT_DIR)"
+            raise MMRoleError("another training runs in the output folder", output_dir, "--output_dir", fix) from None
+        except OSError:
+            pass  # some network file systems lock no folders
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # ---- list and prune

@@ -200,6 +200,10 @@ class Order:
         epoch = max(1, math.ceil(update * self.step / self.filled))
         return update >= self.updates or epoch * self.filled < (update + 1) * self.step
 
+    def epoch_ends(self) -> int:
+        """Returns the number of updates after which `ends_epoch` holds."""
+        return sum(self.ends_epoch(update) for update in range(1, self.updates + 1))
+
     def sample(self, position: int) -> int:
         """Index in the training file of the sample at a position of the stream."""
         epoch, place = divmod(position, self.filled)

@@ -9,9 +9,11 @@ The four finetune_*.sh give the paper's settings. Under `torchrun` it is one of 
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from finetune.preflight import check_command_line
 if TYPE_CHECKING:
     from finetune.arguments import Options
     from finetune.preflight import Checked
+    from finetune.trainer import SupervisedTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,33 +38,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_command_line(words)
     # What follows takes seconds to import, and the check above must not wait for it.
     from finetune.arguments import parse_arguments
-    from finetune.checkpoints import checkpoint_to_resume, is_finished, schedule_notice
-    from finetune.preflight import check
+    from finetune.checkpoints import checkpoint_to_resume, is_finished, lock, schedule_notice
+    from finetune.preflight import check, write_cache
 
-    with report_once(), end_with_the_first():
-        options, notices = parse_arguments(words)
-        resume = checkpoint_to_resume(options)
-        checked = check(options, resume)
-    training, output = options.training, Path(options.training.output_dir)
-    first = training.process_index == 0
-    if first:
-        _print_plan(options, checked, resume)
-        notices = [f"old spellings: {'; '.join(notices)}"] if notices else []
-        if resume and (notice := schedule_notice(resume, options)):
-            notices.append(notice)
-        print(*notices, sep="\n", end="\n" * bool(notices), file=sys.stderr)
-        _prepare_output(output, overwrite=training.overwrite_output_dir)
-    # The first process's answer: other nodes may see the folder later.
-    if from_first(resume and is_finished(output, resume, training.order(len(checked.dataset)).updates)):
+    with ExitStack() as stack:
+        with report_once(), end_with_the_first():
+            options, notices = parse_arguments(words)
+            training, output = options.training, Path(options.training.output_dir)
+            first = training.process_index == 0
+            if first and output.is_dir():
+                stack.enter_context(lock(output))
+            resume = checkpoint_to_resume(options)
+            checked = check(options, resume)
         if first:
-            print(f"finished already, nothing is left to train: {output}", flush=True)
-        return 0
-    train(options, checked, resume)
-    return 0
+            _print_plan(options, checked, resume)
+            notices = [f"old spellings: {'; '.join(notices)}"] if notices else []
+            if resume and (notice := schedule_notice(resume, options)):
+                notices.append(notice)
+            print(*notices, sep="\n", end="\n" * bool(notices), file=sys.stderr)
+            if not output.is_dir():
+                _prepare_output(output, overwrite=False)
+                stack.enter_context(lock(output))
+            _prepare_output(output, overwrite=training.overwrite_output_dir)
+            write_cache(output, checked.cache)
+        # The first process's answer: other nodes may see the folder later.
+        steps = training.order(len(checked.dataset)).updates
+        if from_first(bool(resume) and is_finished(output, resume, steps)):
+            if first:
+                print(f"finished already, nothing is left to train: {output}", flush=True)
+            return 0
+        return train(options, checked, resume)
 
 
-def train(options: Options, checked: Checked, resume: Path | None) -> None:
-    """Loads the model, trains it from the beginning or from a checkpoint, and saves it."""
+def train(options: Options, checked: Checked, resume: Path | None) -> int:
+    """Loads the model, trains it from the beginning or from a checkpoint, and saves it; returns the exit status."""
     from finetune.model import load_model, parameter_counts, trainable_names
     from finetune.trainer import SupervisedTrainer
 
@@ -81,10 +91,32 @@ def train(options: Options, checked: Checked, resume: Path | None) -> None:
         facts={**_facts(options, checked, resume), "trainable_weights": trains, "weights": total, "trainable": names},
     )
     with end_with_the_first():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with save_and_stop_on_sigterm(trainer):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if trainer.stopped:
+            if options.training.process_index == 0:
+                print(
+                    f"stopped after step {trainer.state.global_step}, and saved: RESUME=auto goes on there", flush=True
+                )
+            return 128 + signal.SIGTERM
         trainer.save_finished()
     if options.training.process_index == 0:
         print(f"saved: {options.training.output_dir}", flush=True)
+    return 0
+
+
+@contextmanager
+def save_and_stop_on_sigterm(trainer: SupervisedTrainer) -> Iterator[None]:
+    """Lets SIGTERM (a scheduler's preemption) end training after the step that runs, with a checkpoint."""
+
+    def stop(*_: object) -> None:
+        trainer.stop_asked = True
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _facts(options: Options, checked: Checked, resume: Path | None) -> dict[str, Any]:

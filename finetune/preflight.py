@@ -6,9 +6,11 @@ Importing this module imports neither torch nor transformers, so that a wrong co
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
-import netrc
+import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,11 +26,27 @@ if TYPE_CHECKING:
     from finetune.data import SupervisedDataset
     from qwen_vl import QwenVLConfig, QwenVLForCausalLM, QwenVLTokenizer
 
-_PACKAGES = {"accelerate": None, "peft": "--use_lora", "deepspeed": "--deepspeed"}  # and the flags that need them
-_WANDB_MODES_WITHOUT_KEY = {"offline", "disabled", "dryrun"}
+# Packages, and the flags that need them.
+_PACKAGES = {"accelerate": (), "peft": ("--use_lora", "--q_lora"), "deepspeed": ("--deepspeed",)}
+# What the names of optimizers hold, the module that they need, and the package that has it.
+_OPTIMIZERS = {
+    "torch_4bit|torch_8bit": ("torchao", "torchao"),
+    "galore": ("galore_torch", "galore-torch"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "bnb|8bit|paged|lion|ademamix": ("bitsandbytes", "bitsandbytes"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "apex": ("apex", "apex"),
+    "anyprecision": ("torchdistx", "torchdistx"),
+    "npu": ("torch_npu", "torch-npu"),
+    "xla": ("torch_xla", "torch-xla"),
+}
 _UNCUT = 1 << 30  # tokens: more than any sample has
 _LISTED = 10
-
+_CACHE = ".checked.json"
+_CACHE_VERSION = 1  # of the checks of the data
 
 # ---- the command line
 
@@ -46,14 +64,26 @@ def check_command_line(argv: Sequence[str]) -> None:
         return  # the first process reports it
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--report_to", nargs="*", default=[])
-    reporters = parser.parse_known_args(list(argv))[0].report_to
+    parser.add_argument("--optim", default="")
+    known = parser.parse_known_args(list(argv))[0]
     given = {word.partition("=")[0] for word in argv}
-    missing = [
-        MMRoleError("training needs a package that is not installed", package, flag, "run: bash scripts/setup.sh")
-        for package, flag in _PACKAGES.items()
-        if (flag is None or flag in given) and importlib.util.find_spec(package) is None
+    found = [
+        _missing_package(package, package, ", ".join(flags) or None)
+        for package, flags in _PACKAGES.items()
+        if not flags or given.intersection(flags)
     ]
-    raise_problems([*missing, *(problem for name in reporters if (problem := _reporter_problem(name)))])
+    needed = next((package for names, package in _OPTIMIZERS.items() if re.search(names, known.optim)), None)
+    found += [_missing_package(*needed, f"--optim {known.optim}")] if needed else []
+    found += [_reporter_problem(name) for name in known.report_to]
+    raise_problems(problem for problem in found if problem)
+
+
+def _missing_package(module: str, package: str, flag: str | None) -> MMRoleError | None:
+    if importlib.util.find_spec(module) is not None:
+        return None
+    extra = module not in ("accelerate", "peft", "deepspeed")
+    fix = f"run: pip install {package}, or choose another value" if extra else "run: bash scripts/setup.sh"
+    return MMRoleError("training needs a package that is not installed", package, flag, fix)
 
 
 def _reporter_problem(name: str) -> MMRoleError | None:
@@ -64,19 +94,13 @@ def _reporter_problem(name: str) -> MMRoleError | None:
         return MMRoleError("no such reporter", name, flag, "use none, tensorboard or wandb")
     if importlib.util.find_spec(name) is None:
         return MMRoleError(f"{name} is not installed", name, flag, f"pip install {name}, or give {flag} none")
-    if name == "wandb" and not _wandb_can_log_in():
-        fix = f"run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline, or give {flag} none"
-        return MMRoleError("wandb has no key, and would stop to ask for one", name, flag, fix)
+    if name == "wandb":
+        wandb = importlib.import_module("wandb")
+        settings = wandb.setup().settings  # of the environment, of `wandb offline`, of `wandb login --host`
+        if settings.mode in ("online", "run", "shared") and not wandb.api.api_key:
+            fix = f"run `wandb login` or `wandb offline`, set WANDB_API_KEY, or give {flag} none"
+            return MMRoleError(f"wandb has no key for {settings.base_url}, and would stop to ask", name, flag, fix)
     return None
-
-
-def _wandb_can_log_in() -> bool:
-    if os.environ.get("WANDB_MODE") in _WANDB_MODES_WITHOUT_KEY or os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 # ---- everything else
@@ -93,6 +117,7 @@ class Checked:
         facts: Facts about the training data.
         fingerprints: Path and hash of the training file and of the base checkpoint.
         space: What the saves need on the disk.
+        cache: What `write_cache` keeps of the checks of the data.
     """
 
     tokenizer: QwenVLTokenizer
@@ -101,6 +126,7 @@ class Checked:
     facts: DataFacts
     fingerprints: dict[str, dict[str, str]]
     space: DiskSpace
+    cache: dict[str, Any]
 
 
 def check(options: Options, resume: Path | None = None) -> Checked:
@@ -116,7 +142,7 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     from data_utils.paths import sha256_of
     from data_utils.schema import TrainSample, read_rows
     from finetune.checkpoints import identity, origin_problems, resume_problems
-    from finetune.distributed import raise_together
+    from finetune.distributed import from_first, raise_together
     from finetune.model import q_lora_problems, target_problems
     from qwen_vl import QwenVLTokenizer
     from qwen_vl.checkpoint import checkpoint_fingerprint
@@ -136,8 +162,10 @@ def check(options: Options, resume: Path | None = None) -> Checked:
         model = empty_model(base)
         if training.use_lora:
             found += target_problems(model, options.lora.lora_target_modules)
-        space = disk_space(options, model)
-        found += space.problems(training.output_dir) if training.process_index == 0 else []
+        found += _memory_problems(training, model.config.visual["image_size"])
+        if rows:
+            space = disk_space(options, model, len(rows))
+            found += space.problems(training.output_dir) if training.process_index == 0 else []
     found += resume_problems(resume, identity(options)) if resume else []
     found += _batch_problems(training, len(rows))
     if training.eval_strategy != "no" and not eval_data:
@@ -152,8 +180,11 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     raise_together(origin_problems(resume, fingerprints, adapter=training.use_lora) if resume else [])
     tokenizer = QwenVLTokenizer.from_pretrained(base)
     datasets = {path: _dataset(rows, tokenizer, options) for path, (rows, _) in contents.items()}
-    facts = _check_data(datasets, options)
-    return Checked(tokenizer, datasets[data], datasets.get(eval_data), facts[data], fingerprints, space)
+    cache = from_first(_read_cache(training, datasets, options) if training.process_index == 0 else None)
+    if cache is None:
+        cache = _check_data(datasets, options)
+    facts = DataFacts(**cache["facts"][data])
+    return Checked(tokenizer, datasets[data], datasets.get(eval_data), facts, fingerprints, space, cache)
 
 
 def _dataset(rows: Sequence[Row], tokenizer: QwenVLTokenizer, options: Options) -> SupervisedDataset:
@@ -168,6 +199,26 @@ def _dataset(rows: Sequence[Row], tokenizer: QwenVLTokenizer, options: Options) 
         use_sample_system=options.data.use_sample_system,
         image_size=QwenVLConfig.from_pretrained(options.model.model_name_or_path).visual["image_size"],
     )
+
+
+def _memory_problems(training: TrainingArguments, image_size: int) -> list[MMRoleError]:
+    """Returns a problem if the loader's batches do not fit into shared memory, where a worker would die of it."""
+    workers, place = training.dataloader_num_workers, Path("/dev/shm")  # noqa: S108 - where torch shares tensors
+    if not workers or not place.is_dir():
+        return []
+    prefetched = workers * (training.dataloader_prefetch_factor or 2) + 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # A picture in float32 for each sample, and four numbers of eight bytes for each of its tokens.
+    sample = 3 * image_size**2 * 4 + 4 * 8 * training.model_max_length
+    needed = processes * prefetched * training.per_device_train_batch_size * sample
+    free = shutil.disk_usage(place).free
+    if needed <= free:
+        return []
+    value = (
+        f"{_size(needed)} are needed for {processes} process(es) with {workers} worker(s) each, {_size(free)} are free"
+    )
+    fix = "start the container with --shm-size=16g or --ipc=host, or give --dataloader_num_workers 0"
+    return [MMRoleError("shared memory has no room for the loader's batches", value, place, fix)]
 
 
 def _batch_problems(training: TrainingArguments, samples: int) -> list[MMRoleError]:
@@ -202,6 +253,10 @@ def base_problems(base: Path) -> list[MMRoleError]:
         return found
     found = four_parts(weight_problems(base))
     config = _read(lambda: _read_config(base), base / "config.json", found)
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        fix = "give the base in bfloat16 with --model_name_or_path (MODEL_PATH); --q_lora True quantizes it on loading"
+        method = quantized.get("quant_method", quantized) if isinstance(quantized, dict) else quantized
+        return [*found, MMRoleError("a base with quantized weights cannot be trained", method, base, fix)]
     tokenizer = _read(lambda: QwenVLTokenizer.from_pretrained(base), base, found)
     _read(lambda: [_settings(base / name) for name in ("generation_config.json", "tokenizer_config.json")], base, found)
     if config is not None and tokenizer is not None:
@@ -294,34 +349,41 @@ class DiskSpace:
     """What a run's saves need on the disk, in bytes.
 
     Attributes:
-        checkpoint: Size of a checkpoint, 0 if none is written.
+        checkpoint: Size of a checkpoint that can be resumed from, 0 if none is written.
         finished: Size of the finished model.
-        free: What is free; an earlier run's checkpoints that are to be deleted count.
+        peak: The most that all saves take at once.
+        free: What is free; checkpoints that are there already count, for they are a part of the peak or are deleted.
     """
 
     checkpoint: int
     finished: int
+    peak: int
     free: int
 
     def summary(self) -> str:
         """Returns one line for people."""
         saves = f"a checkpoint takes about {_size(self.checkpoint)}, " if self.checkpoint else ""
-        return f"{saves}the finished model {_size(self.finished)}; {_size(self.free)} are free"
+        text = f"{saves}the finished model {_size(self.finished)}, all together up to {_size(self.peak)}"
+        return f"{text}; {_size(self.free)} are free"
 
     def problems(self, output_dir: str) -> list[MMRoleError]:
-        """Returns a problem if a first checkpoint and the finished model do not fit."""
-        if self.free >= self.checkpoint + self.finished:
+        """Returns a problem if the saves do not fit."""
+        if self.free >= self.peak:
             return []
-        fix = "free some space, give another --output_dir, or write less with --save_only_model or --save_strategy no"
+        fix = (
+            "free some space, give another --output_dir, or write less with --save_total_limit, --save_only_model or "
+            "--save_strategy no"
+        )
         return [MMRoleError("the disk has no room for what the run saves", self.summary(), output_dir, fix)]
 
 
-def disk_space(options: Options, model: QwenVLForCausalLM) -> DiskSpace:
+def disk_space(options: Options, model: QwenVLForCausalLM, samples: int) -> DiskSpace:
     """Estimates what the run's saves need by the sizes of what trains.
 
     Args:
         options: The command line.
         model: The base's `empty_model`; what is frozen is marked in it.
+        samples: Number of training samples.
     """
     import torch
 
@@ -339,13 +401,26 @@ def disk_space(options: Options, model: QwenVLForCausalLM) -> DiskSpace:
         trained, total = parameter_counts(model)
         weights, finished = total * dtype.itemsize, total * (torch.bfloat16 if training.bf16 else dtype).itemsize
     adam = str(getattr(training.optim, "value", training.optim)).startswith("adamw_torch")
-    state_bytes = 12 if training.deepspeed else 8  # a weight's two moments, and DeepSpeed's own float32 copy
-    checkpoint = weights + trained * state_bytes * adam * (not training.save_only_model)
-    saves = str(getattr(training.save_strategy, "value", training.save_strategy)) != "no"
-    folder = Path(training.output_dir)
-    old = [file for path in checkpoints(folder) for file in path.rglob("*")] if training.overwrite_output_dir else []
+    # A weight's two moments, and DeepSpeed's own float32 copy.
+    state = trained * (12 if training.deepspeed else 8) * adam * (not training.save_only_model)
+    order, folder = training.order(samples), Path(training.output_dir)
+    strategy = getattr(training.save_strategy, "value", training.save_strategy)
+    saves = {"no": 0, "steps": _saves_by_steps(training.save_steps, order.updates), "epoch": order.epoch_ends()}[
+        strategy
+    ]
+    kept = min(saves, training.save_total_limit or saves)
+    # An older one goes when the newest is in place; where one stays to resume from, only those two hold state.
+    states = 2 if training.resume_save_steps else min(saves, kept + 1)
+    peak = weights * (kept + 1 if training.resume_save_steps else states) + state * states
+    old = [file for path in checkpoints(folder) for file in path.rglob("*")]
     freed = sum(file.stat().st_size for file in old if file.is_file())
-    return DiskSpace(checkpoint * saves, finished, shutil.disk_usage(_existing(folder)).free + freed)
+    checkpoint = (weights + state) * bool(peak)
+    return DiskSpace(checkpoint, finished, peak + finished, shutil.disk_usage(_existing(folder)).free + freed)
+
+
+def _saves_by_steps(every: float, updates: int) -> int:
+    """Returns the number of saves; `every` below 1 is a share of all updates, and the last update is saved too."""
+    return math.ceil(updates / (every if every >= 1 else max(1, math.ceil(every * updates))))
 
 
 def output_problems(training: TrainingArguments) -> list[MMRoleError]:
@@ -393,6 +468,8 @@ class DataFacts:
         answer_lost: Ids of those that lose all of it: they train on control tokens only.
         no_answer: Ids of those without an answer, which do so too.
         answered: Samples of which at least a token of an answer is kept.
+        pictures: Pictures that are shown, over all samples.
+        with_picture: Samples that show one.
     """
 
     samples: int = 0
@@ -403,6 +480,8 @@ class DataFacts:
     answer_lost: list[str] = field(default_factory=list)
     no_answer: list[str] = field(default_factory=list)
     answered: int = 0
+    pictures: int = 0
+    with_picture: int = 0
 
     def add(self, other: DataFacts) -> None:
         """Adds the counts of another share of the file."""
@@ -410,9 +489,10 @@ class DataFacts:
             setattr(self, name, max(self.longest, value) if name == "longest" else getattr(self, name) + value)
 
     def summary(self, max_length: int) -> str:
-        """Returns one to three lines for people."""
+        """Returns two to four lines for people."""
         mean = self.tokens / max(self.samples, 1)
         text = f"{self.samples:,} samples, {mean:,.0f} tokens on average, the longest {self.longest:,}"
+        text += f"\n{self.pictures:,} pictures in {self.with_picture:,} of the samples"
         if self.too_long:
             text += (
                 f"\n{len(self.too_long):,} are longer than {max_length:,} tokens and are cut: {len(self.answer_cut):,} "
@@ -434,32 +514,79 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:_LISTED])) + (", …" if len(names) > _LISTED else "")
 
 
-def _check_data(datasets: dict[str, SupervisedDataset], options: Options) -> dict[str, DataFacts]:
-    """Returns facts about each file, if all of its samples can be made and it has answers to learn from."""
+def write_cache(output: Path, cache: dict[str, Any]) -> None:
+    """Keeps the outcome of the checks of the data in the output folder, for the next start of the same training."""
+    from data_utils.files import write_json
+
+    write_json(output / _CACHE, cache)
+
+
+def _read_cache(training: TrainingArguments, datasets: dict[str, SupervisedDataset], options: Options) -> Any:
+    """Returns what an earlier start found in the same data, or None if it or a picture has changed since."""
+    from data_utils.files import read_json
+
+    try:
+        cache = read_json(Path(training.output_dir) / _CACHE)
+        if cache["key"] != _cache_key(datasets, options):
+            return None
+        root = Path(options.data.data_root)
+        if any(_stamp(root / image) != stamp for image, stamp in cache["pictures"].items()):
+            return None
+        [DataFacts(**facts) for facts in cache["facts"].values()]
+    except (MMRoleError, OSError, KeyError, TypeError, AttributeError):
+        return None
+    return cache
+
+
+def _cache_key(datasets: dict[str, SupervisedDataset], options: Options) -> list[Any]:
+    """Returns all that decides the outcome of the checks of the data, but for the pictures themselves."""
+    from data_utils.paths import sha256_of
+    from qwen_vl.checkpoint import VOCAB_FILE
+
+    hashes = [sha256_of(Path(path)) for path in datasets]
+    vocabulary = sha256_of(Path(options.model.model_name_or_path) / VOCAB_FILE)
+    root = str(Path(options.data.data_root).resolve())
+    length, system = options.training.model_max_length, options.data.use_sample_system
+    return [_CACHE_VERSION, hashes, vocabulary, root, length, system]
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _check_data(datasets: dict[str, SupervisedDataset], options: Options) -> dict[str, Any]:
+    """Tokenizes all samples and opens all pictures, each in one process; returns what `write_cache` keeps."""
     from finetune.distributed import gathered, raise_together
 
-    facts, found = {}, []
-    first, step = options.training.process_index, options.training.world_size
+    rank, processes = options.training.process_index, options.training.world_size
+    all_facts, pictures, found = {}, {}, []
     for path, dataset in datasets.items():
-        facts[path], wrong = check_samples(dataset, Path(path), first, step)
+        facts, users, wrong = check_samples(dataset, Path(path), rank, processes)
         found += wrong
+        all_facts[path], all_users = DataFacts(), {}
+        for share, share_users in gathered((facts, users)):
+            all_facts[path].add(share)
+            for image, names in share_users.items():
+                all_users.setdefault(image, []).extend(names)
+        stamps, wrong = check_pictures(dataset, all_users, Path(path), rank, processes)
+        found += wrong
+        pictures |= stamps
     raise_together(found)
-    for path, share in facts.items():
-        facts[path] = DataFacts()
-        for one in gathered(share):
-            facts[path].add(one)
     length = options.training.model_max_length
     fix = "raise --model_max_length, or look for the answers (turns from assistant) in the file"
     value = f"{length} tokens are kept of a sample"
     what = "no answer token is left in the whole file"
-    raise_together([MMRoleError(what, value, path, fix) for path, one in facts.items() if not one.answered])
-    return facts
+    raise_together([MMRoleError(what, value, path, fix) for path, facts in all_facts.items() if not facts.answered])
+    pictures = {image: stamp for share in gathered(pictures) for image, stamp in share.items()}
+    facts = {path: asdict(one) for path, one in all_facts.items()}
+    return {"key": _cache_key(datasets, options), "facts": facts, "pictures": pictures}
 
 
 def check_samples(
     dataset: SupervisedDataset, source: Path, first: int = 0, step: int = 1
-) -> tuple[DataFacts, list[MMRoleError]]:
-    """Tokenizes samples and opens their images, each image once.
+) -> tuple[DataFacts, dict[str, list[str]], list[MMRoleError]]:
+    """Tokenizes samples.
 
     Args:
         dataset: The samples.
@@ -468,30 +595,67 @@ def check_samples(
         step: Distance from each of its samples to the next.
 
     Returns:
-        Facts about its share, and a problem per sample that cannot be made and per image that cannot be used.
+        Facts about its share, its pictures with the ids of the samples that show them, and a problem per sample that
+        cannot be made.
     """
     from tqdm import tqdm
 
     from data_utils.supervised import image_names
 
-    facts, problems = DataFacts(), []
-    users: dict[str, list[str]] = {}
+    facts, users, problems = DataFacts(), {}, []
     hidden = None if first == 0 else True
     for index in tqdm(range(first, len(dataset), step), desc=f"checking {source.name}", disable=hidden, leave=False):
-        name = dataset.rows[index]["id"]
+        row = dataset.rows[index]
+        name = row["id"]
         try:
             ids, labels = dataset.tokens(index, _UNCUT)
             kept = ids if len(ids) <= dataset.max_length else dataset.tokens(index)[0]
         except ValueError as error:
             problems.append(MMRoleError(str(error), name, source, "correct or remove the sample"))
             continue
+        if row.get("image") and "<img>" not in "".join(turn["value"] for turn in row["conversations"]):
+            problems.append(_hidden_picture(row, source))
+            continue
+        images = image_names(kept, dataset.tokenizer)
         _count(facts, name, labels, len(kept), dataset.tokenizer)
-        for image in image_names(kept, dataset.tokenizer):
+        facts.pictures += len(images)
+        facts.with_picture += bool(images)
+        for image in images:
             users.setdefault(image, []).append(name)
-    for image, samples in tqdm(users.items(), desc="opening images", disable=hidden, leave=False):
+    return facts, users, problems
+
+
+def check_pictures(
+    dataset: SupervisedDataset, users: dict[str, list[str]], source: Path, first: int = 0, step: int = 1
+) -> tuple[dict[str, list[int]], list[MMRoleError]]:
+    """Opens pictures.
+
+    Args:
+        dataset: The samples.
+        users: Pictures with the ids of the samples that show them.
+        source: The samples' file, for the messages.
+        first: This process's first picture.
+        step: Distance from each of its pictures to the next.
+
+    Returns:
+        Size and time of modification of its share of the pictures, and a problem per picture that cannot be used.
+    """
+    from tqdm import tqdm
+
+    stamps, problems = {}, []
+    share = list(users.items())[first::step]
+    for image, samples in tqdm(share, desc="opening images", disable=None if first == 0 else True, leave=False):
         if problem := _image_problem(dataset, image, samples, source):
             problems.append(problem)
-    return facts, problems
+        else:
+            stamps[image] = _stamp(dataset.data_root / image)
+    return stamps, problems
+
+
+def _hidden_picture(row: Row, source: Path) -> MMRoleError:
+    fix = "begin the question with: Picture 1: <img>images/NAME</img> (and remove `<image>`), or remove `image`"
+    what = "a sample names a picture that its text does not show, so it would train without it"
+    return MMRoleError(what, row["image"], f"{source}, sample {shown(row['id'])}", fix)
 
 
 def _count(facts: DataFacts, name: str, labels: Sequence[int], kept: int, tokenizer: QwenVLTokenizer) -> None:

@@ -65,6 +65,19 @@ class WarmupRate:
         return 1.0 if update == 0 or update > self.warmup else math.log(update) / math.log(self.warmup)
 
 
+class StopWithSave(TrainerCallback):
+    """Ends training after a step with a checkpoint, once one of the processes has been asked to stop."""
+
+    def __init__(self, trainer: SupervisedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        asked = torch.tensor(int(self.trainer.stop_asked), device=args.device)
+        if self.trainer.accelerator.reduce(asked, reduction="sum").item() and state.global_step < state.max_steps:
+            self.trainer.stopped = control.should_save = control.should_training_stop = True
+        return control
+
+
 class EpochEnds(TrainerCallback):
     """Saves, evaluates and logs at the ends of the stream's epochs, and saves what a run can be resumed from.
 
@@ -146,6 +159,8 @@ class SupervisedTrainer(Trainer):
         self.order = arguments.order(len(dataset))
         self.padded = PaddedCollator(tokenizer.eod_id)
         collator = StreamCollator(PackedCollator() if arguments.packing else self.padded)
+        self.stop_asked = False  # set by a signal
+        self.stopped = False
         self._staging: Path | None = None
         self._overflows = 0
         self._dtype: torch.dtype | None = None
@@ -161,7 +176,7 @@ class SupervisedTrainer(Trainer):
             data_collator=collator,
             train_dataset=Stream(dataset, self.order),
             eval_dataset=eval_dataset,
-            callbacks=[EpochEnds(self.order, arguments.resume_save_steps)],
+            callbacks=[EpochEnds(self.order, arguments.resume_save_steps), StopWithSave(self)],
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:

@@ -30,7 +30,8 @@ count PROCESSES
 # spread PROGRAM FLAG…: in one process, or in PROCESSES of them on each node, under torchrun
 spread() {
   if [[ $NNODES -eq 1 && $PROCESSES -eq 1 ]]; then
-    "$PYTHON" "$@" # no launcher between the user and an error
+    # No launcher between the user and an error. What a platform sets for a launch of its own would let it wait for others.
+    env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u LOCAL_WORLD_SIZE -u GROUP_RANK -u MASTER_ADDR -u MASTER_PORT "$PYTHON" "$@"
     return
   fi
   local nodes=(--standalone --local_addr 127.0.0.1) # a host's own name often leads nowhere

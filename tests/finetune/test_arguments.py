@@ -148,3 +148,29 @@ def test_what_cannot_divide_lists_what_can() -> None:
 def test_numbers_must_be_positive(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(MMRoleError, match="does not divide"):
         accumulation_steps(*numbers)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--label_smoothing_factor", "0.9"],
+        ["--use_liger_kernel", "True"],
+        ["--train_sampling_strategy", "group_by_length"],
+        ["--enable_jit_checkpoint", "True"],
+        ["--ignore_data_skip", "True"],
+        ["--dataloader_drop_last", "True"],
+        ["--bf16_full_eval", "True"],
+        ["--group_by_length", "True"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_would_have_no_effect_is_refused(flags: Flags, words: list[str]) -> None:
+    with pytest.raises(MMRoleError, match="not supported here") as caught:
+        parse_arguments([*flags(), *words])
+    assert "remove it" in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_flags_that_no_longer_do_anything_are_named(flags: Flags) -> None:
+    _, notices = parse_arguments([*flags(), "--do_train", "True"])
+    assert "--do_train has no effect" in notices[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -415,6 +416,59 @@ def test_a_save_that_is_not_whole_ends_the_run_and_gets_no_name(
         main(flags(**FOUR))
     assert "transformer.ln_f.weight" in str(caught.value)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_sigterm_saves_stops_and_resumes_exactly(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = tmp_path / "out", flags(max_steps=4)
+    main(words)
+    four, weights = losses(out), (out / "model.safetensors").read_bytes()
+    step = SupervisedTrainer.training_step
+
+    def asked_to_stop(self: SupervisedTrainer, *args: object) -> torch.Tensor:
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SupervisedTrainer, "training_step", asked_to_stop)
+        assert main(words) == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
+    assert "stopped after step 2" in capsys.readouterr().out
+    assert report(out)["state"] == "running"
+    assert main([*words, "--resume_from_checkpoint", "auto"]) == 0
+    assert losses(out) == pytest.approx(four, rel=1e-6)
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+STOPPED_BY_ONE_OF_TWO = """
+import os, signal, sys
+from finetune import finetune, trainer
+
+step = trainer.SupervisedTrainer.training_step
+
+def asked_to_stop(self, *args):
+    if self.state.global_step == 1 and self.args.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *args)
+
+trainer.SupervisedTrainer.training_step = asked_to_stop
+sys.exit(finetune.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(flags: Flags, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(STOPPED_BY_ONE_OF_TWO)
+    words = flags(max_steps=5, gradient_accumulation_steps=1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", "2"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = run_group([sys.executable, *launcher, program, *words], SECONDS, env=environ)
+    assert done.returncode != 0
+    assert "stopped after step 2, and saved" in done.stdout, done.stderr[-3000:]
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
 KILLED_IN_A_SAVE = """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from data_utils.errors import MMRoleError
 from finetune.arguments import parse_arguments
-from finetune.checkpoints import CHECKPOINT, STAGING
+from finetune.checkpoints import CHECKPOINT, STAGING, lock
 from finetune.data import SupervisedDataset
 from finetune.distributed import end_with_the_first, grouped
 from finetune.finetune import main
@@ -30,17 +32,16 @@ from finetune.preflight import (
 )
 from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
 from tests.conftest import ROOT
-from tests.finetune.conftest import Data, run
+from tests.finetune.conftest import SECONDS, Data, report, run
+from tests.processes import run_group
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The packages that seem to be installed; the key for wandb seems to be missing."""
+    """The packages that seem to be installed."""
     packages = {"accelerate", "peft", "deepspeed", "wandb", "tensorboard"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in packages else None)
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", "/nowhere")
+    monkeypatch.delenv("RANK", raising=False)
     return packages
 
 
@@ -60,21 +61,52 @@ def test_a_package_that_is_missing(installed: set[str], flag: str, package: str)
     assert package in str(caught.value)
 
 
-def test_wandb_needs_a_key(installed: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    words = ["--report_to", "wandb"]
-    with pytest.raises(MMRoleError, match="stop to ask"):
+@pytest.mark.parametrize(
+    ("optimizer", "package"),
+    [
+        ("adamw_bnb_8bit", "bitsandbytes"),
+        ("paged_lion_32bit", "bitsandbytes"),
+        ("galore_adamw_8bit", "galore-torch"),
+        ("adamw_torch_8bit", "torchao"),
+        ("adalomo", "lomo-optim"),
+        ("adamw_torch_fused", None),
+        ("adafactor", None),
+        ("rmsprop", None),
+    ],
+)
+def test_the_package_of_an_optimizer(installed: set[str], optimizer: str, package: str | None) -> None:
+    words = [f"--optim={optimizer}", "--bf16", "True"]
+    if package is None:
         check_command_line(words)
-    with monkeypatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
+        return
+    with pytest.raises(MMRoleError, match=f"pip install {package},") as caught:
         check_command_line(words)
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", "1")  # only the first process tells
-        check_command_line(words)
-    netrc = tmp_path / "netrc"
-    netrc.write_text("machine api.wandb.ai login user password key\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
-    check_command_line(words)
+    assert f"--optim {optimizer}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "asks"), [("online", None, True), ("online", "k", False), ("offline", None, False)]
+)
+def test_wandb_is_asked_for_its_key(
+    installed: set[str], monkeypatch: pytest.MonkeyPatch, mode: str, key: str | None, asks: bool
+) -> None:
+    settings = SimpleNamespace(mode=mode, base_url="https://wandb.example.org")
+    wandb = SimpleNamespace(setup=lambda: SimpleNamespace(settings=settings), api=SimpleNamespace(api_key=key))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    if not asks:
+        check_command_line(["--report_to", "wandb"])
+        return
+    with pytest.raises(MMRoleError, match=r"no key for https://wandb\.example\.org"):
+        check_command_line(["--report_to", "wandb"])
+    monkeypatch.setenv("RANK", "1")  # only the first process reports it
+    check_command_line(["--report_to", "wandb"])
+
+
+def test_nothing_heavy_is_imported_before_the_command_line_is_checked() -> None:
+    heavy = ("torch", "transformers", "numpy", "pydantic", "deepspeed")
+    program = f"import sys, finetune.finetune; print([name for name in {heavy} if name in sys.modules])"
+    done = run_group([sys.executable, "-c", program], SECONDS, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_who_loses_the_first_process_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +186,7 @@ def test_cut_answers_are_counted(base: Path, data: Data) -> None:
         sample("loses_all", "a" * 300, "b" * 5),
     ]
     dataset = SupervisedDataset(rows, tokenizer, data_root=data.root, max_length=200)
-    facts, problems = check_samples(dataset, Path("train.json"))
+    facts, _, problems = check_samples(dataset, Path("train.json"))
     assert problems == []
     assert (facts.samples, facts.too_long) == (3, ["loses_some", "loses_all"])
     assert (facts.answer_cut, facts.answer_lost) == (["loses_some"], ["loses_all"])
@@ -175,7 +207,7 @@ def test_nothing_to_learn_is_an_error(flags: Flags, data: Data) -> None:
 def test_samples_without_an_answer_are_counted(base: Path, data: Data) -> None:
     tokenizer = QwenVLTokenizer.from_pretrained(base)
     rows = [sample("fits", "a", "b"), sample("empty", "a", ""), sample("lost", "a" * 300, "b")]
-    facts, _ = check_samples(SupervisedDataset(rows, tokenizer, data_root=data.root, max_length=200), Path("x.json"))
+    facts, *_ = check_samples(SupervisedDataset(rows, tokenizer, data_root=data.root, max_length=200), Path("x.json"))
     assert (facts.no_answer, facts.answer_lost, facts.answered) == (["empty"], ["lost"], 1)
     assert "1 have no answer to learn from (empty)" in facts.summary(200)
     assert facts.counts()["no_answer"] == 1
@@ -207,7 +239,7 @@ def test_few_equal_problems_stay_apart() -> None:
 def test_shares_of_several_processes_add_up(base: Path, data: Data) -> None:
     tokenizer = QwenVLTokenizer.from_pretrained(base)
     dataset = SupervisedDataset(data.rows, tokenizer, data_root=data.root, max_length=320)
-    whole, _ = check_samples(dataset, data.file)
+    whole, *_ = check_samples(dataset, data.file)
     shares = [check_samples(dataset, data.file, first, 3)[0] for first in range(3)]
     assert sum(share.samples for share in shares) == whole.samples == len(data.rows)
     assert sum(share.tokens for share in shares) == whole.tokens
@@ -328,12 +360,12 @@ def test_another_run_is_seen_where_the_flag_says_no(flags: Flags, tmp_path: Path
         main(flags(resume_from_checkpoint="False"))  # as the scripts say it
 
 
-def test_a_disk_without_disk_space(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.model.load_model", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=6_000_000))
     with pytest.raises(MMRoleError, match="no room") as caught:
         main(flags(save_strategy="steps"))
-    assert "a checkpoint takes about 6.2 MB, the finished model 2.2 MB; 6.0 MB are free" in str(caught.value)
+    assert "6.2 MB, the finished model 2.2 MB, all together up to 8.4 MB; 6.0 MB are free" in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(pytest.fail.Exception):
         main(flags())  # without checkpoints there is room
@@ -343,7 +375,7 @@ def test_a_disk_without_disk_space(flags: Flags, tmp_path: Path, monkeypatch: py
 def test_the_estimate_is_near(flags: Flags, base: Path, tmp_path: Path, lora: bool) -> None:
     words = flags(save_strategy="steps", max_steps=1, use_lora=lora)
     main(words)
-    found = disk_space(parse_arguments(words)[0], empty_model(base))
+    found = disk_space(parse_arguments(words)[0], empty_model(base), 16)
     kinds = ("*.safetensors", "optimizer.pt")
     assert found.checkpoint == pytest.approx(size_of(tmp_path / "out" / "checkpoint-1", *kinds), rel=0.05)
     assert found.finished == pytest.approx(size_of(tmp_path / "out", "*.safetensors"), rel=0.05)
@@ -373,3 +405,77 @@ def test_a_full_disk_under_several_processes(flags: Flags, tmp_path: Path) -> No
     assert done.stderr.count("the save cannot be written") == 1
     assert "Connection closed" not in done.stderr
     assert not (tmp_path / "out" / STAGING).exists()
+
+
+SAVES = {
+    "steps, two kept, a third staged": ({"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}, 3, 3),
+    "steps, fewer than are kept": ({"save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}, 2, 2),
+    "recipe": ({"save_strategy": "epoch", "resume_save_steps": 3, "max_steps": -1, "num_train_epochs": 3}, 4, 2),
+    "none": ({"save_strategy": "no"}, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_the_most_that_saves_take(flags: Flags, base: Path, name: str) -> None:
+    changes, weights, states = SAVES[name]
+    found = disk_space(parse_arguments(flags(**{"max_steps": 10, **changes}))[0], empty_model(base), 16)
+    one = found.finished  # in float32 the finished model is as large as a checkpoint's weights
+    state = max(found.checkpoint - one, 0)
+    assert found.peak == weights * one + states * state + found.finished
+
+
+def test_pictures_are_counted_and_none_is_lost_silently(flags: Flags, data: Data, tmp_path: Path) -> None:
+    main(flags(max_steps=1))
+    assert (report(tmp_path / "out")["data"]["pictures"], report(tmp_path / "out")["data"]["with_picture"]) == (12, 12)
+    rows = [{**sample(f"s{n}", "<image>\nWho is this?"), "image": f"{n}.png"} for n in range(5)]
+    with pytest.raises(MMRoleError, match="would train without it") as caught:
+        main(flags(data_path=data.with_rows(rows, "llava.json"), output_dir=tmp_path / "other"))
+    assert "Picture 1: <img>images/NAME</img>" in str(caught.value)
+    assert "(5 times)" in str(caught.value)
+
+
+def test_a_quantized_base_is_refused(flags: Flags, base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    with pytest.raises(MMRoleError, match="quantized weights cannot be trained") as caught:
+        main(flags(model_name_or_path=spoiled(base, tmp_path, {"config.json": json.dumps(config)})))
+    assert "gptq" in str(caught.value)
+    assert "--q_lora" in str(caught.value)
+
+
+def test_shared_memory_that_is_too_small(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage
+    small = lambda path: SimpleNamespace(free=64 << 20) if str(path) == "/dev/shm" else usage(path)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", small)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    words = flags(dataloader_num_workers=2, max_steps=1)
+    with pytest.raises(MMRoleError, match="shared memory has no room") as caught:
+        main(words)
+    assert "--shm-size" in str(caught.value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    main([*words, "--dataloader_num_workers", "1"])
+
+
+def test_the_second_start_checks_no_sample_again(
+    flags: Flags, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(data.root, tmp_path / "root")
+    words = flags(data_root=root, max_steps=1)
+    main(words)
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.preflight.check_samples", lambda *_: pytest.fail("checked again"))
+        main(words)
+        picture = root / "images" / "0.png"
+        os.utime(picture, ns=(1, 1))
+        for changed in (words, [*words, "--model_max_length", "300"], [*words, "--data_root", str(data.root)]):
+            with pytest.raises(pytest.fail.Exception, match="checked again"):
+                main(changed)
+    picture.write_bytes(b"no picture")
+    with pytest.raises(MMRoleError, match="an image is broken"):
+        main(words)
+
+
+def test_one_training_at_a_time_in_a_folder(flags: Flags, tmp_path: Path) -> None:
+    main(flags(max_steps=1))
+    with lock(tmp_path / "out"), pytest.raises(MMRoleError, match="another training runs in the output folder"):
+        main(flags(max_steps=1))
+    main(flags(max_steps=1))

@@ -261,7 +261,8 @@ def test_several_processes_tell_a_problem_once(flags: Flags, base: Path, data: D
     spoiled = shutil.copytree(base, tmp_path / "Spoiled-Chat")
     (spoiled / "generation_config.json").write_text("[]")
     (spoiled / "model.safetensors").write_bytes(b"")
-    for words, count in ((flags(data_path=file), 3), (flags(model_name_or_path=spoiled, max_steps=1), 2)):
+    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    for words, count in ((flags(data_path=file, **small), 3), (flags(model_name_or_path=spoiled, max_steps=1), 2)):
         done = run(words, processes=2, seconds=200)
         assert done.returncode != 0
         assert done.stderr.count("error\nproblem:") + done.stderr.count(f"error\n{count} problems:") == 1
