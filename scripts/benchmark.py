@@ -3,15 +3,18 @@
     python scripts/benchmark.py answer --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
     python scripts/benchmark.py review --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
     python scripts/benchmark.py schedule
+    .venv-vllm/bin/python scripts/benchmark.py vllm --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
     python scripts/benchmark.py train --data_root ../MMRole_dataset --checkpoint model_weights/Qwen-VL-Chat --lora
 
 `answer` and `review` take the real prompts, force every text to the length of the published one, and print a table of
 both ways: requests and tokens per second, prefill saved, rows per step, peak memory, and how far that is from what the
 machine's matrix rate and bandwidth allow. Without --checkpoint the weights are random: `--size small` (8 layers, width
 512, the real vocabulary) or `--size full` (Qwen-VL-Chat's own sizes). A picture that is not there is stood in for by
-noise of the same cost. `schedule` shows that time grows linearly with the number of requests and memory not at all.
-`train` takes real training samples and compares padding to the maximum with all logits against packing with logits
-where there is a label: samples and tokens per second, memory, time waiting for data, and the share of the matrix rate.
+noise of the same cost. `vllm` gives the same requests and lengths to our engine and to vLLM, in turn; it runs in vLLM's
+environment, which `scripts/vllm_environment.sh` makes. `schedule` shows that time grows linearly with the number of
+requests and memory not at all. `train` takes real training samples and compares padding to the maximum with all logits
+against packing with logits where there is a label: samples and tokens per second, memory, time waiting for data, and
+the share of the matrix rate.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     tasks = parser.add_subparsers(dest="task", required=True)
     for task in ("answer", "review"):
         _add_generation_flags(tasks.add_parser(task, help=f"time the {task}s"))
+    _add_vllm_flags(tasks.add_parser("vllm", help="time our engine and vLLM"))
     schedule = tasks.add_parser("schedule", help="time the engine's scheduler over 300, 3,000 and 30,000 requests")
     schedule.add_argument("--requests", type=int, nargs="+", default=[300, 3_000, 30_000])
     schedule.add_argument("--json", type=Path, help="write the figures to this file as well")
@@ -61,14 +65,28 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--rows_file", type=Path, help=argparse.SUPPRESS)
 
 
+def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
+    flag = parser.add_argument
+    flag("--texts", choices=["review", "answer"], default="review", help="what is written (%(default)s)")
+    flag("--rounds", type=int, default=3, help="how often each of the two is timed, in turn (%(default)s)")
+    flag("--eager", action="store_true", help="vLLM does not compile the model")
+    flag("--vllm_memory", type=float, default=0.5, help="vLLM's share of a GPU's memory (%(default)s)")
+    _add_engine_flags(parser)
+
+
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    flag = parser.add_argument
+    flag("--released_requests", type=int, default=6, help="requests that the released way is timed on (%(default)s)")
+    flag("--sample", action="store_true", help="draw ours as the released settings do (top-p 0.3), instead of greedy")
+    _add_engine_flags(parser)
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--data_root", type=Path, required=True, help="folder of data/ and images/")
     flag("--published", type=Path, help="folder of {in,out}-test_{answers,reviews} (<data_root>/published)")
     flag("--agent", default="mmrole-agent", help="whose answers are reviewed, or repeated in length (%(default)s)")
     flag("--rows", type=int, help="rows of the test sets to take, spread over them (all)")
-    flag("--released_requests", type=int, default=6, help="requests that the released way is timed on (%(default)s)")
-    flag("--sample", action="store_true", help="draw ours as the released settings do (top-p 0.3), instead of greedy")
     flag("--max_batch_tokens", type=int)
     flag("--max_rows", type=int)
     flag("--prefill_tokens", type=int)
@@ -92,6 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from benchmark_schedule import run_schedule
 
         figures = run_schedule(options.requests)
+    elif options.task == "vllm":
+        from benchmark_vllm import run_vllm
+
+        figures = run_vllm(options)
     elif options.task == "train":
         from benchmark_training import run_training
 

@@ -52,10 +52,10 @@ def run_generation(options: argparse.Namespace) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {options.checkpoint or options.size + ', random weights'}, {parameters / 1e6:,.0f} M parameters")
     with tempfile.TemporaryDirectory() as folder:
-        texts = list(_texts(options, tokenizer, Path(folder)))
+        texts = list(published_texts(options, tokenizer, Path(folder)))
         print(f"requests: {len(texts)}, {sum(t.tokens for t in texts):,} tokens to write")
         released = _time_released(model, tokenizer, texts[:: max(len(texts) // options.released_requests, 1)])
-        ours = _time_ours(model, tokenizer, texts, options)
+        ours = time_ours(model, tokenizer, texts, options)
     figures = {"ours": ours, "released": released, "machine": describe(model.device, model.dtype)}
     figures["times the released way"] = ours["requests per second"] / released["requests per second"]
     figures["floor"] = _floor(model, ours)
@@ -83,7 +83,8 @@ def load_or_draw(options: argparse.Namespace) -> tuple[qwen_vl.QwenVLForCausalLM
     return model, tokenizer
 
 
-def _texts(options: argparse.Namespace, tokenizer: qwen_vl.QwenVLTokenizer, folder: Path) -> Iterator[_Text]:
+def published_texts(options: argparse.Namespace, tokenizer: qwen_vl.QwenVLTokenizer, folder: Path) -> Iterator[_Text]:
+    """The requests of `options`, each with the length of its published text; `folder` takes stand-ins of pictures."""
     published = options.published or options.data_root / "published"
     kind = "reviews" if options.task == "review" else "answers"
     files = [published / name.format(kind=kind, agent=options.agent) for name in FILES]
@@ -120,7 +121,8 @@ def _stand_in(folder: Path, name: str) -> Path:
     return file
 
 
-def _time_ours(model: Any, tokenizer: Any, texts: list[_Text], options: argparse.Namespace) -> dict[str, float]:
+def time_ours(model: Any, tokenizer: Any, texts: list[_Text], options: argparse.Namespace) -> dict[str, float]:
+    """Times the engine, which starts with empty caches."""
     limits = {name: getattr(options, name) for name in ("max_batch_tokens", "max_rows", "prefill_tokens")}
     engine = BatchGenerator(model, tokenizer, **limits)
     list(engine.run([text.request for text in texts[:1]]))  # a warm-up: kernels are chosen at their first call

@@ -28,10 +28,8 @@ if [[ -f $MODEL_PATH/adapter_config.json ]]; then
     fail "this is a LoRA adapter, and vLLM serves whole checkpoints" "$MODEL_PATH" "MODEL_PATH" \
         "merge it into its base first: scripts/merge_lora.py"
 fi
-for file in config.json qwen.tiktoken; do
-    [[ -f $MODEL_PATH/$file ]] || fail "the checkpoint folder has no $file" "$MODEL_PATH" "MODEL_PATH" \
-        "name the folder of a whole checkpoint: MODEL_PATH=… bash scripts/serve_vllm.sh"
-done
+[[ -f $MODEL_PATH/config.json ]] || fail "the checkpoint folder has no config.json" "$MODEL_PATH" "MODEL_PATH" \
+    "name the folder of a whole checkpoint: MODEL_PATH=… bash scripts/serve_vllm.sh"
 MODEL_PATH=$(cd "$MODEL_PATH" && pwd -P)
 NAME=$(basename "$MODEL_PATH")
 

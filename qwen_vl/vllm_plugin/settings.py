@@ -1,12 +1,14 @@
 """vLLM's settings: those that would give other answers than the model's own are refused, with the reason."""
 
 import os
+from pathlib import Path
 
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from qwen_vl import QwenVLTokenizer
+from qwen_vl.checkpoint import checkpoint_problems, weight_problems
 from qwen_vl.vllm_plugin.configuration import TOKENIZER_MODE, QwenVLServingConfig
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -22,6 +24,9 @@ class ServingSettings(VerifyAndUpdateConfig):
         Raises:
             ValueError: A setting would change the answers silently, or does not work with this model.
         """
+        folder = Path(model_config.model)
+        if problems := checkpoint_problems(folder, flag="--model") or weight_problems(folder):
+            raise ValueError("\n".join(map(str, problems)))
         config = model_config.hf_config
         if not isinstance(config, QwenVLServingConfig):
             raise _refusal("the config is not the plugin's", type(config).__name__, "leave --hf-overrides away")

@@ -160,7 +160,7 @@ def test_pictures_are_not_fetched(client: Any) -> None:
 
 @pytest.mark.parametrize(
     ("files", "problem"),
-    [(["adapter_config.json"], "LoRA adapter"), ([], "no config.json"), (["config.json"], "no qwen.tiktoken")],
+    [(["adapter_config.json"], "LoRA adapter"), ([], "no config.json")],
 )
 def test_folders_that_are_refused(files: list[str], problem: str, tmp_path: Path) -> None:
     for name in files:

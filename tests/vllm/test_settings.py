@@ -42,6 +42,13 @@ def test_settings_that_are_refused(settings: dict[str, Any], advice: str, own_ch
         configure(own_checkpoint, **settings)
 
 
+def test_an_incomplete_checkpoint_is_refused(own_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json", "qwen.tiktoken"):
+        (tmp_path / name).write_bytes((own_checkpoint / name).read_bytes())
+    with pytest.raises(ValueError, match=r"not complete, it lacks: the weights"):
+        configure(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_RUST_FRONTEND"])
 def test_variables_that_are_refused(name: str, own_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"vllm.envs.{name}", True, raising=False)
