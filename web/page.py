@@ -189,13 +189,14 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
                 portrait = gr.Image(
                     show_label=False, height=180, interactive=False, buttons=[], label="Portrait", type="pil"
                 )
-                about = gr.Markdown()
                 with gr.Accordion("Pictures of this character", open=False):
                     gallery = gr.Gallery(
-                        columns=3, height=220, label="Choose one to show it next", allow_preview=False,
+                        columns=2, height=220, label="Choose one to show it next", allow_preview=False,
                         interactive=False, type="pil",
                     )  # fmt: skip
+                    next_picture = gr.Markdown()
                     known = gr.Textbox(label="What is known about the picture", lines=2)
+                about = gr.Markdown()
                 with gr.Accordion("The exact prompt", open=False):
                     look = gr.Button("Show the prompt of the next answer", size="sm")
                     exact = gr.Textbox(show_label=False, label="Prompt", lines=8, max_lines=20, interactive=False)
@@ -231,17 +232,17 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
         ) -> AsyncIterator[tuple[Any, ...]]:
             empty = gr.MultimodalTextbox(value=None)
             if not (said.get("text") or "").strip() and not said.get("files") and number is None:
-                yield *drawn(state, who, other, "The message is empty."), gr.skip(), gr.skip()
+                yield *drawn(state, who, other, "The message is empty."), gr.skip(), gr.skip(), gr.skip()
                 return
             try:
                 picture = None if number is None else page.cast.pictures_of(who)[number].open()
                 page.take(state, said, picture)
             except ChatError as error:
-                yield *drawn(state, who, other, error.message), gr.skip(), gr.skip()
+                yield *drawn(state, who, other, error.message), gr.skip(), gr.skip(), gr.skip()
                 return
-            yield *drawn(state, who, other), empty, None
+            yield *drawn(state, who, other), empty, None, ""
             async for seen in spoken(state, who, other, about_picture):
-                yield *seen, gr.skip(), gr.skip()
+                yield *seen, gr.skip(), gr.skip(), gr.skip()
 
         async def start(*given: Any) -> AsyncIterator[tuple[Any, ...]]:
             given[0].turns.clear()
@@ -274,13 +275,14 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
             shown = [(picture.open(), picture.name) for picture in pictures]
             return (
                 *drawn(state, who, other), shown[0][0] if shown else None, _about(page, who), shown, "", None,
-                gr.Button(visible=other != HUMAN), "",
+                gr.Button(visible=other != HUMAN), "", "",
             )  # fmt: skip
 
-        def choose_picture(who: str, event: gr.SelectData) -> tuple[str, int]:
+        def choose_picture(who: str, event: gr.SelectData) -> tuple[str, int, str]:
             information = page.cast.pictures_of(who)[event.index].information
             texts = (information.role, information.place, information.scene)
-            return " ".join(text for text in texts if text), event.index
+            known_of_it = " ".join(text for text in texts if text)
+            return known_of_it, event.index, "This picture is shown with your next message."
 
         def show_prompt(state: Visit, who: str, other: str, about_picture: str) -> str:
             try:
@@ -299,11 +301,11 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
                 return f"Not saved: {error}"
             return f"Saved to `{path}`. `python -m data_utils.check {page.save_to}` looks it over."
 
-        chosen_outputs = [*window, portrait, about, gallery, known, chosen, talk, exact]
+        chosen_outputs = [*window, portrait, about, gallery, known, chosen, talk, exact, next_picture]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([character.change, partner.change, blocks.load], choose, people, chosen_outputs, **quiet)
         writing = [
-            message.submit(send, [*people, message, chosen], [*window, message, chosen], **quiet),
+            message.submit(send, [*people, message, chosen], [*window, message, chosen, next_picture], **quiet),
             begin.click(start, people, window, **quiet),
             again.click(repeat, people, window, **quiet),
             talk.click(both, people, window, **quiet),
@@ -311,7 +313,7 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
         stop.click(None, cancels=writing, **quiet)
         edit.click(take_back, people, [*window, message], cancels=writing, **quiet)
         gr.on([clear.click, chat.clear], choose, people, chosen_outputs, cancels=writing, **quiet)
-        gallery.select(choose_picture, [character], [known, chosen], **quiet)
+        gallery.select(choose_picture, [character], [known, chosen, next_picture], **quiet)
         look.click(show_prompt, people, exact, **quiet)
         save.click(keep, people, saved, **quiet)
     blocks.queue(default_concurrency_limit=None)

@@ -41,8 +41,8 @@ _HEADERS = (
 )
 _REFUSED = {  # what would change the answer and cannot be done
     "n": (None, 1),
-    "tools": (None, []),
-    "functions": (None, []),
+    "tool_choice": (None, "none", "auto"),  # tools that are only offered are never called; front ends offer theirs
+    "function_call": (None, "none", "auto"),
     "logprobs": (None, False),
     "logit_bias": (None, {}),
     "frequency_penalty": (None, 0),

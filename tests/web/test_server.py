@@ -120,6 +120,11 @@ def test_streaming(client: Any) -> None:
     assert chunks[-1].usage == whole.usage
 
 
+def test_tools_that_are_offered_are_not_called(client: Any) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    assert ask(client, [user("Hi")], tools=[tool]).choices[0].message == ask(client, [user("Hi")]).choices[0].message
+
+
 def test_stop_texts(client: Any) -> None:
     text = ask(client, [user("Tell me")]).choices[0].message.content
     middle = text[len(text) // 2 : len(text) // 2 + 2]
@@ -185,6 +190,7 @@ def test_who_leaves_frees_the_place(served: Served, client: Any) -> None:
         ({"model": "gpt-4"}, "no model 'gpt-4'"),
         ({"model": "mmrole/Nobody"}, "no character 'Nobody'"),
         ({"n": 2}, "not supported"),
+        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "not supported"),
         ({"temperature": 3}, "temperature must be"),
         ({"top_p": "x"}, "top_p must be"),
         ({"max_tokens": 0}, "max_tokens must be"),
