@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_utils.console import go_on_unread
+from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from data_utils.layout import KINDS, SHORT_SPLITS, answers_folder, check_folder_name, file_of_tests
 from data_utils.schema import Row, TestSample
@@ -102,5 +102,5 @@ def _test_sets(data_root: Path, eval_dir: Path, agent: str) -> list[Source]:
 
 
 if __name__ == "__main__":
-    go_on_unread()
+    ignore_lost_output()
     sys.exit(run_main(main))

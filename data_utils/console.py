@@ -1,4 +1,4 @@
-"""Output that nobody may be reading any more: long work goes on without it."""
+"""Keeps long work going when its output can no longer be written."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import io
 import sys
 
 
-class _Heedless(io.FileIO):
-    """A file that drops what cannot be written: the reader has gone (`| head`), or the disk of a log is full."""
+class _LossyFile(io.FileIO):
+    """A file that drops what cannot be written: the reader is gone (`| head`), or the disk of a log is full."""
 
     def write(self, data: bytes) -> int | None:
         try:
@@ -16,16 +16,16 @@ class _Heedless(io.FileIO):
             return len(data)
 
 
-def go_on_unread() -> None:
-    """Lets no print of this process fail, whoever makes it, ours or a library's progress bar.
+def ignore_lost_output() -> None:
+    """Make sure that no print of this process fails, our own or a library's progress bar.
 
-    For work whose results are files; where stdout is the result, its loss must be told.
+    For work whose results are files; a tool whose stdout is the result must fail instead.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and _descriptor(stream) in (1, 2):
             stream.flush()
-            raw = _Heedless(stream.fileno(), "w", closefd=False)
+            raw = _LossyFile(stream.fileno(), "w", closefd=False)
             at_once = stream.line_buffering or stream.write_through
             text = io.TextIOWrapper(
                 io.BufferedWriter(raw), stream.encoding, errors="backslashreplace", line_buffering=at_once

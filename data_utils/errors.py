@@ -1,4 +1,4 @@
-"""Errors for the person at the keyboard: what is wrong, the value, where, and what to do."""
+"""Errors for users in four parts: what is wrong, the value, where, and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INDENT = " " * 9
 
 
 class MMRoleError(Exception):
-    """A problem the user can fix, told in four parts.
+    """A problem that the user can fix.
 
     Args:
         what: What is wrong, one sentence.
@@ -32,7 +32,7 @@ class MMRoleError(Exception):
         self.fix = fix
 
     def __reduce__(self) -> tuple[type[MMRoleError], tuple[object, ...]]:
-        """Keeps all four parts when the error crosses a process boundary."""
+        """Keep all four parts when the error crosses a process boundary."""
         return type(self), (self.what, self.value, self.where, self.fix)
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class MMRoleError(Exception):
 
 
 class ProblemsError(MMRoleError):
-    """Many problems found before anything expensive was started, reported together.
+    """All problems that were found before anything expensive starts, reported together.
 
     Args:
         problems: The single problems, in the order they were found; at least one.
@@ -70,7 +70,7 @@ class ProblemsError(MMRoleError):
 
 
 def four_parts(errors: Iterable[MMRoleError | CheckpointError]) -> list[MMRoleError]:
-    """Turns problems of a checkpoint's files into four-part errors; leaves those that are."""
+    """Turn problems of a checkpoint's files into four-part errors; others stay as they are."""
     return [
         MMRoleError(error.what, error.value, error.where, error.fix) if isinstance(error, CheckpointError) else error
         for error in errors
@@ -78,7 +78,7 @@ def four_parts(errors: Iterable[MMRoleError | CheckpointError]) -> list[MMRoleEr
 
 
 def raise_problems(problems: Iterable[MMRoleError]) -> None:
-    """Raises all problems at once; does nothing when there are none.
+    """Raise all problems at once; do nothing if there are none.
 
     Raises:
         ProblemsError: If there is at least one problem.
@@ -89,7 +89,7 @@ def raise_problems(problems: Iterable[MMRoleError]) -> None:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Runs an entry script's main; user errors are printed without a traceback.
+    """Run an entry script's main; user errors are printed without a traceback.
 
     Args:
         main: The script's work; its return value is the exit status (None counts as 0).
@@ -111,7 +111,7 @@ def run_main(main: Callable[[], int | None]) -> int:
 
 
 def shown(value: object) -> str:
-    """The value as short, printable text: control characters escaped, the middle of a long one left out.
+    """Return a value as short, printable text: control characters escaped, the middle of a long one left out.
 
     A list or tuple is shown whole, one item a line.
     """

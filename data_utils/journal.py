@@ -1,4 +1,4 @@
-"""The journal of a long run: an append-only file of finished units, from which the next run goes on."""
+"""The journal of a long run: an append-only file of finished units, from which the next run resumes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SYNC_SECONDS = 1.0
 
 @dataclass
 class JournalContent:
-    """What a journal holds.
+    """The content of a journal.
 
     Attributes:
         settings: What must be equal for two runs to share a file.
-        info: What is good to know about the run, and never compared.
-        entries: The value of each finished unit; of two lines with one key the later counts.
+        info: Other facts about the run, which are never compared.
+        entries: The value of each finished unit by its key; the last line of a key counts.
         end: Bytes up to the end of the last whole line.
     """
 
@@ -37,13 +37,13 @@ class JournalContent:
 
 
 def read_journal(path: Path, is_value: Callable[[str, Any], bool] | None = None) -> JournalContent | None:
-    """Reads a journal without locking it; None where there is none, or not even a whole first line.
+    """Read a journal without locking it; None if there is none, or not even a complete first line.
 
     A half-written last line, which a killed run leaves behind, does not count.
 
     Args:
         path: The file.
-        is_value: Whether a unit's key and value are what they should be; anything is without it.
+        is_value: Returns whether a unit's key and value are valid; without it all are.
 
     Raises:
         MMRoleError: If it cannot be read or any other line is broken.
@@ -73,7 +73,7 @@ def read_journal(path: Path, is_value: Callable[[str, Any], bool] | None = None)
 
 
 def check_settings(path: Path, content: JournalContent, settings: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Refuses to go on with a journal that other settings began.
+    """Refuse to resume a journal of other settings.
 
     Args:
         path: The journal, for the message.
@@ -96,7 +96,7 @@ def check_settings(path: Path, content: JournalContent, settings: Mapping[str, A
         "results of different settings would be mixed in one file",
         lines,
         path,
-        "run with the settings it was begun with, or choose another output folder, or give --overwrite to start anew",
+        "run with the settings of the journal, or choose another output folder, or give --overwrite to start again",
     )
 
 
@@ -119,7 +119,7 @@ class Journal:
     def open(
         cls, path: Path, settings: Facts, info: Facts, *, overwrite: bool = False, at_once: bool = True
     ) -> Journal:
-        """Opens a journal for writing and locks it; a new one is begun where there is none, or one without a unit.
+        """Open a journal for writing and lock it; one that is missing or holds no unit is started.
 
         A half-written last line is cut off.
 
@@ -127,8 +127,8 @@ class Journal:
             path: The file; its folder must exist.
             settings: What must be equal for a run to go on with it; JSON values.
             info: Other facts about the run, kept when the journal is new.
-            overwrite: Throws away what is there.
-            at_once: False throws it away, and begins the new one, no earlier than the first unit comes.
+            overwrite: Discard the units in the file.
+            at_once: False discards them only when the first unit is added.
 
         Raises:
             MMRoleError: If another process writes it, other settings began it, a line is broken, or it cannot be
@@ -166,10 +166,10 @@ class Journal:
         return self._content.entries
 
     def add(self, key: str, value: Any) -> None:
-        """Appends one unit; it outlives this process when this returns.
+        """Append one unit; when this returns, a kill of this process cannot lose it.
 
         Raises:
-            MMRoleError: If it cannot be written; the journal then ends with the unit before and can be gone on with.
+            MMRoleError: If it cannot be written; the journal then ends with the unit before and can be resumed.
         """
         if not self._content.end:
             self._append_header()
@@ -181,10 +181,10 @@ class Journal:
         self._append({"journal": JOURNAL_FORMAT, **header}, errors="backslashreplace")  # paths need not be UTF-8
 
     def _append(self, record: dict[str, Any], errors: str = "strict") -> None:
-        assert not self._broken, "a journal that could not be written must be opened anew"
+        assert not self._broken, "a journal that could not be written must be opened again"
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", errors) + b"\n"
         try:
-            if not self._content.end:  # what is there goes as late as this
+            if not self._content.end:  # the old content is discarded only now
                 os.ftruncate(self._descriptor, 0)
             _write_all(self._descriptor, line)
             if time.monotonic() - self._synced >= _SYNC_SECONDS:
@@ -203,7 +203,7 @@ class Journal:
             return  # a half-written line may stay; the next run cuts it off
 
     def sync(self) -> None:
-        """Forces everything to the disk.
+        """Force everything to the disk.
 
         Raises:
             MMRoleError: If the disk does not take it.
@@ -214,7 +214,7 @@ class Journal:
             raise write_error(self.path, error, "everything finished so far is kept") from error
 
     def close(self) -> None:
-        """Forces everything to the disk and closes the file, which frees the lock."""
+        """Force everything to the disk and close the file, which frees the lock."""
         if self._descriptor >= 0:
             try:
                 self.sync()
@@ -257,7 +257,7 @@ def _is_entry(record: Any) -> bool:
 
 
 def _broken_line(path: Path, number: int) -> MMRoleError:
-    fix = "delete that line if the rest is sound (its unit is done again), or give --overwrite to start anew"
+    fix = "delete that line if the rest is sound (its unit is done again), or give --overwrite to start again"
     return MMRoleError("the journal is damaged", path, f"line {number}", fix)
 
 
@@ -267,7 +267,7 @@ def _from_header(path: Path, record: Any, length: int) -> JournalContent:
         raise _broken_line(path, 1)
     if record["journal"] != JOURNAL_FORMAT:
         raise MMRoleError(
-            "the journal was written by another version", record["journal"], path, "give --overwrite to start anew"
+            "the journal was written by another version", record["journal"], path, "give --overwrite to start again"
         )
     return JournalContent(record["settings"], record["info"], end=length)
 

@@ -86,7 +86,7 @@ def judge_folder(eval_dir: Path, judge: str = RELEASED_JUDGE) -> Path:
 
 
 def check_folder_name(name: str, flag: str) -> None:
-    """Refuses an agent's or a judge's name that is not the name of one folder.
+    """Refuse an agent's or a judge's name that is not the name of one folder.
 
     Args:
         name: What the user gave.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from data_utils.errors import MMRoleError
 
-SHOWN = "*"  # hidden files are never listed
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 

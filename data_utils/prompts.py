@@ -17,7 +17,7 @@ CHINESE_SCRIPTS = frozenset({"西游记", "成龙历险记", "中国唐代"})
 
 @dataclass(frozen=True)
 class Role:
-    """A character as the prompt needs it: name, the script it comes from, and its profile text."""
+    """A character: name, the script it comes from, and its profile text."""
 
     name: str
     script: str
@@ -34,12 +34,12 @@ class ImageInformation:
 
 
 def prompt_language(script: str) -> str:
-    """Gives the language a character of ``script`` is asked to answer in."""
+    """Return the language that a character of a script must answer in."""
     return "Chinese" if script in CHINESE_SCRIPTS else "English"
 
 
 def picture_line(image: str) -> str:
-    """Gives the line that puts picture ``image`` (relative to the image folder) before a user turn."""
+    """Return the line that puts a picture (named relative to the image folder) before a user turn."""
     # published: a blank after the colon.
     return f"Picture 1: <img>images/{image}</img>\n"
 
@@ -51,12 +51,12 @@ def role_play_prompt(
     history: Sequence[tuple[str, str]],
     last_words: str | None,
 ) -> str:
-    """Gives the text that asks ``role`` for its next words about the image.
+    """Return the text that asks a character for its next words about the image.
 
     Args:
-        role: Who answers.
-        partner: Who is talked with; None is "a curious human".
-        information: What is known about the image.
+        role: The character that answers.
+        partner: The character it talks with; None is "a curious human".
+        information: The image's annotation.
         history: The (speaker, words) before the partner's last words, oldest first; the human is called "human".
         last_words: What the partner said last, verbatim; None lets the role begin the conversation.
 

@@ -21,17 +21,17 @@ def build_sample(
     sane_partner: bool = False,
     training: bool = False,
 ) -> dict[str, Any]:
-    """Makes the sample in which the speaker of ``turn`` answers, in the published form and key order.
+    """Return the sample in which the speaker of ``turn`` answers, in the published form and key order.
 
     Args:
         dialogue: A record of a dialogue file: id, image, conversations, and maybe role_info, place_info, scene_info.
         turn: Index (from 0) of a turn that a character speaks.
         characters: The profiles and scripts of the data root.
         sane_partner: The partner is the dialogue's other speaker, instead of the published rule.
-        training: Put the picture line before the user's turn, as training files have it.
+        training: Put the picture line before the user's turn, as in training files.
 
     Raises:
-        MMRoleError: no such turn, the human's turn, an unknown speaker or a missing profile; names the dialogue.
+        MMRoleError: No such turn, the human's turn, an unknown speaker or a missing profile; names the dialogue.
     """
     conversation = dialogue["conversations"]
     if not 0 <= turn < len(conversation):
@@ -69,7 +69,7 @@ def build_sample(
 
 
 def speaker(turn: Mapping[str, str]) -> str:
-    """Gives who speaks a turn: a character's name or "human"; the first turn of a comment has "from" for "role"."""
+    """Return the speaker of a turn, a character's name or "human"; a comment's first turn has "from" for "role"."""
     return turn["role"] if "role" in turn else turn["from"]
 
 
@@ -80,7 +80,7 @@ def iterate_samples(
     sane_partner: bool = False,
     training: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields a sample for every turn a character speaks, the first turn and both speakers of a dialogue included."""
+    """Yield a sample for every turn of a character, the first turn and both speakers of a dialogue included."""
     for dialogue in dialogues:
         for turn, said in enumerate(dialogue["conversations"]):
             if speaker(said) != HUMAN:
@@ -135,9 +135,9 @@ def _published_partner(conversation: Sequence[Mapping[str, str]], turn: int) -> 
 
 
 def _sane_partner(conversation: Sequence[Mapping[str, str]], turn: int) -> str:
-    own = speaker(conversation[turn])
+    name = speaker(conversation[turn])
     round_from_here = [*conversation[turn + 1 :], *conversation[:turn]]
-    return next((name for name in map(speaker, round_from_here) if name != own), own)
+    return next((other for other in map(speaker, round_from_here) if other != name), name)
 
 
 def _image_information(dialogue: Mapping[str, Any]) -> ImageInformation:

@@ -1,7 +1,7 @@
 """The records of MMRole-Data and of its evaluation, and a check that reports everything wrong with a file at once.
 
-Rows are checked, never changed: what a function here gives back are the very dicts of the file, with their key order
-and any keys of their own, so that a file written from them is faithful to the byte.
+Rows are checked, never changed: the functions return the dicts of the file with their key order and any further keys,
+so that a file written from them has the same bytes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Annotation(Record):
 
 
 class DialogueTurn(Record):
-    """What somebody says in a dialogue; a character's name, or "human" as `role` or (in a comment) as `from`."""
+    """A turn of a dialogue, of a character or of "human", under `role` or (in a comment) `from`."""
 
     role: Name | None = None
     sender: Literal["human"] | None = Field(default=None, alias="from")
@@ -94,7 +94,7 @@ class Dialogue(Record):
 
 
 class UserTurn(Record):
-    """What the model is asked."""
+    """The prompt."""
 
     sender: Literal["user"] = Field(alias="from")
     value: Name
@@ -108,7 +108,7 @@ class AssistantTurn(Record):
 
 
 class AnsweredTurn(AssistantTurn):
-    """The ground truth, and an agent's answer; an empty answer is one that was not given."""
+    """The ground truth, and an agent's answer; it is empty if the agent gave none."""
 
     answer: Text
 
@@ -135,7 +135,7 @@ class TestSample(Record):
 
 
 class Named(Record):
-    """What the data tools need to know of a test sample: `<id of its dialogue>_<turn>`."""
+    """The part of a test sample that the data tools read: its id, `<id of its dialogue>_<turn>`."""
 
     id: SampleId
 
@@ -165,14 +165,14 @@ class AnswerRow(TestSample):
 
 
 class Review(Record):
-    """One review: the text, and its scores of the answer and of the ground truth (none where it could not be read)."""
+    """One review: the text, and its scores of the answer and of the ground truth, if they could be read."""
 
     review: Text = ""
     score: list[float] | dict[str, float] = []  # published: a review that could not be read has the score {}
 
 
 class ReviewedRow(AnswerRow):
-    """An answered sample with its reviews, one per metric; none where the answer is empty."""
+    """An answered sample with its reviews, one per metric; none if the answer is empty."""
 
     rm_review: dict[str, Review] = {}
 
@@ -182,7 +182,7 @@ Roles = TypeAdapter(dict[Name, list[Name]], config=ConfigDict(strict=True))  # r
 
 
 def validate_value(value: object, form: TypeAdapter[Any], source: str | Path) -> list[MMRoleError]:
-    """Everything wrong with a file that is not a list of records.
+    """Return everything wrong with a file that is not a list of records.
 
     Args:
         value: The file's content.
@@ -197,7 +197,7 @@ def validate_value(value: object, form: TypeAdapter[Any], source: str | Path) ->
 
 
 def validate_row(row: object, record: type[Record], number: int, source: str | Path) -> list[MMRoleError]:
-    """Everything wrong with one row: one problem per wrong or missing field; empty if all is well.
+    """Return everything wrong with one row: one problem per wrong or missing field.
 
     Args:
         row: The row.
@@ -213,7 +213,7 @@ def validate_row(row: object, record: type[Record], number: int, source: str | P
 
 
 def validate_rows(rows: object, record: type[Record], source: str | Path) -> list[MMRoleError]:
-    """Everything wrong with the rows of a file.
+    """Return everything wrong with the rows of a file.
 
     Args:
         rows: The file's content.
@@ -221,7 +221,7 @@ def validate_rows(rows: object, record: type[Record], source: str | Path) -> lis
         source: The file, for the messages.
 
     Returns:
-        One problem per wrong field, missing field or repeated id, in file order; empty if all is well.
+        One problem per wrong field, missing field or repeated id, in file order.
     """
     if not isinstance(rows, list):
         return [
@@ -239,7 +239,7 @@ def validate_rows(rows: object, record: type[Record], source: str | Path) -> lis
 
 
 def read_rows(path: str | Path, record: type[Record]) -> tuple[list[Row], list[MMRoleError]]:
-    """Reads and checks a file of records.
+    """Read and check a file of records.
 
     Args:
         path: A JSON file.
@@ -257,7 +257,7 @@ def read_rows(path: str | Path, record: type[Record]) -> tuple[list[Row], list[M
 
 
 def read_value(path: str | Path, form: TypeAdapter[Any]) -> tuple[dict[str, Any], list[MMRoleError]]:
-    """Reads and checks a file that is not a list of records.
+    """Read and check a file that is not a list of records.
 
     Args:
         path: A JSON file.
@@ -283,14 +283,14 @@ def _detail_problem(detail: Any, whole: str, where: str | Path) -> MMRoleError:
         f"{name}: {message[:1].lower()}{message[1:]}",
         value if value is None or isinstance(value, str) else f"{value!r}",
         where,
-        "correct this field in the file, or build or fetch the file anew",
+        "correct this field in the file, or build or download the file again",
     )
 
 
 def _repeated_ids(rows: Sequence[object], source: str | Path) -> list[MMRoleError]:
     ids = [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
     return [
-        MMRoleError(f"id: {count} rows have the same id", name, source, "give each row an id of its own")
+        MMRoleError(f"id: {count} rows have the same id", name, source, "give each row a different id")
         for name, count in Counter(ids).items()
         if count > 1
     ]

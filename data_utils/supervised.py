@@ -23,7 +23,7 @@ def preprocess(
     max_length: int = 3072,
     system: str = DEFAULT_SYSTEM,
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of one training sample, not padded.
+    """Return ids and labels of one training sample, not padded.
 
     Args:
         conversations: Turns `{"from": "user" or "assistant", "value": text}`; a leading assistant turn is dropped.
@@ -32,10 +32,10 @@ def preprocess(
         system: published: this message, whatever the sample's own `system` says.
 
     Returns:
-        Two lists of one length; a label is -100 where nothing is to be learned.
+        Two lists of one length; a label is -100 where nothing is learned.
 
     Raises:
-        ValueError: A turn is of nobody known, or an image tag is broken.
+        ValueError: A turn is neither the user's nor the assistant's, or an image tag is broken.
 
     Source: the released `finetune.py` (behaviour); DESIGN "What must stay", 2, 10 and 11.
     """
@@ -70,7 +70,7 @@ def _turn(
 
 
 def _cut(ids: list[int], max_length: int, tokenizer: QwenVLTokenizer) -> int:
-    """Where to cut: at `max_length`, or before the image span that reaches over it."""
+    """Return where to cut: at `max_length`, or before the image span that reaches over it."""
     start = next((i for i in range(min(max_length, len(ids)) - 1, -1, -1) if ids[i] == tokenizer.img_start_id), None)
     if start is None or tokenizer.img_end_id in ids[start:max_length]:
         return max_length
@@ -78,14 +78,14 @@ def _cut(ids: list[int], max_length: int, tokenizer: QwenVLTokenizer) -> int:
 
 
 def image_names(ids: Sequence[int], tokenizer: QwenVLTokenizer) -> list[str]:
-    """The paths in the image spans of a sample's ids, in order."""
+    """Return the paths in the image spans of a sample's ids, in order."""
     starts = [i for i, token in enumerate(ids) if token == tokenizer.img_start_id]
     spans = (ids[start + 1 : start + 1 + IMAGE_SPAN] for start in starts)
     return [bytes(i for i in span if i != tokenizer.img_pad_id).decode("utf-8", errors="replace") for span in spans]
 
 
 def image_path(data_root: str | Path, name: str) -> Path:
-    """The file of an image that a training sample names, below the data root and nowhere else.
+    """Return the file of an image that a training sample names, which must lie below the data root.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -100,31 +100,30 @@ def image_path(data_root: str | Path, name: str) -> Path:
 class LengthCounter:
     """Counts a sample's prompt and answer: tokens as the model reads them, or characters without a tokenizer.
 
-    The tokenizer never joins what stands before and after a line's end, so that lines can be counted one by one and
-    each only once; they come again in sample after sample.
+    The tokenizer never joins the texts before and after a line's end, so lines can be counted one by one, and repeated
+    ones only once.
     """
 
     def __init__(self, tokenizer: QwenVLTokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, int] = {}
+        self._counts: dict[str, int] = {}  # of lines
         self._frame = 0
         if tokenizer is not None:
             ids = make_context(tokenizer, [{"image": "x"}, {"text": "T"}], system=SYSTEM_MESSAGE)[1]
             self._frame = len(ids) - self.count("T")
 
     def count(self, text: str) -> int:
-        """Tokens of a plain text, or its characters."""
+        """Return the tokens of a plain text, or its characters."""
         if self._tokenizer is None:
             return len(text)
         return sum(map(self._line, _NEXT_LINE.split(text)))
 
     def prompt(self, text: str) -> int:
-        """Tokens of the whole prompt: system message, picture and marks included; or characters of the text."""
+        """Return the tokens of the whole prompt with system message and picture, or the characters of the text."""
         return self._frame + self.count(text)
 
     def _line(self, line: str) -> int:
-        known = self._known.get(line)
-        if known is None:
+        if line not in self._counts:
             assert self._tokenizer is not None
-            known = self._known[line] = len(self._tokenizer.encode(line, allowed_special=()))
-        return known
+            self._counts[line] = len(self._tokenizer.encode(line, allowed_special=()))
+        return self._counts[line]

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_utils.console import go_on_unread
+from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
 from data_utils.flag_types import natural
 from data_utils.layout import RELEASED_JUDGE, check_folder_name, judge_folder, results_folder
-from data_utils.paths import SHOWN, is_file, listed
+from data_utils.paths import is_file, listed
 from eval.results.report import build_report
 from eval.results.reviews import Agent, csv_bytes, csv_path, describe, read_agents, read_reviews, unexplained_csvs
 from eval.results.tables import markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
@@ -101,7 +101,7 @@ def _input_files(options: argparse.Namespace) -> list[Path]:
         )
     if options.input_file is not None:
         return [options.input_dir / options.input_file]
-    files = listed(options.input_dir, f"{SHOWN}.json")
+    files = listed(options.input_dir, "*.json")
     if not files:
         raise MMRoleError(
             "no review files (*.json) here",
@@ -201,5 +201,5 @@ def _write(path: Path, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    go_on_unread()
+    ignore_lost_output()
     sys.exit(run_main(main))

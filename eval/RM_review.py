@@ -18,11 +18,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_utils.console import go_on_unread
+from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from data_utils.flag_types import natural
 from data_utils.layout import SHORT_SPLITS, answers_folder, reviews_folder
-from data_utils.paths import SHOWN, is_folder, listed
+from data_utils.paths import is_folder, listed
 from data_utils.schema import AnswerRow, Row
 from eval.backends.backend import Completion, MakeBackend, Prompt, backend_of
 from eval.judging.metrics import METRIC_NAMES
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_
 def _agents_sources(eval_dir: Path, agents: Sequence[str] | None) -> list[Source]:
     sources = []
     for split in SHORT_SPLITS:
-        folders = filter(is_folder, listed(answers_folder(eval_dir, split), SHOWN))
+        folders = filter(is_folder, listed(answers_folder(eval_dir, split)))
         for folder in folders:
             if (agents is None or folder.name in agents) and listed(folder, SHOWN_JSON):
                 sources += json_sources(folder, reviews_folder(eval_dir, split, folder.name))
@@ -152,5 +152,5 @@ def _notes(rows: Sequence[Row], completions: Sequence[Completion]) -> list[str]:
 
 
 if __name__ == "__main__":
-    go_on_unread()
+    ignore_lost_output()
     sys.exit(run_main(main))

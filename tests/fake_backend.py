@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from data_utils.console import go_on_unread
+from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from eval.backends import native
 from eval.backends.backend import Completion, Prompt
@@ -154,5 +154,5 @@ def results(folder: Path) -> dict[str, bytes]:
 if __name__ == "__main__":
     import inference
 
-    go_on_unread()
+    ignore_lost_output()
     sys.exit(run_main(lambda: inference.main(sys.argv[1:], FakeBackend())))

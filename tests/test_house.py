@@ -174,6 +174,21 @@ def test_rooms_know_only_what_lies_below(path: Path) -> None:
             assert module.startswith(EVAL_ROOMS[own]), f"{name_of(path)} imports {module}"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_main_files_hold_flags_only(path: Path) -> None:
+    """What others import lies in a file that says what it is."""
+    assert not [module for module in imported_modules(path) if module.endswith(".__main__")]
+
+
+def test_one_file_reads_profiles_and_roles() -> None:
+    readers = set()
+    for path in SOURCES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom) and node.module == "data_utils.schema":
+                readers |= {name_of(path) for alias in node.names if alias.name in {"Profiles", "Roles", "Annotation"}}
+    assert readers == {"data_utils/roots.py", "data_utils/check/dialogues.py"}  # the latter checks annotations by row
+
+
 def test_imports_make_no_circle() -> None:
     arrows = {module_of(path): imported_modules(path) for path in SOURCES}
     while free := {module for module, below in arrows.items() if not below & arrows.keys()}:

@@ -65,7 +65,7 @@ def _file_of(problem: MMRoleError, folder: Path) -> Path:
 
 
 def check_annotations(checker: Checker) -> None:
-    """Looks at images/annotations.json."""
+    """Check images/annotations.json."""
     path = annotations_path(checker.root)
     if not is_file(path):
         checker.report.absent.append("images/annotations.json")
@@ -89,7 +89,7 @@ def check_annotations(checker: Checker) -> None:
 
 
 def _report_unfound(checker: Checker, name: str, image: str, other: str | None) -> None:
-    """Reports an annotated image that is not there; `other` is what has its name in whatever case."""
+    """Report an annotated image that does not exist; `other` is a file whose name differs in case at most."""
     kind = "missing_coco" if image.startswith(COCO) else "unknown_image"
     if other is not None and other != image:
         checker.report.add("misnamed_image", name, image, f"there is {other}")
@@ -100,7 +100,7 @@ def _report_unfound(checker: Checker, name: str, image: str, other: str | None) 
 
 
 def check_dialogues(checker: Checker) -> None:
-    """Looks at all dialogues; those that test samples were drawn from are held against these."""
+    """Check all dialogues, and compare test samples with what is built from their dialogue."""
     answers: dict[str, tuple[str, str]] = {}
     shared: dict[str, list[tuple[str, str]]] = {}
     odd_elsewhere = 0
@@ -121,7 +121,7 @@ def check_dialogues(checker: Checker) -> None:
 
 
 def _files(checker: Checker, split: str, kind: str) -> list[Path]:
-    """The files of a split's dialogues of a kind; none is a word in the report."""
+    """Return the files of a split's dialogues of a kind; the report names a kind without any."""
     try:
         files = dialogue_files(checker.root, split, kind)
     except MMRoleError as error:  # a folder that may not be read
@@ -133,7 +133,7 @@ def _files(checker: Checker, split: str, kind: str) -> list[Path]:
 
 
 def _check_dialogue(checker: Checker, path: Path, row: Row, split: str, kind: str) -> int:
-    """Looks at one dialogue; gives 1 if it is of odd length but trains nothing."""
+    """Check one dialogue; return 1 if it has an odd length but trains nothing."""
     report, file, name = checker.report, checker.name(path), row["id"]
     checker.images.setdefault(row["image"], (file, name))
     turns = row["conversations"]

@@ -17,24 +17,24 @@ _MOST_SHOWN = 160  # characters of an example's value
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of finding: how bad it is, what is counted, and what to do about it."""
+    """A kind of finding: its severity, what is counted, and what to do about it."""
 
     severity: str
     title: str
     fix: str
 
 
-_TRAIN_FIX = "build the file anew with python -m data_utils.build"
+_TRAIN_FIX = "build the file again with python -m data_utils.build"
 KINDS: dict[str, Kind] = {
     # What stops training or evaluation, or makes their results wrong.
-    "unreadable_file": Kind(ERROR, "files that are missing or broken", "correct the file, or fetch it anew"),
-    "wrong_field": Kind(ERROR, "fields that are missing or wrong", "correct the field, or fetch the file anew"),
-    "duplicate_id": Kind(ERROR, "ids that occur more than once", "give each an id of its own"),
+    "unreadable_file": Kind(ERROR, "files that are missing or broken", "correct the file, or download it again"),
+    "wrong_field": Kind(ERROR, "fields that are missing or wrong", "correct the field, or download the file again"),
+    "duplicate_id": Kind(ERROR, "ids that occur more than once", "give each a different id"),
     "unknown_speaker": Kind(ERROR, "speakers that no roles.json lists", "list the character under its script"),
     "missing_profile": Kind(ERROR, "characters without a profile", "add the profile to profiles.json"),
     "broken_alternation": Kind(ERROR, "dialogues in which somebody speaks twice in a row", "join or part the turns"),
     "missing_image": Kind(ERROR, "images that are missing", "put them below images/, or correct the name"),
-    "broken_image": Kind(ERROR, "images that cannot be decoded", "fetch or make the file anew"),
+    "broken_image": Kind(ERROR, "images that cannot be decoded", "download or make the file again"),
     "clashing_image": Kind(
         ERROR,
         "images that are another picture in another data root, by the same name",
@@ -43,14 +43,14 @@ KINDS: dict[str, Kind] = {
     "wrong_turns": Kind(ERROR, "samples whose turns are not user and assistant in turn", _TRAIN_FIX),
     "broken_image_tag": Kind(ERROR, "samples with a broken image tag", _TRAIN_FIX),
     "test_in_train": Kind(ERROR, "training samples of a dialogue that a test sample was drawn from", _TRAIN_FIX),
-    "test_differs": Kind(ERROR, "test samples that differ from their dialogue", "fetch the test file anew"),
+    "test_differs": Kind(ERROR, "test samples that differ from their dialogue", "download the test file again"),
     "review_in_both": Kind(ERROR, "reviews that both train and validate the reward model", _TRAIN_FIX),
-    # What is not there because it comes from elsewhere.
-    "missing_coco": Kind(MISSING, "MS-COCO images that are missing", "fetch them: bash scripts/download_data.sh"),
-    # What is known of the published data and does no harm, or little.
+    # What is downloaded from elsewhere.
+    "missing_coco": Kind(MISSING, "MS-COCO images that are missing", "download them: bash scripts/download_data.sh"),
+    # What the published data has too, and does little or no harm.
     "image_outside": Kind(
         WARNING,
-        "images that a link leads out of the image folder for",
+        "images that lie outside of the image folder, behind a link",
         "give --follow_links when answering and reviewing if that link is yours; training follows it",
     ),
     **{
@@ -61,9 +61,9 @@ KINDS: dict[str, Kind] = {
     },
     "lost_answer": Kind(WARNING, "samples so long that all of their answer is cut off", "raise --max_length"),
     "cut_answer": Kind(WARNING, "samples so long that a part of their answer is cut off", "raise --max_length"),
-    "cut_end": Kind(NOTE, "samples so long that the mark after their answer is cut off", "raise --max_length"),
+    "cut_end": Kind(NOTE, "samples so long that the end token after their answer is cut off", "raise --max_length"),
     "other_image_tag": Kind(WARNING, "samples with image tags that are not their picture line", "reword the text"),
-    "special_token": Kind(WARNING, "texts with a token that training reads as a mark", "reword the text"),
+    "special_token": Kind(WARNING, "texts with a special token, which training obeys", "reword the text"),
     "empty_dialogue": Kind(WARNING, "dialogues without turns", "none needed: they give no samples"),
     "no_answer": Kind(WARNING, "comments without an answer", "none needed: they give no samples"),
     "ends_on_human": Kind(
@@ -74,8 +74,8 @@ KINDS: dict[str, Kind] = {
         "inter-role dialogues of odd length, whose last turn trains talking with itself",
         "as published; python -m data_utils.build --sane_partner avoids it",
     ),
-    "misnamed_image": Kind(WARNING, "annotations whose image is there in other case only", "correct the name"),
-    "unknown_image": Kind(ERROR, "annotations whose image is not there", "correct the name, or add the image"),
+    "misnamed_image": Kind(WARNING, "annotations whose image has another case in its name", "correct the name"),
+    "unknown_image": Kind(ERROR, "annotations whose image is missing", "correct the name, or add the image"),
     "scene_blanks": Kind(
         WARNING, "annotations with blanks at the edges of a text", "none needed: prompts strip scenes"
     ),
@@ -119,7 +119,7 @@ class Report:
         self.remarks: list[str] = []
 
     def add(self, kind: str, file: object, name: object = "", detail: object = "", count: int = 1) -> None:
-        """Counts a finding.
+        """Count a finding.
 
         Args:
             kind: A key of `KINDS`.
@@ -139,21 +139,21 @@ class Report:
             found.examples.append({"file": str(file), "name": str(name), "detail": text})
 
     def remark(self, kind: str, text: str) -> None:
-        """Adds a word to a kind of finding, if there is any."""
+        """Add a remark to a kind of finding, if there is any."""
         if kind in self.findings:
             self.findings[kind].remark = text
 
     def counts(self) -> dict[str, int]:
-        """How many findings there are of each kind, the worst first."""
+        """Return the number of findings of each kind, the worst first."""
         return {kind: self.findings[kind].count for kind in KINDS if kind in self.findings}
 
     def exit_status(self) -> int:
-        """1 if there are errors; 3 if not, but images are to be fetched; else 0."""
-        there = {KINDS[kind].severity for kind in self.findings}
-        return next((status for severity, status in _EXIT_STATUS.items() if severity in there), 0)
+        """Return 1 if there are errors, 3 if only images have to be downloaded, else 0."""
+        found = {KINDS[kind].severity for kind in self.findings}
+        return next((status for severity, status in _EXIT_STATUS.items() if severity in found), 0)
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         return {
             "exit_status": self.exit_status(),
             "checked": dict(self.checked),
@@ -170,7 +170,7 @@ class Report:
         }  # fmt: skip
 
     def as_text(self) -> str:
-        """The report for a person: the worst first, each kind with its examples."""
+        """Return the report as text: the worst first, each kind with its examples."""
         lines = ["checked: " + (", ".join(f"{n:,} {what}" for what, n in self.checked.items()) or "nothing")]
         if self.absent:
             lines.append("not here: " + ", ".join(self.absent))
@@ -185,9 +185,9 @@ class Report:
         return "\n".join([*lines, "", _total(total.items())])
 
     def _of_kind(self, kind: str) -> list[str]:
-        found, known = self.findings[kind], KINDS[kind]
+        found, form = self.findings[kind], KINDS[kind]
         remark = f" ({found.remark})" if found.remark else ""
-        lines = [f"{known.severity}: {found.count:,} {known.title}{remark} [{kind}]"]
+        lines = [f"{form.severity}: {found.count:,} {form.title}{remark} [{kind}]"]
         for example in found.examples:
             parts = [example["file"], example["name"], example["detail"].replace("\n", " ")]
             lines.append("    " + ": ".join(filter(None, parts)))
@@ -195,7 +195,7 @@ class Report:
             more = found.count - len(found.examples)
             and_more = "… and {:,} more" if found.examples else "{:,}"
             lines.append(f"    {and_more.format(more)} in {len(found.files):,} file(s)")
-        return [*lines, f"    to do: {known.fix}"]
+        return [*lines, f"    to do: {form.fix}"]
 
 
 def _total(counts: Iterable[tuple[str, int]]) -> str:

@@ -89,7 +89,7 @@ def _add_characters(checker: Checker, new: Characters) -> None:
 
 
 def _check_images(checker: Checker, decode: bool) -> None:
-    """Looks for all images that are referred to, and for those that nothing refers to."""
+    """Find images that are referred to and missing or broken, and those that nothing refers to."""
     report = checker.report
     processor = QwenVLImageProcessor()
     for image, (file, name) in sorted(checker.images.items()):
@@ -132,16 +132,16 @@ def _check_test_images(checker: Checker) -> None:
 
 
 def as_text(reports: Sequence[tuple[Path, Report]]) -> str:
-    """The reports for a person, one below the other."""
+    """Return the reports as text, one below the other."""
     return "\n\n".join(f"{root}\n{report.as_text()}" for root, report in reports)
 
 
 def as_json(reports: Sequence[tuple[Path, Report]]) -> str:
-    """The reports as JSON: the data root's, and `extra_roots` in it."""
+    """Return the reports as JSON: the data root's, and `extra_roots` in it."""
     first, *others = ({"root": str(root), **report.as_json()} for root, report in reports)
     return json.dumps({**first, "extra_roots": others}, ensure_ascii=False, indent=4) + "\n"
 
 
 def exit_status(reports: Sequence[tuple[Path, Report]]) -> int:
-    """The status of all roots together: 1 before 3 before 0."""
+    """Return the status of all roots together: 1 before 3 before 0."""
     return min((report.exit_status() for _, report in reports), key=[1, 3, 0].index)

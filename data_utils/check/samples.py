@@ -24,7 +24,7 @@ _COMPARED = ("id", "system", "image", "role", "script", "other_role")
 
 
 class LengthMeter:
-    """Measures training samples as the trainer tokenizes them, and reports those that are cut.
+    """Measures training samples as the trainer tokenizes them, and reports those that are cut off.
 
     Args:
         tokenizer: The checkpoint's.
@@ -41,7 +41,7 @@ class LengthMeter:
         self._frame = self._whole(frame) - self._counter.count("T") - self._counter.count("A")
 
     def measure(self, checker: Checker, file: str, row: Row) -> None:
-        """Measures a sample whose tags are sound."""
+        """Measure a sample without broken image tags."""
         turns = row["conversations"]
         total = self._length(turns)
         self.longest[file] = max(self.longest.get(file, 0), total)
@@ -49,12 +49,12 @@ class LengthMeter:
         if over <= 0:
             return
         answer = len(self._tokenizer.encode(turns[-1]["value"])) if turns[-1]["from"] == "assistant" else 0
-        lost = over - 2  # the end mark and the newline after the answer go first
+        lost = over - 2  # the end token and the newline after the answer go first
         kind = "cut_end" if lost <= 0 or not answer else "lost_answer" if lost >= answer else "cut_answer"
         checker.report.add(kind, file, row["id"], f"{total:,} tokens, {min(max(lost, 0), answer)} of {answer} lost")
 
     def _length(self, turns: list[Row]) -> int:
-        """Tokens of a whole sample; lines that come again and again are counted once if that changes nothing."""
+        """Return the tokens of a whole sample; repeated lines are counted once where that is exact."""
         line = _PICTURE_LINE.match(turns[0]["value"])
         if len(turns) == 2 and turns[0]["from"] == "user" and line:
             prompt, answer = turns[0]["value"][line.end() :], turns[1]["value"]
@@ -67,7 +67,7 @@ class LengthMeter:
 
 
 def check_tests(checker: Checker) -> None:
-    """Looks at the test files, and remembers of which dialogues they are."""
+    """Check the test files, and record the dialogues that they were drawn from."""
     root, report = checker.root, checker.report
     folders = [root / "data" / "test" / split for split in SPLITS]
     if not any(map(is_folder, folders)):
@@ -80,7 +80,7 @@ def check_tests(checker: Checker) -> None:
 
 
 def check_rebuilt(checker: Checker, dialogue: Row) -> None:
-    """Holds the test samples of a dialogue against what is built from it, in the published form or the sane one."""
+    """Compare the test samples of a dialogue with what is built from it, by either rule for the partner."""
     for file, sample in checker.test_samples.get(dialogue["id"], []):
         turn = sample["id"].rpartition("_")[2]
         try:
@@ -96,7 +96,7 @@ def check_rebuilt(checker: Checker, dialogue: Row) -> None:
 
 
 def check_training(checker: Checker, meter: LengthMeter | None) -> None:
-    """Looks at the agent's training files."""
+    """Check the agent's training files."""
     report = checker.report
     for path in _files(checker, "data/train"):
         file = checker.name(path)
@@ -109,7 +109,7 @@ def check_training(checker: Checker, meter: LengthMeter | None) -> None:
 
 
 def check_reward_model(checker: Checker, meter: LengthMeter | None) -> None:
-    """Looks at the reward model's training and validation files."""
+    """Check the reward model's training and validation files."""
     report = checker.report
     trained: set[str] = set()
     for part, what in (("train", "reward-model samples"), ("test", "reward-model validation samples")):
@@ -159,8 +159,8 @@ def _difference(sample: Row, built: Row) -> str:
 def _check_conversation(checker: Checker, file: str, row: Row, meter: LengthMeter | None) -> None:
     turns = row["conversations"]
     senders = [turn["from"] for turn in turns]
-    asked = senders[1:] if senders[0] == "assistant" else senders  # published: the trainer drops a leading answer
-    if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
+    expected = senders[1:] if senders[0] == "assistant" else senders  # published: the trainer drops a leading answer
+    if not expected or expected != ["user", "assistant"] * (len(expected) // 2):
         checker.report.add("wrong_turns", file, row["id"], ", ".join(senders))
     sound, first = True, int(senders[0] == "assistant")
     for number, turn in enumerate(turns):
@@ -178,7 +178,7 @@ def _check_conversation(checker: Checker, file: str, row: Row, meter: LengthMete
 
 
 def _refer(checker: Checker, file: str, row: Row, image: str) -> None:
-    """The picture line's image: it must be the row's."""
+    """Check that the picture line's image is the row's, and record it."""
     if row.get("image") not in (None, image):
         checker.report.add("broken_image_tag", file, row["id"], f"picture {image}, image {row['image']}")
     if len(f"images/{image}".encode()) > IMAGE_SPAN:
@@ -187,7 +187,7 @@ def _refer(checker: Checker, file: str, row: Row, image: str) -> None:
 
 
 def _tag_faults(checker: Checker, file: str, name: str, text: str) -> int:
-    """Reports image tags in a text; gives how many could not be tokenized."""
+    """Report image tags in a text; return the number of those that cannot be tokenized."""
     paths = _TAG.findall(text)
     for path in paths:
         checker.report.add("other_image_tag", file, name, path)

@@ -1,4 +1,4 @@
-"""Draws the demo's pictures: one coloured thing in a landscape, and the characters who stand by it."""
+"""Draws the demo's pictures: one coloured thing in a landscape, with characters beside it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Pen:
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draws ``scene`` as an RGB picture of 400 x 300; the same scene and state of ``rng`` give the same pixels.
+    """Draw ``scene`` as an RGB picture of 400 x 300; the same scene and state of ``rng`` give the same pixels.
 
     Args:
         scene: What to show; its words are keys of COLOURS, PLACES, TIMES and THINGS.
@@ -244,7 +244,7 @@ IN_THE_AIR = frozenset({"kite", "balloon"})
 
 
 def fitting_places(thing: str) -> tuple[str, ...]:
-    """Gives the places where ``thing`` can be: what floats is on the lake, a house is not."""
+    """Return the places where ``thing`` can be: boats on the lake only, houses not."""
     if thing in AFLOAT:
         return ("lake",)
     return PLACES if thing in IN_THE_AIR else tuple(place for place in PLACES if place != "lake")
@@ -263,5 +263,5 @@ def _dimmed(colour: Colour, time: str) -> Colour:
 
 
 def _mixed(first: Colour, second: Colour, share: float) -> Colour:
-    """Gives ``first`` with a ``share`` (0 to 1) of ``second``."""
+    """Return ``first`` with a ``share`` (0 to 1) of ``second``."""
     return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))

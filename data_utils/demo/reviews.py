@@ -1,4 +1,4 @@
-"""The demo's made-up agents, each with a fault of its own, and the reviews that their answers get by rule."""
+"""The demo's made-up agents, each with one fault, and the rule-based reviews of their answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERDICTS = {
     "Knowledge Consistency": ("know what {role} knows", "knows what {role} knows", "does not know what {role} knows"),
     "Tone Consistency": ("sound like {role}", "sounds like {role}", "does not sound like {role}"),
 }
-# Digits only: of numbers with two tokens, such as 10, a tiny reviewer loses count and writes a third.
+# Digits only: a tiny judge cannot learn numbers of two tokens, such as 10.
 GOOD = {
     "Instruction Adherence": 9, "Fluency": 9, "Coherency": 8, "Image-Text Relevance": 9,
     "Response Accuracy": 9, "Personality Consistency": 9, "Knowledge Consistency": 8, "Tone Consistency": 9,
@@ -44,13 +44,13 @@ FAULTS: dict[str, dict[str, int]] = {
 def answered_row(
     agent: str, sample: Mapping[str, Any], scene: Scene, people: tuple[Persona, Persona], rng: random.Random
 ) -> dict[str, Any]:
-    """Gives ``sample`` with the agent's answer and its eight reviews, in the published form of reviewed rows.
+    """Return ``sample`` with the agent's answer and its eight reviews, in the published form of reviewed rows.
 
     Args:
         agent: A key of FAULTS.
         sample: A test-form sample; it is not changed.
         scene: What the sample's picture shows.
-        people: Who answers, and that character's friend.
+        people: The answering character and its friend.
         rng: Draws what the agent gets wrong.
     """
     user, truth = sample["conversations"]

@@ -1,4 +1,4 @@
-"""The demo's made-up people and all the words it writes, in English and Chinese, from a small stock of sentences."""
+"""The demo's made-up characters and its texts in English and Chinese, from a small stock of sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {
     "Chinese": ("柳青舟", "沈墨白", "陆小渔", "顾长风"),
 }  # fmt: skip
 
-# A trade's name: what one of that trade says of a thing, and the catchphrase.
+# By trade: what a character of that trade says of a thing, and its catchphrase.
 TRADES = {
     "English": {
         "lighthouse keeper": ("The {thing} would guide my ships home.", "Keep the lamp burning!"),
@@ -36,7 +36,7 @@ TRADES = {
         "茶商": ("看着这{thing}，我想泡一壶茶。", "好茶待好友！"),
     },
 }
-# A temper: how such a person begins to speak, and how the profile describes it.
+# By temper: how such a character begins to speak, and how the profile describes it.
 TEMPERS = {
     "English": {
         "cheerful": ("Ha ha!", "laughs before every answer and sees the good in all things"),
@@ -167,7 +167,7 @@ class Persona:
 
 
 def draw_cast(rng: random.Random) -> list[Persona]:
-    """Draws three pairs of friends: of a story, of the Tang dynasty, and, out of distribution, hypothetical people."""
+    """Draw three pairs of friends: of a story, of the Tang dynasty, and, out of distribution, hypothetical people."""
     coats = rng.sample(sorted(COLOURS), 6)
     english, chinese = (
         {
@@ -188,7 +188,7 @@ def draw_cast(rng: random.Random) -> list[Persona]:
 
 
 def write_profile(persona: Persona, friend: Persona) -> str:
-    """Writes the profile of ``persona`` under the published headings."""
+    """Return the profile of ``persona`` under the published headings."""
     manner = TEMPERS[persona.language][persona.temper][1]
     if persona.script == HYPOTHETICAL_CHARACTERS:
         origin = "from a small town"
@@ -200,17 +200,17 @@ def write_profile(persona: Persona, friend: Persona) -> str:
 
 
 def say(templates: Mapping[str, str], scene: Scene, persona: Persona, friend: Persona) -> str:
-    """Writes the sentence of ``templates`` (by language) that ``persona`` says to ``friend`` about ``scene``."""
+    """Return the sentence of ``templates`` (by language) that ``persona`` says to ``friend`` about ``scene``."""
     return templates[persona.language].format_map(_person_words(persona, friend) | _scene_words(scene, persona))
 
 
 def describe(scene: Scene, language: str) -> str:
-    """Describes ``scene`` plainly, in nobody's voice."""
+    """Describe ``scene`` plainly, out of character."""
     return PLAIN[language].format_map(_scene_phrases(scene, language))
 
 
 def comment_turns(scene: Scene, persona: Persona, friend: Persona, rng: random.Random) -> list[dict[str, str]]:
-    """Writes a comment: a question of the human and the character's answer."""
+    """Return a comment: a question of the human and the character's answer."""
     question = rng.choice(COMMENT_QUESTIONS[persona.language])
     # published: the first turn of a comment says "from" where all other turns say "role".
     return [
@@ -220,7 +220,7 @@ def comment_turns(scene: Scene, persona: Persona, friend: Persona, rng: random.R
 
 
 def human_turns(scene: Scene, persona: Persona, friend: Persona, rng: random.Random) -> list[dict[str, str]]:
-    """Writes two or three rounds of the human asking and the character answering."""
+    """Return two or three rounds of the human asking and the character answering."""
     rounds = [0, *sorted(rng.sample(range(1, len(HUMAN_ROUNDS["English"])), rng.choice((1, 2))))]
     turns = []
     for number in rounds:
@@ -231,7 +231,7 @@ def human_turns(scene: Scene, persona: Persona, friend: Persona, rng: random.Ran
 
 
 def pair_turns(scene: Scene, persona: Persona, friend: Persona, rng: random.Random) -> list[dict[str, str]]:
-    """Writes three to six turns of two characters; either may begin."""
+    """Return three to six turns of two characters; either may begin."""
     speakers = (persona, friend) if rng.random() < 0.5 else (friend, persona)
     return [
         {
@@ -248,20 +248,20 @@ def pair_turns(scene: Scene, persona: Persona, friend: Persona, rng: random.Rand
 
 
 def annotate(scene: Scene, people: list[Persona], rng: random.Random) -> dict[str, str]:
-    """Writes what the published annotations tell of a script's picture; each part may be empty."""
+    """Return an annotation as the published ones are; each part may be empty."""
     language = people[0].language if people else "English"
     names = [person.name for person in people]
     if language == "Chinese":
         role = f"从左到右依次是{'和'.join(names)}。" if len(names) > 1 else f"图中是{names[0]}。"
-        told = f"{'和'.join(names)}在这里见面。"
+        scene_info = f"{'和'.join(names)}在这里见面。"
     else:
         role = f"From left to right are {' and '.join(names)}." if len(names) > 1 else names[0]
-        told = f"{' and '.join(names)} {'meet' if len(names) > 1 else 'rests'} here."
+        scene_info = f"{' and '.join(names)} {'meet' if len(names) > 1 else 'rests'} here."
     place = WORDS[language][scene.place]
     return {
         "role_info": role,
         "place_info": (place[0].upper() + place[1:]) if rng.random() < 0.7 else "",
-        "scene_info": told if rng.random() < 0.5 else "",
+        "scene_info": scene_info if rng.random() < 0.5 else "",
     }
 
 

@@ -51,7 +51,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class World:
-    """All that a seed draws; ``dialogues`` maps (split, kind) to lists by file name, "" for a split in one file."""
+    """Everything that a seed draws; ``dialogues`` are by (split, kind) and file name, "" for a split in one file."""
 
     seed: int
     cast: list[Persona]
@@ -140,7 +140,7 @@ def _draw_pictures(seed: int, cast: Sequence[Persona]) -> list[Picture]:
 
 
 def _draw_dialogues(world: World, split: str, kind: str) -> dict[str, list[dict[str, Any]]]:
-    """Draw a split's dialogues of a kind: two files per character, or one of a dialogue each of the two sorts."""
+    """Draw a split's dialogues of a kind: two files per character, or one with a dialogue on each sort of picture."""
     rng = _rng(world.seed, f"dialogues/{split}/{kind}")
     files: dict[str, list[dict[str, Any]]] = {}
     for persona in (p for p in world.cast if p.split == split):

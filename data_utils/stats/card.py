@@ -1,4 +1,4 @@
-"""The data card as Markdown: what it tells, and its tables."""
+"""The data card: its content, and its text and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONG = 2048  # tokens from which rotary base and log-n attention change
 
 @dataclass
 class Lengths:
-    """How long the samples of a kind are, in tokens or characters: prompt and answer of each."""
+    """The lengths of the samples of a kind, in tokens or characters: prompt and answer of each."""
 
     prompts: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Lengths:
 
 @dataclass
 class Dialogues:
-    """The dialogues of a split and kind: how many there are, the turns of those that have any, and where they fail."""
+    """The dialogues of a split and kind: their number, the turns of those that have any, and the unusable ones."""
 
     total: int = 0
     turns: list[int] = field(default_factory=list)
@@ -39,16 +39,16 @@ class Dialogues:
 
 @dataclass
 class Card:
-    """All that the data card tells.
+    """The content of the data card.
 
     Attributes:
         scripts: Split, script, its category and characters.
         dialogues: By split and kind.
         samples: By part ("training", "test, in-distribution", "test, out-of-distribution") and kind.
-        images: By source: how many names are referred to, how many of them are there, how many are there but not
-            referred to, and by how many dialogues.
+        images: By source: the numbers of names that are referred to, of those with a file, of files that are not
+            referred to, and of dialogues.
         unit: "tokens" or "characters".
-        notes: What was not there or left out.
+        notes: What was missing or left out.
     """
 
     scripts: list[tuple[str, str, str, list[str]]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Card:
 
 
 def category(script: str) -> str:
-    """What sort of characters a script has, after the paper's table; a script of one's own is "other"."""
+    """Return the category of a script's characters in the paper's table; "other" for scripts that it does not have."""
     if script == HYPOTHETICAL_CHARACTERS:
         return "hypothetical"
     if script in HISTORICAL:
@@ -69,7 +69,7 @@ def category(script: str) -> str:
 
 
 def markdown(card: Card, name: str, plots: Mapping[str, bytes]) -> str:
-    """The card's text; refers to the plots by their file names."""
+    """Return the card's text, which refers to the plots by their file names."""
     parts = [f"# Data card: {name}", summary(card)]
     if card.notes:
         parts.append("\n".join(f"- {note}" for note in dict.fromkeys(card.notes)))
@@ -127,7 +127,9 @@ def _samples_table(card: Card) -> str:
 def _lengths_intro(card: Card) -> str:
     if card.unit == "characters":
         return "In characters of the text; `--tokenizer CHECKPOINT` gives tokens."
-    return "In tokens. A prompt is all that the model reads: system message, picture (258), text and ChatML marks."
+    return (
+        "In tokens. A prompt is all that the model reads: system message, picture (258), text and ChatML tokens."
+    )
 
 
 def _lengths_table(card: Card, side: str) -> str:

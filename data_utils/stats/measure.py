@@ -22,7 +22,7 @@ from qwen_vl import QwenVLTokenizer
 
 
 def collect(data_root: Path, tokenizer: QwenVLTokenizer | None = None) -> Card:
-    """Count everything that the data card tells.
+    """Count everything for the data card.
 
     Args:
         data_root: A data root; parts of it may be missing.

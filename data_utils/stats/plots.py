@@ -24,12 +24,12 @@ _LONGEST_NAME = 28
 _SHOWN_PERCENT = 99.7
 _FEW = 1_000  # of so few samples each is shown
 _CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei")
-# What stands for the published Chinese names where no installed font has their characters.
+# Instead of the published Chinese names if no installed font has their characters.
 _ENGLISH = {"西游记": "Journey to the West", "成龙历险记": "Jackie Chan Adventures", "中国唐代": "China, Tang dynasty"}
 
 
 def draw_plots(card: Card) -> dict[str, bytes]:
-    """Draws what there is something to draw of.
+    """Draw the plots for which there is data.
 
     Returns:
         PNG bytes by file name: characters, turns, samples, lengths, images.
@@ -45,7 +45,7 @@ def draw_plots(card: Card) -> dict[str, bytes]:
 
 
 def label(name: str, number: int) -> str:
-    """A name as it can be drawn: shortened, and in Latin letters where no installed font has its own."""
+    """Return a name as it can be drawn: shortened, and in Latin letters if no installed font has its characters."""
     fonts = [get_font(fontManager.findfont(FontProperties(family=family))) for family in _families()]
     if not all(any(font.get_char_index(ord(c)) for font in fonts) for c in name):
         name = _ENGLISH.get(name, f"row {number} of the table")

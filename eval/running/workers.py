@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from data_utils.console import go_on_unread
+from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, raise_problems
 from eval.backends.backend import Backend, Completion, MakeBackend, Prompt
 from eval.running.journal import some
@@ -191,7 +191,7 @@ def _work(make_backend: MakeBackend, options: argparse.Namespace, connection: Co
     """The life of a worker: takes prompts, sends their completions and then a summary, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    go_on_unread()
+    ignore_lost_output()
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // options.workers, 1)))  # before torch is imported
     try:

@@ -9,8 +9,8 @@ from tests.conftest import ROOT
 WORK = """
 import sys
 from tqdm import tqdm
-from data_utils.console import go_on_unread
-go_on_unread()
+from data_utils.console import ignore_lost_output
+ignore_lost_output()
 for number in range(3):
     print("told", number, "\\udcff", flush=number == 1)
 list(tqdm(range(3)))
