@@ -22,6 +22,8 @@ from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.layout import PLAIN_IMAGE, SPLITS
 from data_utils.prompts import SYSTEM_MESSAGE
 from data_utils.schema import TestSample, validate_rows
+from eval.running.flags import selection
+from eval.running.inputs import read_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "own_characters.md"
@@ -255,7 +257,7 @@ def inputs_of(command: str, folder: Path) -> dict[str, int]:
     options = inference.parse_arguments(arguments)
     sources, problems = inference.find_sources(options)
     assert problems == []
-    inputs, wrong = inference.read_inputs(sources, TestSample, inference.selection(options))
+    inputs, wrong = read_inputs(sources, TestSample, selection(options, needs_image=lambda row: True))
     assert wrong == []
     rows: dict[str, int] = {}
     for source in inputs:
