@@ -1,5 +1,7 @@
 """Answers the test sets of MMRole: every sample's image and prompt to a role-playing agent's words.
 
+The agent is a Qwen-VL checkpoint (--model_path), or any model behind OpenAI-compatible endpoints (--endpoint, --model).
+
 Without --input_dir both test sets below --data_root are answered into <eval_dir>/{in,out}-test_answers/<agent>/; with
 it, the .json files of that folder into --output_dir, as in the released script. An answer stands in
 `conversations[1].answer`, in the published format.
@@ -11,6 +13,7 @@ gets an empty answer, which is not reviewed; it is counted, tried again by the n
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,8 +33,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser, model_path=ROOT / "model_weights" / "MMRole-Agent")
-    parser.add_argument("--agent", default="mmrole-agent", help="folder name of the answers (%(default)s)")
-    return resolved(parser.parse_args(argv))
+    parser.add_argument("--agent", help="folder name of the answers (mmrole-agent, or that of a served --model)")
+    options = resolved(parser.parse_args(argv))
+    options.agent = options.agent or (folder_name(options.model) if options.endpoint else "mmrole-agent")
+    return options
+
+
+def folder_name(model: str | None) -> str:
+    """Return a served model's name as the name of one folder: `org/model:tag` is `org-model-tag`."""
+    return re.sub(r"[^\w.-]+", "-", model or "").strip(".-")
 
 
 def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRoleError]]:

@@ -1,10 +1,10 @@
 # ruff: noqa: N999 - the released file name
-"""Reviews agents' answers on the eight metrics with the reward model.
+"""Reviews agents' answers on the eight metrics with the reward model, or any model behind an endpoint.
 
 Without --input_dir the answers of every agent below <eval_dir>/{in,out}-test_answers/ (or those named with --agent)
 are reviewed into <eval_dir>/{in,out}-test_reviews/<agent>/; with it, the .json files of that folder into --output_dir,
-as in the released script. A row gets `rm_review[metric] = {"review": text, "score": [a, b]}`; one with an empty answer
-gets none.
+as in the released script. The reviews of another --judge go to <eval_dir>/judges/<judge>/. A row gets
+`rm_review[metric] = {"review": text, "score": [a, b]}`; one with an empty answer gets none.
 
 A run that ended early goes on where it stopped. A review whose scores cannot be read is asked for again with fresh
 seeds, --retries times; what stays unreadable is stored with its text and the reason, counted, and makes the exit status
@@ -16,12 +16,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from data_utils.flag_types import natural
-from data_utils.layout import SHORT_SPLITS, answers_folder, reviews_folder
+from data_utils.journal import read_journal
+from data_utils.layout import RELEASED_JUDGE, SHORT_SPLITS, answers_folder, check_folder_name, reviews_folder
 from data_utils.paths import is_folder, listed
 from data_utils.schema import AnswerRow, Row
 from eval.backends.backend import Completion, MakeBackend, Prompt, backend_of
@@ -31,6 +34,7 @@ from eval.judging.scores import ScoreReading, read_scores, review_record
 from eval.running.flags import ROOT, add_run_flags, flag_problems, resolved
 from eval.running.inputs import SHOWN_JSON, Source, json_sources
 from eval.running.job import run_job
+from eval.running.journal import journal_path
 from eval.running.task import Task
 
 
@@ -40,18 +44,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_run_flags(parser, model_path=ROOT / "model_weights" / "MMRole-Eval_RM")
     parser.add_argument("--agent", nargs="+", action="extend", help="agents to review (all that have answers)")
     parser.add_argument("--retries", type=natural, default=3, help="more tries for unreadable scores (%(default)s)")
+    parser.add_argument("--judge", default=RELEASED_JUDGE, help="the judge's name (%(default)s)")
     return resolved(parser.parse_args(argv))
 
 
 def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRoleError]]:
     """The answers to review and where their reviews go, and what is wrong with the flags about them."""
     problems = flag_problems(options)
+    if options.input_dir and options.judge != RELEASED_JUDGE:
+        fix = "leave --judge away, and choose another --output_dir for each judge"
+        problems.append(MMRoleError("--judge has no effect with --input_dir", options.judge, "--judge", fix))
     if problems:
         return [], problems
     try:
+        check_folder_name(options.judge, "--judge")
         if options.input_dir:
             return json_sources(options.input_dir, options.output_dir, options.input_file), []
-        sources = _agents_sources(options.eval_dir, options.agent)
+        sources = _agents_sources(options.eval_dir, options.agent, options.judge)
     except MMRoleError as error:
         return [], [error]
     found = {source.output.parent.name for source in sources}
@@ -84,11 +93,12 @@ def with_reviews(row: Row, completions: Mapping[str, Completion], task: Task) ->
     return copy
 
 
-def judging(retries: int) -> Task:
+def judging(retries: int, sources: Sequence[Source] = ()) -> Task:
     """The task of reviewing.
 
     Args:
         retries: How often a review without readable scores is asked for again.
+        sources: The answers, whose journals say which model wrote them.
     """
     task = Task(
         name="reviews",
@@ -101,6 +111,7 @@ def judging(retries: int) -> Task:
         is_wanted=is_reviewable,
         complaint=_complaint,
         attempts=1 + retries,
+        remarks=lambda identity: _own_answers(identity, sources),
     )
     return task
 
@@ -116,17 +127,28 @@ def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_
     """
     options = parse_arguments(argv)
     sources, problems = find_sources(options)
-    return run_job(judging(options.retries), options, sources, problems, make_backend)
+    return run_job(judging(options.retries, sources), options, sources, problems, make_backend)
 
 
-def _agents_sources(eval_dir: Path, agents: Sequence[str] | None) -> list[Source]:
+def _agents_sources(eval_dir: Path, agents: Sequence[str] | None, judge: str) -> list[Source]:
     sources = []
     for split in SHORT_SPLITS:
         folders = filter(is_folder, listed(answers_folder(eval_dir, split)))
         for folder in folders:
             if (agents is None or folder.name in agents) and listed(folder, SHOWN_JSON):
-                sources += json_sources(folder, reviews_folder(eval_dir, split, folder.name))
+                sources += json_sources(folder, reviews_folder(eval_dir, split, folder.name, judge=judge))
     return sources
+
+
+def _own_answers(identity: Mapping[str, Any], sources: Sequence[Source]) -> list[str]:
+    """Says so where the judge has reviewed its own answers."""
+    agents: dict[str, None] = {}
+    for source in sources:
+        with suppress(MMRoleError):
+            journal = read_journal(journal_path(source.input))
+            if journal and journal.settings.get("model") == identity.get("model"):
+                agents[source.input.parent.name] = None
+    return [f"the judge and the agent are the same model: {', '.join(agents)}"] if agents else []
 
 
 def _complaint(text: str) -> str | None:

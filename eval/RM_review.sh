@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Reviews the agents' answers on eight metrics with the reward model.
-# Needs: answers in EVAL_DIR/{in,out}-test_answers/, images/ below DATA_ROOT, the reward model at MODEL_PATH.
+# Needs: answers in EVAL_DIR/{in,out}-test_answers/, images/ below DATA_ROOT, the reward model at MODEL_PATH; or, instead
+# of that, an OpenAI-compatible endpoint: JUDGE_ENDPOINT="URL [URL …]" and JUDGE_MODEL, the judge's name there.
 # Gives: EVAL_DIR/{in,out}-test_reviews/<agent>/*.json. Without AGENT, all are reviewed.
+# JUDGE names the judge. Without it, it is the reward model, native or served; the reviews of any other go to
+# EVAL_DIR/judges/JUDGE/, where JUDGE=… bash eval/RM_result.sh reads them.
 # AGENT="a b" chooses the agent of that name, blank and all, if it has answers, or else the agents a and b.
 # One process per GPU, or PROCESSES=n.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/environment.sh"
 
-MODEL_PATH=${MODEL_PATH:-$ROOT/model_weights/MMRole-Eval_RM}
 DATA_ROOT=${DATA_ROOT:-$ROOT}
 EVAL_DIR=${EVAL_DIR:-$ROOT/eval}
 read -r -a agents <<< "${AGENT:-}"
@@ -17,6 +19,11 @@ for split in in out; do
     agents=("$AGENT")
   fi
 done
+read -r -a urls <<< "${JUDGE_ENDPOINT:-}"
+backend=(--model_path "${MODEL_PATH:-$ROOT/model_weights/MMRole-Eval_RM}")
+if [[ -n ${JUDGE_ENDPOINT:-} ]]; then
+  backend+=(--endpoint "${urls[@]}" --model "${JUDGE_MODEL:-}")
+fi
 
-"$PYTHON" "$ROOT/eval/RM_review.py" --model_path "$MODEL_PATH" --data_root "$DATA_ROOT" \
+"$PYTHON" "$ROOT/eval/RM_review.py" "${backend[@]}" --judge "${JUDGE:-reward-model}" --data_root "$DATA_ROOT" \
   --eval_dir "$EVAL_DIR" ${agents[@]:+--agent "${agents[@]}"} "$@"

@@ -127,9 +127,7 @@ def _samples_table(card: Card) -> str:
 def _lengths_intro(card: Card) -> str:
     if card.unit == "characters":
         return "In characters of the text; `--tokenizer CHECKPOINT` gives tokens."
-    return (
-        "In tokens. A prompt is all that the model reads: system message, picture (258), text and ChatML tokens."
-    )
+    return "In tokens. A prompt is all that the model reads: system message, picture (258), text and ChatML tokens."
 
 
 def _lengths_table(card: Card, side: str) -> str:

@@ -110,6 +110,7 @@ class Completion:
         cut: Whether the text ends at the limit of its length.
         attempt: How many texts were asked for before this one.
         tokens: Tokens of prompt and text that were paid for, where the backend counts them.
+        served: The own name of the served model that wrote it, where a server says so.
     """
 
     id: str
@@ -119,6 +120,7 @@ class Completion:
     cut: bool = False
     attempt: int = 0
     tokens: int = 0
+    served: str = ""
 
 
 class StoppedError(Exception):
@@ -137,7 +139,7 @@ class Backend(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what is printed beside the flags."""
+        """Return what is printed beside the flags; "model at" says where the model is."""
         ...
 
     def devices(self, processes: int | None) -> list[str]:
@@ -177,8 +179,35 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
 
 def backend_of(options: argparse.Namespace) -> Backend:
     """Makes the backend that the flags ask for."""
+    return _class(_used(options))(options)
+
+
+def misplaced_flags(options: argparse.Namespace) -> list[MMRoleError]:
+    """Return flags of backends that are not used, which would have no effect."""
+    used, problems = _used(options), []
+    for name in _names():
+        parser = argparse.ArgumentParser()
+        _class(name).add_flags(parser)
+        defaults = vars(parser.parse_args([]))
+        defaults.pop("model_path", None)  # the scripts always give it
+        given = [f"--{flag}" for flag, value in defaults.items() if getattr(options, flag, value) != value]
+        if given and name != used:
+            fix = f"leave them away, or give --{name}" if name != DEFAULT else f"leave them away, or --{used}"
+            problems.append(
+                MMRoleError(f"flags of the backend {name} have no effect here", given, f"backend {used}", fix)
+            )
+    return problems
+
+
+def another_model(before: str, now: str, where: object) -> MMRoleError:
+    """Return the error for texts of two served models that would stand in one file."""
+    fix = "ask a model of a fixed version, choose another output folder, or give --overwrite to start anew"
+    return MMRoleError("another model is served now; its texts would be mixed in", [before, now], where, fix)
+
+
+def _used(options: argparse.Namespace) -> str:
     asked = [name for name in _names() if name != DEFAULT and getattr(options, name, None)]
-    return _class(asked[0] if asked else DEFAULT)(options)
+    return asked[0] if asked else DEFAULT
 
 
 def _names() -> list[str]:

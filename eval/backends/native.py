@@ -88,9 +88,10 @@ class Backend:
         return {"model": self._fingerprint, "dtype": self._dtype, **({"batch_size": size} if size else {})}
 
     def describe(self) -> dict[str, Any]:
-        """Return the checkpoint's fingerprint, dtype and base."""
+        """Return the checkpoint, its fingerprint, dtype and base."""
         base = {"base model": str(adapter_base(self.model_path))} if is_adapter(self.model_path) else {}
-        return {"model fingerprint": self._fingerprint, "dtype of the texts": self._dtype, **base}
+        place = {"model at": str(self.model_path.resolve()), "model fingerprint": self._fingerprint}
+        return {**place, "dtype of the texts": self._dtype, **base}
 
     def devices(self, processes: int | None) -> list[str]:
         """Return a GPU for each worker, or the CPU for all."""

@@ -44,6 +44,10 @@ _PAIRS = tuple(
         rf"{_A}{_NUMBER}{_UNIT}(?!\s*%)\D{{0,200}}?(?<!\w){_B}{_NUMBER}{_UNIT}",
     )
 )
+_SWAPPED = re.compile(
+    _LEAD + rf"{_B}{_NUMBER}{_UNIT}\s*(?:[,;|&]|and\b|vs\b\.?)\s*{_A}{_NUMBER}{_UNIT}" + _END, re.IGNORECASE
+)
+_CONTRADICTED = re.compile(_LEAD + rf"(?:{_B}{_NUMBER}|{_NUMBER}{_UNIT}\s*[,;|&]\s*{_A}{_NUMBER})", re.IGNORECASE)
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _PLAIN = str.maketrans(_FULL_WIDTH | {0x3000: " ", ord("、"): ",", ord("’"): "'"})
 _UNBRACKETED = str.maketrans(dict.fromkeys('()[]{}<>【】「」*_`"“”\\', " "))
@@ -91,7 +95,8 @@ def read_scores(review: str) -> ScoreReading:
     """Reads a review by the published rule, else by the forgiving reader.
 
     The forgiving reader looks only behind the last scores marker, where a pair must come at once; full-width signs,
-    brackets, bold, "8/10", "Model A: 8 … Model B: 9" and words after the pair do not disturb it.
+    brackets, bold, "8/10", "Model A: 8 … Model B: 9" and words after the pair do not disturb it. Labels are obeyed by
+    both readers: "(Model B: 9, Model A: 8)" gives model A 8.
 
     Args:
         review: A reviewer's whole text, without the prompt.
@@ -99,14 +104,18 @@ def read_scores(review: str) -> ScoreReading:
     Returns:
         The pair and who read it, or the reason why there is none. A score outside 0 to 10 is refused.
     """
+    plain = review.translate(_PLAIN)
+    markers = list(_MARKER.finditer(plain))
+    tail = plain[markers[-1].end() :].translate(_UNBRACKETED) if markers else ""
+    if swapped := _SWAPPED.match(tail):  # the published rule takes the first score for model A's, whatever its label
+        return _checked((float(swapped[2]), float(swapped[1])), "forgiving")
+    if _CONTRADICTED.match(tail):
+        return ScoreReading(None, reason="the scores' labels contradict their order")
     pair = parse_scores(review)
     if pair is not None:
         return _checked(pair, "published")
-    plain = review.translate(_PLAIN)
-    markers = list(_MARKER.finditer(plain))
     if not markers:
         return ScoreReading(None, reason="no [Scores] marker" if review.strip() else "empty review")
-    tail = plain[markers[-1].end() :].translate(_UNBRACKETED)
     match = next(filter(None, (pattern.match(tail) for pattern in _PAIRS)), None)
     if match is None:
         return ScoreReading(None, reason="no single pair of scores right after the last [Scores] marker")

@@ -13,7 +13,7 @@ from typing import Any
 from data_utils.errors import MMRoleError
 from data_utils.flag_types import positive
 from data_utils.schema import Row
-from eval.backends.backend import Backend, Decoding, add_backend_flags
+from eval.backends.backend import Backend, Decoding, add_backend_flags, misplaced_flags
 from eval.running.inputs import Selection
 from eval.running.journal import Settings
 from eval.running.task import Task
@@ -50,7 +50,7 @@ def resolved(options: argparse.Namespace) -> argparse.Namespace:
 
 def flag_problems(options: argparse.Namespace) -> list[MMRoleError]:
     """Return flags that do not go together, and variables that cannot be followed; fills in PROCESSES."""
-    problems = _variable_problems(options)
+    problems = [*_variable_problems(options), *misplaced_flags(options)]
     if options.input_dir and not options.output_dir:
         fix = "say where the results go with --output_dir, or leave --input_dir away for both test sets"
         return [*problems, MMRoleError("--input_dir needs --output_dir", options.input_dir, "--output_dir", fix)]
@@ -95,7 +95,7 @@ def run_settings(options: argparse.Namespace, task: Task, backend: Backend) -> S
     """Return how texts are made, from the flags and a backend without problems."""
     compared = {"task": task.name, "seed": options.seed, **Decoding.of(options).identity(), **backend.identity()}
     info = {
-        "names": {"model": str(options.model_path.resolve())},
+        "names": {"model": backend.describe()["model at"]},
         "options": {name: plain(value) for name, value in vars(options).items()},
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("torch", "transformers", "mmrole")},

@@ -58,7 +58,10 @@ def run_job(
     raise_problems([*wrong, *conflicts])
     _print_options(options, backend)
     reports = complete_files(reports, task, settings, options, backend, make_backend)
-    return _print_report(reports, inputs, task)
+    status = _print_report(reports, inputs, task)
+    for remark in task.remarks(backend.identity()):
+        print(remark)
+    return status
 
 
 def complete_files(

@@ -21,7 +21,7 @@ from data_utils.files import make_folder, published_json, read_json, write_bytes
 from data_utils.journal import Journal, JournalContent, check_settings, read_journal
 from data_utils.paths import listed, sha256_of
 from data_utils.schema import Row
-from eval.backends.backend import Completion, Prompt
+from eval.backends.backend import Completion, Prompt, another_model
 from eval.running.task import Task
 
 FILE_KEY = ""  # a journal's lines about the result file itself; no prompt has an empty key
@@ -159,12 +159,19 @@ class ResultWriter:
         self._journal = Journal.open(file.journal, compared, info, overwrite=overwrite, at_once=not overwrite)
         self._outdated = _part_journals(file.target) if overwrite else []
         self.completions = _completions(file, known) if known else {}
+        self._served = next((c.served for c in self.completions.values() if c.served), "")
 
     def record(self, prompt: Prompt, completion: Completion) -> Completion:
         """Journals a completion; half surrogate pairs, which no file can hold, become question marks.
 
         If a further attempt ends in an error, the text before it, which could not be read, is kept beside that.
+
+        Raises:
+            MMRoleError: It cannot be written, or another served model wrote it than the texts before.
         """
+        if completion.served and self._served and completion.served != self._served:
+            raise another_model(self._served, completion.served, self.file.journal)
+        self._served = completion.served or self._served
         before = self.completions.get(prompt.key)
         text, error = _writable(completion.text), completion.error and _writable(completion.error)
         if error:
@@ -210,8 +217,8 @@ def _entry(prompt: Prompt, completion: Completion) -> dict[str, Any]:
     entry: dict[str, Any] = {"prompt": prompt.fingerprint, "attempt": completion.attempt}
     if completion.text or not completion.error:
         entry["text"] = completion.text
-    extra = {name: getattr(completion, name) for name in ("error", "refusal", "cut", "tokens")}
-    return entry | {name: value for name, value in extra.items() if value not in (None, False, 0)}
+    extra = {name: getattr(completion, name) for name in ("error", "refusal", "cut", "tokens", "served")}
+    return entry | {name: value for name, value in extra.items() if value}
 
 
 def _inspect(file: ResultFile, task: Task, settings: Settings) -> FileReport:
@@ -284,6 +291,7 @@ def _completions(file: ResultFile, content: JournalContent) -> dict[str, Complet
             entry.get("cut", False),
             entry["attempt"],
             entry.get("tokens", 0),
+            entry.get("served", ""),
         )
         for key, (_, entry) in known.items()
     }

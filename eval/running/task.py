@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_utils.schema import Record, Row
 from eval.backends.backend import Completion, Prompt
@@ -26,6 +27,7 @@ class Task:
         is_wanted: Whether a row needs any text, and so its picture.
         complaint: Why a text cannot be used, or None if it can.
         attempts: How many texts may be asked for until one can be used; all but the first are sampled.
+        remarks: What the report says at its end, from the backend's identity.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Task:
     is_wanted: Callable[[Row], bool] = lambda row: True
     complaint: Callable[[str], str | None] = lambda text: None
     attempts: int = 1
+    remarks: Callable[[Mapping[str, Any]], list[str]] = lambda identity: []
 
     def next_attempt(self, completion: Completion | None) -> int | None:
         """Return which attempt a prompt needs next, or None; an attempt that ended in an error is repeated."""

@@ -76,6 +76,7 @@ FORGIVEN = [
     ("[Scores]: 8; 9", (8, 9)),
     ("[Scores]: Model A: 8/10, Model B: 9/10", (8, 9)),
     ("[Scores]:\nModel A: 8\nModel B: 9", (8, 9)),
+    ("[Scores]: Model B: 9, Model A: 8 x", (8, 9)),
     ("[Scores]:\n- Model A: 8/10\n- **Model B**: 9/10\n", (8, 9)),
     ("[Scores]: Model A's score: 8 (rather good), Model B's score: 9 (better)", (8, 9)),
     ("[Scores]: A = 8, B = 9 in all", (8, 9)),
@@ -103,7 +104,7 @@ def test_forgiving_reader_reads_and_says_so(review: str, pair: tuple[float, floa
             for tail in (
                 "", "(8,", "(7, 8, 9)", "(seven, 8)", "8 9", "(8,9),(7,6)", "(8, 9) and (7, 6)", "(8, 9, )1", "8,5; 9",
                 "I think 8, 9", "(8, 9%) x", "(8, 9/20)", "3, 9 of 20", "(8-9, 7)", "(3, 1e1) x", "(8, 9½) x",
-                "(8, 1²) x", "A better", "Model B: 9, Model A: 8 x", "8 (Model A), 9 (Model B)", "(8, 9.5.1)",
+                "(8, 1²) x", "A better", "8 (Model A), 9 (Model B)", "(8, 9.5.1)",
                 "({the score of Model A}, {the score of Model B})", "(8, 9) [Scores]: as said",
                 "({the score of Model A}, {the score of Model B})\n\nPlease rate from 1 to 10, 8, 9",
             )
@@ -115,6 +116,16 @@ def test_forgiving_reader_reads_and_says_so(review: str, pair: tuple[float, floa
 )  # fmt: skip
 def test_unreadable_has_a_reason_and_no_score(review: str, reason: str) -> None:
     assert read_scores(review) == ScoreReading(None, None, reason)
+
+
+def test_labels_are_obeyed() -> None:
+    assert parse_scores("[Scores]: (Model B: 9, Model A: 8)") == (9, 8)
+    assert read_scores("[Scores]: (Model B: 9, Model A: 8)") == ScoreReading((8, 9), "forgiving")
+
+
+@pytest.mark.parametrize("tail", ["(Model B: 9, 8)", "(8, Model A: 9)", "(B: 9, B: 8)"])
+def test_labels_that_contradict_the_order(tail: str) -> None:
+    assert read_scores(f"[Scores]: {tail}").reason == "the scores' labels contradict their order"
 
 
 def test_the_prompt_itself_holds_no_scores() -> None:

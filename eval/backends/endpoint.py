@@ -1,0 +1,196 @@
+"""Any model behind OpenAI-compatible endpoints: hosted APIs, vLLM, SGLang, llama.cpp, Ollama and others."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from data_utils.endpoint import KEY, BudgetSpentError, ChatReply, ChatRequest, Endpoint
+from data_utils.errors import MMRoleError
+from data_utils.flag_types import above_zero, positive
+from data_utils.images import upright_rgb
+from eval.backends.backend import Completion, Prompt, StoppedError, another_model
+
+_SEEDS = 2**31  # some servers take no larger seed
+_FORMATS = {".jpg": "jpeg", ".png": "png", ".webp": "webp"}
+_IMAGE_SIZE = 448  # of Qwen-VL's vision tower
+_PICTURES_KEPT = 64  # the prompts of one row show the same picture
+
+
+class Backend:
+    """Completes prompts by asking endpoints, many at once; the prompts of one row all go to the same one.
+
+    Args:
+        options: The flags.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._servers: dict[str, int] = {}  # by row
+        self._served = ""
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """Adds the flags of this backend."""
+        flag = parser.add_argument
+        flag("--endpoint", nargs="+", metavar="URL", help="ask a served model at these base URLs (with /v1)")
+        flag("--model", help="the served model's name")
+        flag("--api_key_env", default=KEY, metavar="VARIABLE", help="the variable that holds the key (%(default)s)")
+        flag("--budget_tokens", type=positive, help="stop before more tokens than these are used; a later run goes on")
+        flag("--timeout", type=above_zero, default=600.0, help="seconds for one request as a whole (%(default)s)")
+        flag(
+            "--as_qwen_vl",
+            action="store_true",
+            help="the model is a first-generation Qwen-VL (scripts/serve_vllm.sh): send its 448x448 picture, and cut "
+            "the answer as chat() does; needs qwen.tiktoken at --model_path",
+        )
+
+    def problems(self) -> list[MMRoleError]:
+        """Return what is wrong with the flags, the key or the proxy settings; nothing is sent."""
+        problems = []
+        options = self._options
+        if not options.model:
+            fix = "give the name that the endpoint lists at /models with --model"
+            problems.append(MMRoleError("the served model has no name", None, "--model", fix))
+        if options.processes not in (None, 1):
+            fix = "leave PROCESSES away: how many requests are under way is found out"
+            problems.append(MMRoleError("endpoints are asked by one process", options.processes, "PROCESSES", fix))
+        vocabulary = options.model_path / "qwen.tiktoken"
+        if options.as_qwen_vl and not vocabulary.is_file():
+            fix = "give a folder that holds it with --model_path; the weights are not needed there"
+            problems.append(MMRoleError("--as_qwen_vl needs the model's vocabulary", None, vocabulary, fix))
+        try:
+            _ = self._endpoint
+        except MMRoleError as error:
+            problems.append(error)
+        return problems
+
+    def identity(self) -> dict[str, Any]:
+        """Return the model's name and the form of its pictures; the served model's own name comes with each text."""
+        return {"backend": "endpoint", "model": self._options.model, "picture": self._picture_form}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model and where it is served."""
+        return {"model at": f"{self._options.model} at {', '.join(self._options.endpoint)}"}
+
+    def devices(self, processes: int | None) -> list[str]:
+        """Return one place: requests are concurrent within one process."""
+        return ["endpoint"]
+
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
+        """Yields one completion per prompt, as they finish.
+
+        Raises:
+            MMRoleError: The endpoint answers no request at all, or another model answers in the middle.
+            StoppedError: The budget is spent.
+        """
+        endpoint, waiting, spent = self._endpoint, deque(prompts), ""
+        asked: dict[Future[ChatReply], Prompt] = {}
+        try:
+            while waiting or asked:
+                while waiting and len(asked) < endpoint.limit:
+                    prompt = waiting.popleft()
+                    try:
+                        request = self._request(prompt)
+                    except (OSError, ValueError) as error:  # one picture's boundary
+                        yield Completion(prompt.id, "", f"not a readable image: {error}")
+                        continue
+                    asked[endpoint.submit(request)] = prompt
+                for future in wait(asked, return_when=FIRST_COMPLETED).done:
+                    prompt = asked.pop(future)
+                    try:
+                        yield self._completion(prompt, future.result())
+                    except BudgetSpentError as error:
+                        spent = str(error)
+                        waiting.clear()
+            if spent:
+                raise StoppedError(spent)
+        finally:
+            for future in asked:
+                future.cancel()
+
+    def summary(self) -> str:
+        """Return what was asked, what the model refused, and the served model's own name."""
+        served = [f"served model {self._served}"] if self._served else []
+        return ", ".join([*served, self._endpoint.summary()])
+
+    @cached_property
+    def _endpoint(self) -> Endpoint:
+        options = self._options
+        return Endpoint(
+            options.endpoint,
+            options.model or "",
+            key_env=options.api_key_env,
+            timeout=options.timeout,
+            max_tokens_total=options.budget_tokens,
+        )
+
+    @property
+    def _picture_form(self) -> str:
+        return f"{_IMAGE_SIZE}x{_IMAGE_SIZE} RGB" if self._options.as_qwen_vl else "upright RGB"
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from qwen_vl import QwenVLTokenizer
+
+        return QwenVLTokenizer.from_pretrained(self._options.model_path)
+
+    def _request(self, prompt: Prompt) -> ChatRequest:
+        decoding, greedy = prompt.decoding, prompt.decoding.do_sample is False
+        picture = _qwen_vl_picture if self._options.as_qwen_vl else _picture
+        return ChatRequest(
+            user=prompt.text,
+            system=prompt.system,
+            image=picture(prompt.image) if prompt.image else None,
+            temperature=0.0 if greedy else decoding.temperature,
+            top_p=None if greedy else decoding.top_p,
+            seed=prompt.seed % _SEEDS,
+            max_tokens=decoding.max_new_tokens,
+            server=self._servers.setdefault(prompt.row, len(self._servers)),
+            extra={"return_token_ids": True} if self._options.as_qwen_vl else {},
+        )
+
+    def _completion(self, prompt: Prompt, reply: ChatReply) -> Completion:
+        if reply.model and self._served and reply.model != self._served:
+            raise another_model(self._served, reply.model, ", ".join(self._options.endpoint))
+        self._served = reply.model or self._served
+        text, error = reply.text, reply.error
+        if self._options.as_qwen_vl and error is None and reply.refusal is None:
+            if reply.token_ids is None:
+                error = "the endpoint gives no token ids; serve the model with scripts/serve_vllm.sh"
+            else:
+                from qwen_vl.chat import cut_answer
+
+                text = cut_answer(self._tokenizer, reply.token_ids)
+        text = "" if error else text
+        return Completion(prompt.id, text, error, reply.refusal, reply.cut, tokens=reply.tokens, served=reply.model)
+
+
+@lru_cache(maxsize=_PICTURES_KEPT)
+def _picture(path: Path) -> str:
+    """Return a picture as people see it, as a data URL."""
+    content, suffix = upright_rgb(path.read_bytes())
+    return _data_url(content, _FORMATS[suffix])
+
+
+@lru_cache(maxsize=_PICTURES_KEPT)
+def _qwen_vl_picture(path: Path) -> str:
+    """Return a picture as Qwen-VL sees it: vLLM would lay a transparent one on white and turn it by EXIF."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    with Image.open(path) as image:
+        # published: RGB, then straight to the square by bicubic resampling.
+        image.convert("RGB").resize((_IMAGE_SIZE, _IMAGE_SIZE), Image.Resampling.BICUBIC).save(content, "PNG")
+    return _data_url(content.getvalue(), "png")
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
