@@ -108,18 +108,22 @@ def test_four_ends_are_kept_apart(site, world, capsys):
     assert len(site.chats) == 1
 
 
-def test_another_served_model_is_not_mixed_in(site, world):
-    site.chat = lambda body, number: completion("x", model="m-1" if number < 8 else "m-2")
+def test_another_served_model_in_the_middle_ends_the_run(site, world):
+    site.chat = lambda body, number: completion("x", model=f"m-{number % 2}")
     with pytest.raises(MMRoleError, match="another model is served now") as caught:
         inference.main(flags(site, world))
-    assert caught.value.value == ["m-1", "m-2"]
-    kept = len(entries_of(world))
-    assert 0 < kept < 18
+    assert set(caught.value.value) == {"m-0", "m-1"}
+    assert len({entry["served"] for entry in entries_of(world).values()}) == 1
+
+
+def test_another_served_model_goes_on_with_no_file(site, world):
+    assert inference.main(flags(site, world, "--limit", 1)) == 0
     site.chat = lambda body, number: completion("x", model="m-2")
-    with pytest.raises(MMRoleError, match="another model is served now"):
+    with pytest.raises(MMRoleError, match="another model is served now") as caught:
         inference.main(flags(site, world))
-    assert len(entries_of(world)) == kept
-    site.chat = lambda body, number: completion("x", model="m-1")
+    assert caught.value.value == ["m", "m-2"]
+    assert len(entries_of(world)) == 6
+    site.chat = echo
     assert inference.main(flags(site, world)) == 0
 
 
