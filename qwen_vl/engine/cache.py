@@ -10,6 +10,7 @@ e entries in use, R the most rows that read one of them.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 
@@ -53,48 +54,43 @@ class Entry:
 
 
 class Block:
-    """Room for E entries of S tokens each, in all layers: keys and values (L, 2, E, H, S, D)."""
+    """Room for several entries of S tokens each.
 
-    # One head's tokens lie together: reading is 10 to 40 % slower from (…, S, H, D) on a CPU.
-    def __init__(self, shape: "CacheShape", entries: int, room: int) -> None:
-        self.capacity, self.room = entries, room
-        size = (shape.layers, 2, entries, shape.heads, room, shape.width)
-        self.data = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-        self.entries: list[Entry] = []  # by place
+    Attributes:
+        data: Keys and values (L, 2, E, H, S, D). One head's tokens lie together: to read them from (…, S, H, D) takes
+            10 to 40 % longer on a CPU.
+        entries: Those in use, by place: the first ones.
+    """
 
-    @property
-    def tokens(self) -> int:
-        """Tokens it has room for."""
-        return self.capacity * self.room
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self.capacity, self.room = data.shape[2], data.shape[4]
+        self.entries: list[Entry] = []
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """What the caches of a model share."""
+class Cache:
+    """Entries of all lengths, those of about one length in the same blocks.
 
-    layers: int
-    heads: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
+    Args:
+        layers, heads, width: L, H and D of the model.
+        dtype: Of keys and values.
+        device: Where they lie.
+    """
+
+    def __init__(self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.layers, self.heads, self.width = layers, heads, width
+        self.dtype, self.device = dtype, device
+        self.blocks: list[Block] = []
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
         return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
 
-
-class Cache:
-    """Entries of all lengths, those of about one length in the same blocks."""
-
-    def __init__(self, shape: CacheShape) -> None:
-        self.shape = shape
-        self.blocks: list[Block] = []
-
     @property
     def tokens(self) -> int:
         """Tokens that it has room for now."""
-        return sum(block.tokens for block in self.blocks)
+        return sum(block.capacity * block.room for block in self.blocks)
 
     def add(self, room: int, count: int, budget: int, left: float, *, must: bool) -> Entry | None:
         """An entry, in a block that has a place, or in a new one.
@@ -117,12 +113,20 @@ class Cache:
             if entries < 1 and (left >= room or (must and best is None)):
                 size, entries = room, 1
             if entries >= 1:
-                best = Block(self.shape, entries, size)
+                best = Block(self._zeros(entries, size))
                 self.blocks.append(best)
         if best is None:
             return None
         best.entries.append(Entry(best, len(best.entries)))
         return best.entries[-1]
+
+    def _zeros(self, entries: int, room: int) -> torch.Tensor:
+        size = (self.layers, 2, entries, self.heads, room, self.width)
+        if self.device.type != "cpu":
+            return torch.zeros(size, dtype=self.dtype, device=self.device)
+        # torch writes its zeros at once; these take memory and time only where something is stored.
+        zeros = np.zeros((*size[:-1], self.width * self.dtype.itemsize), dtype=np.uint8)
+        return torch.from_numpy(zeros).view(self.dtype)
 
     def free(self, entry: Entry) -> None:
         """Gives an entry's place back, to which the block's last entry moves; an empty block's memory is freed."""
@@ -150,8 +154,8 @@ class CacheStep:
     """
 
     def __init__(self, cache: Cache, readers: Mapping[Entry, list[int]], *, new: int) -> None:
-        self.parts: list[_Part] = []
-        device, dtype = cache.shape.device, cache.shape.dtype
+        self.parts: list[tuple[Block, torch.Tensor, torch.Tensor, int, torch.Tensor | None]] = []
+        device, dtype = cache.device, cache.dtype
         places = [0] * sum(map(len, readers.values()))
         offset = 0
         for block in cache.blocks:
@@ -169,39 +173,27 @@ class CacheStep:
                 beyond = torch.arange(longest, device=device) >= lengths[:, None] + new
                 mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
                 mask = mask.masked_fill_(beyond, torch.finfo(dtype).min)[:, None, None]  # (e, 1, 1, S)
-            self.parts.append(_Part(block, filled, lengths, longest, mask))
+            firsts = torch.arange(len(rows) * cache.heads, device=device) * block.room
+            ends = firsts + lengths.repeat_interleave(cache.heads)  # (e * H,) where each head's next token goes
+            self.parts.append((block, filled, ends, longest, mask))
         self.places = torch.tensor(places, device=device)  # of each row in what the parts give, one after the other
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores each row's new key and value (n, H, D) at the end of its entry."""
-        for part in self.parts:
-            rows = part.rows[:, 0]
-            for stored, new in zip(part.block.data[layer], (keys, values), strict=True):
-                stored.view(-1, new.shape[-1]).index_copy_(0, part.ends, new[rows].flatten(0, 1))
+        for block, rows, ends, _, _ in self.parts:
+            for stored, new in zip(block.data[layer], (keys, values), strict=True):
+                stored.view(-1, new.shape[-1]).index_copy_(0, ends, new[rows[:, 0]].flatten(0, 1))
 
     def attend(self, layer: int, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial attention of each row's query (n, H, D) to its entry: (n, H, D), and float32 (n, H)."""
         outs, weights = [], []
-        for part in self.parts:
-            e = len(part.rows)
-            keys, values = part.block.data[layer, :, :e, :, : part.longest]
-            by_entry = query[part.rows].transpose(1, 2)  # (e, H, R, D)
-            out, lse = partial_attention(by_entry, keys, values, scaling, mask=part.mask)
+        for block, rows, _, longest, mask in self.parts:
+            keys, values = block.data[layer, :, : len(rows), :, :longest]
+            by_entry = query[rows].transpose(1, 2)  # (e, H, R, D)
+            out, lse = partial_attention(by_entry, keys, values, scaling, mask=mask)
             outs.append(out.transpose(1, 2).flatten(0, 1))  # (e * R, H, D)
             weights.append(lse.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)[self.places], torch.cat(weights)[self.places]
-
-
-class _Part:
-    """A block in a step."""
-
-    def __init__(
-        self, block: Block, rows: torch.Tensor, lengths: torch.Tensor, longest: int, mask: torch.Tensor | None
-    ) -> None:
-        self.block, self.rows, self.longest, self.mask = block, rows, longest, mask
-        heads = block.data.shape[3]
-        firsts = torch.arange(len(rows) * heads, device=rows.device) * block.room
-        self.ends = firsts + lengths.repeat_interleave(heads)  # (e * H,) where each head's next token goes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from qwen_vl.chat import MAX_WINDOW_SIZE, build_context
 from qwen_vl.engine import image_cache
-from qwen_vl.engine.cache import OUT_OF_MEMORY_ALONE, ROOM_STEP, CacheShape, free_bytes, is_out_of_memory
+from qwen_vl.engine.cache import OUT_OF_MEMORY_ALONE, ROOM_STEP, Cache, free_bytes, is_out_of_memory
 from qwen_vl.engine.forward import BatchForward
 from qwen_vl.engine.image_cache import ImageCache, image_key
 from qwen_vl.engine.requests import Event, Request, Result, Statistics, TextStream
@@ -70,14 +70,12 @@ class BatchGenerator:
         self.prefill_tokens = prefill_tokens or (8192 if gpu else 4096)
         self.window, self.share_prefixes = window, share_prefixes
         config = model.config
-        self._shape = CacheShape(
-            config.num_hidden_layers, config.num_attention_heads, config.kv_channels, model.dtype, model.device
-        )
+        shape = config.num_hidden_layers, config.num_attention_heads, config.kv_channels, model.dtype, model.device
+        self._batch = Batch(Cache(*shape), Cache(*shape))
         self.max_batch_tokens = max_batch_tokens or self._tokens_that_fit()
         self.statistics = Statistics()
         self._incoming: list[Sequence] = []  # not in groups yet
         self._waiting: list[Group] = []
-        self._batch = Batch(self._shape)
         self._memory_limit = math.inf  # tokens; what out-of-memory errors have left of the budget
         self._added = 0
         self._forward = BatchForward(model)
@@ -338,13 +336,13 @@ class BatchGenerator:
 
     def _tokens_that_fit(self) -> int:
         """How many tokens' keys and values the free memory holds, beside what the computation needs."""
-        config, item = self.model.config, self._shape.dtype.itemsize
+        config, item = self.model.config, self.model.dtype.itemsize
         activations = self.prefill_tokens * (8 * config.hidden_size + 2 * config.intermediate_size) * max(item, 4)
         logits = 4 * self.max_rows * config.vocab_size * 4
         left = free_bytes(self.model.device) - activations - logits
-        if left < self._shape.token_bytes * config.seq_length:
+        if left < self._batch.own.token_bytes * config.seq_length:
             logger.warning("little memory is left beside the model: requests are answered one at a time")
-        return max(int(left / self._shape.token_bytes), 1)
+        return max(int(left / self._batch.own.token_bytes), 1)
 
 
 def _event(member: Sequence, token: int) -> Event:

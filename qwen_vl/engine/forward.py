@@ -61,20 +61,22 @@ class BatchForward:
         sizes = [shared + sum(after) for shared, after in lengths]
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-            outs: list[torch.Tensor] = []
+            outs: list[torch.Tensor] = []  # (1, T of it, H, D) each
             by_group = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
             for group, (shared, after), qkv in zip(groups, lengths, by_group, strict=True):
                 (query, key, value), *members = zip(*(t.split([shared, *after], dim=2) for t in qkv), strict=True)
                 group.prefix.write(layer, key[0], value[0])
-                outs.append(F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling))
+                out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+                outs.append(out.transpose(1, 2))
                 if not members:
                     continue
                 prefix = partial_attention(qkv[0][:, :, shared:], key, value, scaling)
                 own = [partial_attention(*part, scaling, causal=True) for part in members]
-                outs.append(join(*prefix, *(torch.cat(t, dim=2) for t in zip(*own, strict=True))))
+                own = [torch.cat([t.transpose(1, 2) for t in parts], dim=1) for parts in zip(*own, strict=True)]
+                outs.append(join(*(t.transpose(1, 2) for t in prefix), *own))
                 for member, (_, key, value) in zip(group.members, members, strict=True):
                     member.own.write(layer, key[0], value[0])
-            return torch.cat(outs, dim=2).transpose(1, 2)  # (1, T, H, D)
+            return torch.cat(outs, dim=1)
 
         features = {key: feature for group in groups for key, feature in group.features.items()}
         hidden = self._spans(spans, features, attend)

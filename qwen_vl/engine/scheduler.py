@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from qwen_vl.engine.cache import Cache, CacheShape, Entry
+from qwen_vl.engine.cache import Cache, Entry
 from qwen_vl.engine.image_cache import image_key
 from qwen_vl.engine.requests import Request, TextStream
 from qwen_vl.engine.sampling import RequestGenerator
@@ -86,13 +86,17 @@ class Group:
 class Batch:
     """The groups in flight, oldest first, and their keys and values.
 
+    Args:
+        prefixes: The cache for what groups share, empty.
+        own: The cache for what sequences have after that, empty.
+
     Attributes:
         crowded: Sequences were sent back because memory was short: nothing is added before a group has left.
     """
 
-    def __init__(self, shape: CacheShape) -> None:
+    def __init__(self, prefixes: Cache, own: Cache) -> None:
         self.groups: list[Group] = []
-        self.prefixes, self.own = Cache(shape), Cache(shape)
+        self.prefixes, self.own = prefixes, own
         self.crowded = False
 
     @property

@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from qwen_vl.engine import cache as cache_module
-from qwen_vl.engine.cache import Cache, CacheShape
+from qwen_vl.engine.cache import Cache
 from qwen_vl.generation import BatchGenerator, Request
 
-SHAPE = CacheShape(layers=2, heads=3, width=4, dtype=torch.float32, device=torch.device("cpu"))
+LAYERS, HEADS, WIDTH = 2, 3, 4
 
 
 def _fill(entry, value: float, length: int) -> None:
     entry.length = length
-    for layer in range(SHAPE.layers):
-        filled = torch.full((SHAPE.heads, length, SHAPE.width), value + layer)
+    for layer in range(LAYERS):
+        filled = torch.full((HEADS, length, WIDTH), value + layer)
         entry.write(layer, filled, -filled)
 
 
 def test_entries_keep_what_they_hold_and_freed_places_hold_zeros() -> None:
-    cache = Cache(SHAPE)
+    cache = Cache(LAYERS, HEADS, WIDTH, torch.float32, torch.device("cpu"))
     entries = [cache.add(10, 4, 10_000, 10_000, must=False) for _ in range(4)]
     assert len(cache.blocks) == 1
     for i, entry in enumerate(entries):
@@ -30,7 +30,7 @@ def test_entries_keep_what_they_hold_and_freed_places_hold_zeros() -> None:
     [block] = cache.blocks
     assert block.entries == [entries[0], entries[1]]
     for entry, i in zip(entries, (0, 2), strict=True):
-        for layer in range(SHAPE.layers):
+        for layer in range(LAYERS):
             keys, values = block.data[layer, :, entry.place]
             assert torch.equal(keys[:, : entry.length], torch.full_like(keys[:, : entry.length], 10 * i + 1 + layer))
             assert torch.equal(values[:, : entry.length], -keys[:, : entry.length])
@@ -44,7 +44,7 @@ def test_entries_keep_what_they_hold_and_freed_places_hold_zeros() -> None:
 
 
 def test_entries_of_one_length_lie_together_and_a_full_budget_takes_any_place() -> None:
-    cache = Cache(SHAPE)
+    cache = Cache(LAYERS, HEADS, WIDTH, torch.float32, torch.device("cpu"))
     long = cache.add(600, 2, 8 * 1280, 2000, must=False)
     short = cache.add(60, 2, 8 * 1280, 2000, must=False)
     assert long.block is not short.block
@@ -71,7 +71,7 @@ def test_memory_is_what_is_counted(sampler, tokenizer, words, monkeypatch: pytes
     results = list(engine.run(requests))
     assert [r.error for r in results] == [None] * 8
     assert len(most) > 4
-    assert max(most) <= 2000 * engine._shape.token_bytes
+    assert max(most) <= 2000 * engine._batch.own.token_bytes
     assert engine.statistics.mean_rows > 3
 
 
