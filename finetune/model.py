@@ -32,7 +32,15 @@ def load_model(options: Options) -> nn.Module:
     model.config.use_cache = False
     if training.use_lora:
         set_seed(training.seed)  # what the adapters start from does not depend on what was drawn before
-        return add_adapters(model, options.lora, base=base)
+        model = add_adapters(model, options.lora, base=base)
+        if not training.deepspeed:  # which keeps a float32 copy itself
+            for module in model.modules():  # whole ones: a layer's weight and bias must have one dtype
+                parameters = list(module.parameters(recurse=False))
+                if any(parameter.requires_grad for parameter in parameters):
+                    for parameter in parameters:  # in bfloat16 a small step would round to nothing
+                        if parameter.is_floating_point():
+                            parameter.data = parameter.data.float()
+        return model
     freeze(model, training)
     return model
 
@@ -96,11 +104,10 @@ def add_adapters(model: PreTrainedModel, options: LoraArguments, *, base: str | 
     published: r 64, alpha 16, dropout 0.05 on the decoder's c_attn, attn.c_proj, w1 and w2; embedding and head are
     trained and saved too, unless the base is a chat model or has four bits.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
-    if options.q_lora:
-        # Checkpointing is turned on by the trainer, in the same way as for every other model.
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    # peft's prepare_model_for_kbit_training is left out: it would make float32 of what stays whole in four bits (the
+    # tower, wte and lm_head), and the trainer turns checkpointing on.
     whole = options.q_lora or is_chat_model(base)
     config = LoraConfig(
         r=options.lora_r,

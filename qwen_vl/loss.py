@@ -38,13 +38,18 @@ class LanguageHead(nn.Linear):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross-entropies in chunks; the backward computes each chunk's logits again."""
+    """Weighted sum of cross-entropies in chunks; the backward computes each chunk's logits again.
+
+    Under autocast both run as under autocast: an autograd function's backward would otherwise not.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight, labels, weights)
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # The sum over nothing still depends on hidden and weight, so that every rank runs the same backward.
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows, wanted, scale in zip(hidden.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK), strict=True):
@@ -54,16 +59,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden, weight, labels, weights = ctx.saved_tensors
+        dtype = ctx.dtype or hidden.dtype
+        matrix = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
-            slope = F.linear(hidden[part], weight).float().softmax(dim=-1)  # (chunk, V)
+            rows = hidden[part].to(dtype)
+            slope = F.linear(rows, matrix).float().softmax(dim=-1)  # (chunk, V)
             slope[torch.arange(slope.shape[0], device=slope.device), labels[part]] -= 1
-            slope = (slope * (grad * weights[part])[:, None]).to(hidden.dtype)
-            grad_hidden[part] = slope @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(slope.T, hidden[part])
+            slope = (slope * (grad * weights[part])[:, None]).to(dtype)
+            grad_hidden[part] = (slope @ matrix).to(hidden.dtype)
+            if grad_weight is None:
+                continue
+            if grad_weight.dtype == dtype:
+                grad_weight.addmm_(slope.T, rows)
+            else:
+                grad_weight += slope.T @ rows
         return grad_hidden, grad_weight, None, None
 
 

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 NORM_EPS = 1e-6
 QUERIES = 256  # outputs of the resampler, and entries of both position tables
@@ -82,7 +83,7 @@ class VisionMLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(GradientCheckpointingLayer):
     """One pre-norm block of the tower."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:

@@ -27,12 +27,12 @@ GPUS=$(count_gpus)
 PROCESSES=${PROCESSES:-$((GPUS > 0 ? GPUS : 1))}
 count PROCESSES
 
-# spread PROGRAM FLAG…: in one process, or in PROCESSES of them on each node, under torchrun
+# spread PROGRAM FLAG…: in one process, or in PROCESSES of them on each node, under torchrun. It takes the script's place,
+# so that a signal to the script reaches it.
 spread() {
   if [[ $NNODES -eq 1 && $PROCESSES -eq 1 ]]; then
     # No launcher between the user and an error. What a platform sets for a launch of its own would let it wait for others.
-    env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u LOCAL_WORLD_SIZE -u GROUP_RANK -u MASTER_ADDR -u MASTER_PORT "$PYTHON" "$@"
-    return
+    exec env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u LOCAL_WORLD_SIZE -u GROUP_RANK -u MASTER_ADDR -u MASTER_PORT "$PYTHON" "$@"
   fi
   local nodes=(--standalone --local_addr 127.0.0.1) # a host's own name often leads nowhere
   if [[ $NNODES -gt 1 ]]; then
@@ -40,5 +40,7 @@ spread() {
       --master_addr "${MASTER_ADDR:?the address of node 0}" --master_port "${MASTER_PORT:-29500}")
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > PROCESSES ? $(nproc) / PROCESSES : 1))}
-  "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$PROCESSES" "$@"
+  # Seconds that processes have to save in, after a signal.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+  exec "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$PROCESSES" "$@"
 }

@@ -9,7 +9,7 @@ import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from finetune.arguments import LoraArguments
-from finetune.model import NOT_QUANTIZED, adapter_weights, placement, target_problems
+from finetune.model import NOT_QUANTIZED, adapter_weights, add_adapters, placement, target_problems
 from qwen_vl import QwenVLForCausalLM
 from tests.qwen_vl.conftest import small_config
 
@@ -53,3 +53,12 @@ def test_adapter_weights(bare: QwenVLForCausalLM) -> None:
     options = LoraArguments(lora_r=2, lora_target_modules=["c_attn", "w1"])
     width, inner = 128, 128
     assert adapter_weights(bare, options) == 2 * 2 * ((width + 3 * width) + (width + inner))
+
+
+def test_what_stays_whole_in_four_bits_keeps_its_precision() -> None:
+    model = QwenVLForCausalLM(small_config()).bfloat16()
+    adapted = add_adapters(model, LoraArguments(q_lora=True), base="Some-Base")
+    kinds = {name: parameter.dtype for name, parameter in adapted.named_parameters() if "lora_" not in name}
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert {p.dtype for n, p in adapted.named_parameters() if "lora_" in n} == {torch.float32}
+    assert all("lora_" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)

@@ -35,6 +35,14 @@ def logits(folder: Path, data: Data, **more: object) -> torch.Tensor:
         return model(ids, pixel_values=processor.load(data.root / "images" / "0.png")[None], **more).logits
 
 
+def raw_base(base: Path, tmp_path: Path) -> Path:
+    """The base as a model that has not learned ChatML."""
+    raw = shutil.copytree(base, tmp_path / "Raw")
+    settings = json.loads((raw / "generation_config.json").read_text()) | {"chat_format": "raw"}
+    (raw / "generation_config.json").write_text(json.dumps(settings))
+    return raw
+
+
 def test_full_tuning(flags: Flags, base: Path, data: Data, tmp_path: Path) -> None:
     out = tmp_path / "out"
     main(flags(max_steps=4))
@@ -62,6 +70,32 @@ def test_full_tuning(flags: Flags, base: Path, data: Data, tmp_path: Path) -> No
 def test_the_tower_trains_when_asked(flags: Flags, tmp_path: Path) -> None:
     main(flags(fix_vit=False, max_steps=1))
     assert "transformer.visual.conv1.weight" in report(tmp_path / "out")["trainable"]
+
+
+def test_the_tower_is_recomputed_too_when_it_trains(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, forward = [], VisionAttention.forward
+    monkeypatch.setattr(VisionAttention, "forward", lambda block, x: calls.append(1) or forward(block, x))
+    for name, recomputed in (("kept", False), ("recomputed", True)):
+        calls.clear()
+        more = {"fix_vit": False, "sequential": True, "max_steps": 1, "gradient_checkpointing": recomputed}
+        main(flags(output_dir=tmp_path / name, **more))
+        assert len(calls) == 2 * (1 + recomputed)  # two micro-batches
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "recomputed"), **SAME)
+
+
+def test_whole_copies_train_in_float32(flags: Flags, base: Path, tmp_path: Path) -> None:
+    """In bfloat16 a step of 1e-5 would round to nothing."""
+    raw = raw_base(base, tmp_path)
+    more = {"use_lora": True, "lora_bias": "all", "bf16": True, "learning_rate": 1e-5, "lr_scheduler_type": "constant"}
+    main(flags(model_name_or_path=raw, **more))
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    before = load_file(base / "model.safetensors")
+    moved = saved["base_model.model.lm_head.weight"] != before["lm_head.weight"].bfloat16().float()
+    assert moved.float().mean() > 0.9
+    assert any(name.endswith(("c_attn.base_layer.bias", "c_attn.bias")) for name in saved)
 
 
 @pytest.mark.parametrize("more", [{"packing": False}, {"gradient_checkpointing": True}, {"dataloader_num_workers": 1}])
@@ -107,9 +141,7 @@ def test_lora_saves_an_adapter_that_loads_and_merges(
 def test_embedding_and_head_train_unless_the_base_is_a_chat_model(
     flags: Flags, base: Path, data: Data, tmp_path: Path
 ) -> None:
-    raw = shutil.copytree(base, tmp_path / "Raw")
-    settings = json.loads((raw / "generation_config.json").read_text()) | {"chat_format": "raw"}
-    (raw / "generation_config.json").write_text(json.dumps(settings))
+    raw = raw_base(base, tmp_path)
     assert is_chat_model(base)
     assert not is_chat_model(raw)
     assert is_chat_model(tmp_path / "Some-Chat")  # published: the name alone decided

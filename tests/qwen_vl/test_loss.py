@@ -91,3 +91,22 @@ def test_logits_come_with_the_loss_unless_left_out(samples) -> None:
         out = model(**batch)
         assert out.logits.shape == (*batch["input_ids"].shape, 512)
         assert torch.equal(out.loss, model(**batch, loss_only=True).loss)
+
+
+def test_under_autocast_forward_and_backward_are_plain_autocast(monkeypatch) -> None:
+    """A float32 head over float32 hidden states, as full tuning in bfloat16 without DeepSpeed has them."""
+    monkeypatch.setattr(loss_module, "CHUNK", 7)
+    head, plain = (loss_module.LanguageHead(16, 40, bias=False) for _ in range(2))
+    plain.load_state_dict(head.state_dict())
+    hidden = torch.randn(23, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(23)
+    results = []
+    for module, chunked in ((head, True), (plain, False)):
+        rows = hidden.clone().requires_grad_(True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = module(rows, labels) if chunked else F.cross_entropy(module(rows), labels, reduction="sum")
+        loss.backward()
+        results.append((loss, rows.grad, module.weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
