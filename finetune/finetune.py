@@ -142,12 +142,12 @@ def _print_plan(options: Options, checked: Checked, resume: Path | None) -> None
     for name, value in sorted(options.changed().items()):
         print(f"  {name}: {value}")
     training = options.training
+    order = training.order(len(checked.dataset))
+    tokens = checked.facts.tokens / checked.facts.samples
     print(
         f"{training.samples_per_step} samples a step: micro-batch {training.per_device_train_batch_size} x "
-        f"accumulation {training.gradient_accumulation_steps} x {training.world_size} process(es)"
-    )
-    order = training.order(len(checked.dataset))
-    print(
+        f"accumulation {training.gradient_accumulation_steps} x {training.world_size} process(es) "
+        f"= about {training.samples_per_step * tokens:,.0f} tokens; "
         f"{order.updates:,} steps over {order.samples:,} samples, each epoch filled up to {order.filled:,}; "
         f"the loss is a mean over groups of {training.group_size}"
     )

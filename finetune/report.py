@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_utils.files import write_json
 
+if TYPE_CHECKING:
+    from qwen_vl import QwenVLConfig
+
 TRAINING = "training.json"
+DENSE_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}  # FLOP/s, datasheets
 CURVES = "loss.png"
 _PACKAGES = ("mmrole", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 _PANELS = (("loss", "loss"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm"))
@@ -30,6 +34,7 @@ class Throughput:
         tokens: Tokens, padding left out.
         positions: Tokens and padding.
         supervised: Tokens that were learned.
+        flops: Floating-point operations that the model needs for them, see `model_flops`.
     """
 
     steps: int = 0
@@ -39,6 +44,21 @@ class Throughput:
     tokens: int = 0
     positions: int = 0
     supervised: int = 0
+    flops: float = 0.0
+
+    def since(self, before: Throughput) -> Throughput:
+        """Returns what was trained after an earlier moment of the same run."""
+        return Throughput(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+    def utilisation(self, device: str | None, processes: int) -> float | None:
+        """Returns the model FLOPs utilisation: the share of the GPUs' dense bfloat16 rate that the model's work uses.
+
+        Args:
+            device: The GPU's name; None without one.
+            processes: GPUs.
+        """
+        peak = next((rate for card, rate in DENSE_BFLOAT16.items() if card in (device or "")), None)
+        return None if peak is None else self.flops / max(self.seconds, 1e-9) / (peak * processes)
 
     def summary(self) -> dict[str, float | int]:
         """Returns totals and rates, as `training.json` has them."""
@@ -54,7 +74,36 @@ class Throughput:
             "supervised_tokens_per_second": round(self.supervised / seconds, 2),
             "padding_share": round(1 - self.tokens / max(self.positions, 1), 4),
             "waiting_for_data_share": round(self.waiting / seconds, 4),
+            "model_tflops_per_second": round(self.flops / seconds / 1e12, 4),
         }
+
+
+def model_flops(
+    config: QwenVLConfig, *, tokens: float, squares: float, supervised: float, images: float, lora: bool
+) -> float:
+    """Returns the floating-point operations that training on samples needs: no padding, nothing twice.
+
+    Logits count where there is a label. Gradient checkpointing executes the decoder's forward pass once more than is
+    counted here, and a tower that trains is counted as if it did not.
+
+    Args:
+        config: The model's.
+        tokens: Tokens of the samples.
+        squares: Sum of the squares of the samples' lengths.
+        supervised: Supervised tokens.
+        images: Pictures.
+        lora: Whether adapters train, and so no gradients of the weights are needed.
+    """
+    width, layers, visual = config.hidden_size, config.num_hidden_layers, config.visual
+    passes = 2 if lora else 3  # forward, gradients of activations, and without LoRA those of weights
+    decoder = 2 * layers * (4 * width**2 + 3 * width * config.intermediate_size // 2) * tokens * passes
+    attention = 2 * squares * width * layers * 3  # causal: half of the square
+    head = 2 * width * config.vocab_size * supervised * passes
+    tower = visual["layers"] * (
+        4 * visual["width"] ** 2 + 2 * visual["width"] * int(visual["width"] * visual["mlp_ratio"])
+    )
+    patches = (visual["image_size"] // visual["patch_size"]) ** 2
+    return float(decoder + attention + head + 2 * tower * patches * images)
 
 
 def versions() -> dict[str, str | None]:

@@ -41,7 +41,7 @@ from finetune.data import (
     loss_divisors,
 )
 from finetune.distributed import report_once
-from finetune.report import Throughput, write_report
+from finetune.report import Throughput, model_flops, write_report
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 
@@ -122,12 +122,19 @@ class _Meter:
     counts: torch.Tensor | None = None
 
     def add(self, batch: Mapping[str, Any], ids: list[str]) -> None:
-        """Counts a micro-batch."""
+        """Counts a micro-batch: tokens, positions, supervised tokens, squares of lengths, pictures."""
+        ids_, device = batch["input_ids"], batch["input_ids"].device
         mask = batch.get("attention_mask")
-        positions = torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
-        tokens = positions if mask is None else mask.sum()
-        supervised = (batch["labels"][:, 1:] != IGNORED).sum()
-        counts = torch.stack([tokens, positions, supervised])
+        lengths = torch.tensor(batch["segments"], device=device) if mask is None else mask.sum(-1)
+        counts = torch.stack(
+            [
+                lengths.sum(),
+                torch.tensor(ids_.numel(), device=device),
+                (batch["labels"][:, 1:] != IGNORED).sum(),
+                (lengths**2).sum(),
+                torch.tensor(len(batch.get("pixel_values", ())), device=device),
+            ]
+        )
         self.counts = counts if self.counts is None else self.counts + counts
         self.samples += len(ids)
 
@@ -165,6 +172,7 @@ class SupervisedTrainer(Trainer):
         self._overflows = 0
         self._dtype: torch.dtype | None = None
         self._meter = _Meter()
+        self._logged = Throughput()
         self._step_ids: list[str] = []
         arguments.max_steps = self.order.updates  # transformers counts one epoch otherwise, the whole stream
         if eval_dataset is not None:
@@ -382,10 +390,28 @@ class SupervisedTrainer(Trainer):
         meter = self._meter
         now = time.perf_counter()
         seconds = now - (meter.began or now) - meter.paused
-        counts = meter.counts if meter.counts is not None else torch.zeros(3, dtype=torch.long)
+        counts = meter.counts if meter.counts is not None else torch.zeros(5, dtype=torch.long)
         local = torch.cat([counts.to(self.args.device), torch.tensor([meter.samples], device=self.args.device)])
-        tokens, positions, supervised, samples = self.accelerator.reduce(local, reduction="sum").tolist()
-        return Throughput(meter.steps, seconds, meter.waiting, samples, tokens, positions, supervised)
+        tokens, positions, supervised, squares, images, samples = self.accelerator.reduce(local, "sum").tolist()
+        lora = self.args.use_lora
+        flops = model_flops(
+            self.model.config, tokens=tokens, squares=squares, supervised=supervised, images=images, lora=lora
+        )
+        return Throughput(meter.steps, seconds, meter.waiting, samples, tokens, positions, supervised, flops)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs, and beside a step's loss its throughput and the expected time to the end of the run."""
+        if "loss" in logs:
+            so_far = self.throughput()
+            last, self._logged = so_far.since(self._logged), so_far
+            logs["tokens_per_second"] = round(last.tokens / max(last.seconds, 1e-9), 1)
+            device = torch.cuda.get_device_name(self.args.device) if self.args.device.type == "cuda" else None
+            utilisation = last.utilisation(device, self.args.world_size)
+            if utilisation is not None:
+                logs["mfu"] = round(utilisation, 4)
+            left = self.state.max_steps - self.state.global_step
+            logs["hours_left"] = round(left * so_far.seconds / max(so_far.steps, 1) / 3600, 3)
+        super().log(logs, *args, **kwargs)
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:

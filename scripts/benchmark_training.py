@@ -24,10 +24,10 @@ from data_utils.files import read_json, write_json
 from data_utils.roots import DataRoots
 from data_utils.samples import training_samples
 from finetune.data import PackedCollator, PaddedCollator, SupervisedDataset
+from finetune.report import DENSE_BFLOAT16, model_flops
 
 WAYS = ("released", "ours")
 LORA_TARGETS = ["c_attn", "attn.c_proj", "w1", "w2"]
-DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, FLOP/s
 SPREAD = 37  # every so many samples of the data are taken, so that all lengths and kinds occur
 
 
@@ -117,6 +117,7 @@ def _prepare(model: Any, options: argparse.Namespace) -> None:
     model.train()
     if options.layers:
         del model.transformer.h[options.layers :]
+        model.config.num_hidden_layers = len(model.transformer.h)
     model.requires_grad_(True)
     model.transformer.visual.requires_grad_(False)
     if options.lora:
@@ -160,25 +161,14 @@ def _count(counts: dict[str, float], batch: dict[str, Any], model: Any, options:
     counts["tokens"] += sum(lengths)
     counts["positions"] += batch["input_ids"].numel()
     counts["supervised"] += supervised
-    counts["flops"] += _flops(model, lengths, supervised, len(batch.get("pixel_values", ())), lora=options.lora)
-
-
-def _flops(model: Any, lengths: Sequence[int], supervised: int, images: int, *, lora: bool) -> float:
-    """Floating-point operations that these samples need: no padding, nothing twice, logits where there is a label.
-
-    Gradient checkpointing executes the decoder's forward pass once more than is counted here.
-    """
-    config = model.config
-    layers = len(model.transformer.h)
-    width = config.hidden_size
-    weights = layers * (4 * width**2 + 3 * width * config.intermediate_size // 2)
-    passes = 2 if lora else 3  # forward, gradients of activations, and without LoRA those of weights
-    decoder = 2 * weights * sum(lengths) * passes
-    attention = sum(2 * length**2 * width for length in lengths) * layers * 3  # causal: half of the square
-    head = 2 * width * config.vocab_size * supervised * passes
-    tower = sum(p.numel() for p in model.transformer.visual.transformer.parameters())
-    patches = (config.visual["image_size"] // config.visual["patch_size"]) ** 2
-    return float(decoder + attention + head + 2 * tower * patches * images)
+    counts["flops"] += model_flops(
+        model.config,
+        tokens=sum(lengths),
+        squares=sum(length**2 for length in lengths),
+        supervised=supervised,
+        images=len(batch.get("pixel_values", ())),
+        lora=options.lora,
+    )
 
 
 def _figures(
@@ -198,7 +188,7 @@ def _figures(
     }
     if model.device.type == "cuda":
         name = torch.cuda.get_device_name(model.device)
-        peak = next((rate for card, rate in DATASHEET.items() if card in name), None)
+        peak = next((rate for card, rate in DENSE_BFLOAT16.items() if card in name), None)
         if peak:
             figures["MFU (datasheet)"] = counts["flops"] / total / peak
     return figures

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from finetune import report
-from finetune.report import Throughput, versions, write_report
+from finetune.report import Throughput, model_flops, versions, write_report
+from tests.qwen_vl.conftest import small_config
 
 
 def test_report_and_curves(tmp_path: Path) -> None:
@@ -54,3 +55,17 @@ def test_versions_name_what_is_not_there() -> None:
     assert found["torch"]
     assert found["python"]
     assert set(found) >= {"transformers", "deepspeed", "peft", "bitsandbytes"}
+
+
+def test_utilisation_counts_the_models_own_work() -> None:
+    """Of a decoder without attention to speak of: six operations a weight and token."""
+    config = small_config()
+    weights = 2 * (4 * 128**2 + 3 * 128 * 128)
+    flops = model_flops(config, tokens=10, squares=0, supervised=0, images=0, lora=False)
+    assert flops == 6 * weights * 10
+    assert model_flops(config, tokens=10, squares=0, supervised=0, images=0, lora=True) == 4 * weights * 10
+    half = Throughput(seconds=2, flops=989e12)
+    assert half.utilisation("NVIDIA H100 80GB HBM3", 1) == 0.5
+    assert half.utilisation("NVIDIA H100 80GB HBM3", 2) == 0.25
+    assert half.utilisation(None, 1) is None
+    assert half.since(Throughput(seconds=1, flops=1e12)) == Throughput(seconds=1, flops=988e12)

@@ -18,6 +18,7 @@ from finetune.data import SupervisedDataset
 from finetune.finetune import main
 from finetune.model import is_chat_model
 from finetune.trainer import SupervisedTrainer
+from qwen_vl.vision import VisionAttention
 from scripts import merge_lora
 from tests.conftest import ROOT
 from tests.finetune.conftest import Data, losses, report, run
@@ -243,7 +244,11 @@ def test_throughput_leaves_evaluation_out(flags: Flags, data: Data, tmp_path: Pa
         patch.setattr("finetune.trainer.SupervisedTrainer", Slow)
         patch.setattr("finetune.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0]))
         main(flags(eval_strategy="steps", eval_steps=1, eval_data_path=held_out))
-    assert report(tmp_path / "out")["throughput"]["seconds"] == 4  # two steps of two micro-batches
+    told = report(tmp_path / "out")
+    assert told["throughput"]["seconds"] == 4  # two steps of two micro-batches
+    assert [entry["hours_left"] for entry in told["log"]] == [round(2 / 3600, 3), 0]
+    tokens = sum(entry["tokens_per_second"] * 2 for entry in told["log"])
+    assert tokens == pytest.approx(told["throughput"]["tokens"], abs=1)
 
 
 def test_evaluation_is_the_mean_over_all_supervised_tokens(flags: Flags, data: Data, tmp_path: Path) -> None:
