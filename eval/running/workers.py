@@ -1,7 +1,7 @@
 """Worker processes: each has a backend on a device of its own, and completes the rows that the parent hands it.
 
 A worker is spawned and has a pipe to the parent of its own, so that one that is killed leaves no lock behind. It gets
-several rows at once, half of a fair share of what is left, so that its batches are large and all end together.
+many rows at once, so that its batches are large, and half of a fair share of what is left, so that all end together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from eval.backends.backend import Backend, Completion, MakeBackend, Prompt
 from eval.running.journal import some
 
 Rows = deque[list[Prompt]]  # what is left to do; the prompts of a row stay together
-_LEAST = 8  # rows that a worker gets at once, as long as there are so many
+_LEAST = 512  # texts that a worker gets at once, as long as there are so many: the engine's largest batch
 _AGAIN = "run the same command again: everything finished is kept"
 
 
@@ -108,9 +108,7 @@ class Workers:
         """Takes as many rows as a worker gets at once; one that a worker died with is handed out alone."""
         if not rows:
             return self._lost.popleft() if self._lost else []
-        size = max(math.ceil(len(rows) / (2 * len(self._workers))), _LEAST)
-        size = min(size, math.ceil(len(rows) / len(self._workers)))
-        return [prompt for _ in range(size) for prompt in rows.popleft()]
+        return [prompt for _ in range(share_size(rows, len(self._workers))) for prompt in rows.popleft()]
 
     def _died(self, worker: _Worker, rows: Rows) -> Iterator[Completion]:
         worker.process.join()
@@ -137,6 +135,12 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.end()
+
+
+def share_size(rows: Rows, workers: int) -> int:
+    """Return how many rows a worker gets at once: half of a fair share, but a whole batch, and no more than is fair."""
+    fair = len(rows) / workers
+    return math.ceil(min(max(fair / 2, _LEAST / len(rows[0])), fair))
 
 
 @dataclass

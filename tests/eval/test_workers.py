@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from collections import deque
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from PIL import Image
 import inference
 from data_utils.errors import MMRoleError
 from eval import RM_review
+from eval.running.workers import share_size
 from tests.eval.test_RM_review import make_answers
 from tests.fake_backend import (
     TEST_FILES,
@@ -48,6 +50,14 @@ def test_two_workers_make_the_same_files(tmp_path, capfd):
     out = capfd.readouterr().out
     assert "worker 1 of 2 (auto): fake on auto" in out and "worker 2 of 2 (auto): fake on auto" in out
     assert out.count("model fingerprint") == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompts", "workers", "size"),
+    [(294, 8, 8, 37), (294, 1, 8, 37), (2352, 8, 8, 147), (10_000, 1, 4, 1250), (1500, 1, 2, 512), (3, 8, 2, 2)],
+)
+def test_how_many_rows_a_worker_gets(rows, prompts, workers, size):
+    assert share_size(deque([[None] * prompts] * rows), workers) == size
 
 
 def test_reviews_with_retries(tmp_path, monkeypatch):
