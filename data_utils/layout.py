@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import count, takewhile
 from pathlib import Path
 
 from data_utils.errors import MMRoleError
+from data_utils.paths import is_folder
 
 SHORT_SPLITS = {"in": "in-distribution", "out": "out-of-distribution"}  # as folders of eval/ and the paper name them
 SPLITS = tuple(SHORT_SPLITS.values())
@@ -83,6 +85,24 @@ def results_folder(eval_dir: Path, split: str, agent: str = "", *, judge: str = 
 def judge_folder(eval_dir: Path, judge: str = RELEASED_JUDGE) -> Path:
     """Return the folder that holds what a judge wrote; for the released one the evaluation folder itself."""
     return eval_dir if judge == RELEASED_JUDGE else eval_dir / "judges" / judge
+
+
+def swapped_judge(judge: str) -> str:
+    """Return the name under which a judge's reviews of exchanged answers lie."""
+    return f"{judge}-swapped"
+
+
+def repeated_judge(judge: str, number: int) -> str:
+    """Return the name under which a judge's reviews lie that it wrote for the `number`th time; from 2 on."""
+    return f"{judge}-repeat-{number}"
+
+
+def repeated_judges(eval_dir: Path, judge: str) -> list[str]:
+    """Return the names of a judge's repeated reviews that exist, in order."""
+    numbers = count(2)
+    return list(
+        takewhile(lambda name: is_folder(judge_folder(eval_dir, name)), (repeated_judge(judge, i) for i in numbers))
+    )
 
 
 def check_folder_name(name: str, flag: str) -> None:

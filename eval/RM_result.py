@@ -18,10 +18,27 @@ from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
 from data_utils.flag_types import natural
-from data_utils.layout import RELEASED_JUDGE, check_folder_name, judge_folder, results_folder
-from data_utils.paths import is_file, listed
+from data_utils.layout import (
+    RELEASED_JUDGE,
+    check_folder_name,
+    judge_folder,
+    repeated_judges,
+    results_folder,
+    swapped_judge,
+)
+from data_utils.paths import is_file, is_folder, listed
+from eval.results.judges import Position, Spread, position, spread
 from eval.results.report import build_report
-from eval.results.reviews import Agent, csv_bytes, csv_path, describe, read_agents, read_reviews, unexplained_csvs
+from eval.results.reviews import (
+    Agent,
+    Record,
+    csv_bytes,
+    csv_path,
+    describe,
+    read_agents,
+    read_reviews,
+    unexplained_csvs,
+)
 from eval.results.tables import markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +176,8 @@ def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
 
 
 def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Namespace) -> None:
-    report = build_report(agents, seed=options.seed)
+    exchanged, repeated = _itself(agents, options)
+    report = build_report(agents, seed=options.seed, position=exchanged, spread=repeated)
     print(f"\n{terminal_table(report)}", end="")
     settings = {"eval_dir": str(options.eval_dir), "judge": options.judge, "seed": options.seed}
     for name, text in (
@@ -187,6 +205,24 @@ def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Names
 
         told = {"reviews": str(options.eval_dir), "judge": options.judge, "seed": str(options.seed)}
         _write(page, report_html(report, told, options.data_root / "images"))
+
+
+def _itself(agents: list[Agent], options: argparse.Namespace) -> tuple[Position | None, list[Spread]]:
+    """The judge compared with itself, as far as it has reviewed swapped answers, or the same ones again."""
+
+    def records(judge: str) -> list[Record]:
+        found = read_agents(options.eval_dir, judge, swapped=True)
+        for agent in found:
+            agents[0].problems.extend(agent.problems)
+        return [record for agent in found for record in agent.records()]
+
+    usual = [record for agent in agents for record in agent.records()]
+    exchanged = swapped_judge(options.judge)
+    again = repeated_judges(options.eval_dir, options.judge)
+    return (
+        position(usual, records(exchanged)) if is_folder(judge_folder(options.eval_dir, exchanged)) else None,
+        spread(usual, *map(records, again)) if again else [],
+    )
 
 
 def _say(name: str, lines: Sequence[str]) -> None:

@@ -9,6 +9,10 @@ as in the released script. The reviews of another --judge go to <eval_dir>/judge
 A run that ended early goes on where it stopped. A review whose scores cannot be read is asked for again with fresh
 seeds, --retries times; what stays unreadable is stored with its text and the reason, counted, and makes the exit status
 1. A later run tries again what ended in an error, and with a larger --retries what stayed unreadable.
+
+--swap reviews with the two answers exchanged, and --repeat N reviews N times with other seeds; both show how far the
+judge can be trusted (eval/RM_result.sh says it). Their reviews lie in <eval_dir>/judges/<judge>-swapped/ and
+<eval_dir>/judges/<judge>-repeat-2/ to -N/.
 """
 
 from __future__ import annotations
@@ -17,14 +21,23 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
-from data_utils.flag_types import natural
+from data_utils.flag_types import natural, positive
 from data_utils.journal import read_journal
-from data_utils.layout import RELEASED_JUDGE, SHORT_SPLITS, answers_folder, check_folder_name, reviews_folder
+from data_utils.layout import (
+    RELEASED_JUDGE,
+    SHORT_SPLITS,
+    answers_folder,
+    check_folder_name,
+    repeated_judge,
+    reviews_folder,
+    swapped_judge,
+)
 from data_utils.paths import is_folder, listed
 from data_utils.schema import AnswerRow, Row
 from eval.backends.backend import Completion, MakeBackend, Prompt, backend_of
@@ -45,22 +58,34 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--agent", nargs="+", action="extend", help="agents to review (all that have answers)")
     parser.add_argument("--retries", type=natural, default=3, help="more tries for unreadable scores (%(default)s)")
     parser.add_argument("--judge", default=RELEASED_JUDGE, help="the judge's name (%(default)s)")
+    parser.add_argument("--swap", action="store_true", help="review with the two answers exchanged")
+    parser.add_argument(
+        "--repeat", type=positive, default=1, help="review so many times with other seeds (%(default)s)"
+    )
     return resolved(parser.parse_args(argv))
 
 
-def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRoleError]]:
-    """The answers to review and where their reviews go, and what is wrong with the flags about them."""
+def find_sources(options: argparse.Namespace, number: int = 1) -> tuple[list[Source], list[MMRoleError]]:
+    """The answers to review and where the reviews of a repetition go, and what is wrong with the flags about them."""
     problems = flag_problems(options)
     if options.input_dir and options.judge != RELEASED_JUDGE:
         fix = "leave --judge away, and choose another --output_dir for each judge"
         problems.append(MMRoleError("--judge has no effect with --input_dir", options.judge, "--judge", fix))
+    if options.input_dir and options.repeat > 1:
+        fix = "give another --output_dir and --seed for each repetition"
+        problems.append(MMRoleError("--repeat names its output folders itself", options.repeat, "--repeat", fix))
+    if options.repeat > 1 and options.no_random:
+        fix = "leave one of the two away"
+        problems.append(
+            MMRoleError("greedy reviews are the same each time", options.repeat, "--repeat, --no_random", fix)
+        )
     if problems:
         return [], problems
     try:
         check_folder_name(options.judge, "--judge")
         if options.input_dir:
             return json_sources(options.input_dir, options.output_dir, options.input_file), []
-        sources = _agents_sources(options.eval_dir, options.agent, options.judge)
+        sources = _agents_sources(options.eval_dir, options.agent, _place(options, number))
     except MMRoleError as error:
         return [], [error]
     found = {source.output.parent.name for source in sources}
@@ -72,12 +97,18 @@ def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRole
     return sources, []
 
 
-def prompts(row: Row, image: Path) -> list[Prompt]:
+def prompts(row: Row, image: Path, *, swap: bool = False) -> list[Prompt]:
     """The prompts of an answered row, one per metric."""
     return [
         Prompt(review_key(row, metric), row["id"], image, row["image"], system, text)
-        for metric, (system, text) in review_prompts(row).items()
+        for metric, (system, text) in review_prompts(exchanged(row) if swap else row).items()
     ]
+
+
+def exchanged(row: Row) -> Row:
+    """A copy of the row whose answer and reference have changed places."""
+    question, last, *others = row["conversations"]
+    return {**row, "conversations": [question, {**last, "value": last["answer"], "answer": last["value"]}, *others]}
 
 
 def review_key(row: Row, metric: str) -> str:
@@ -85,27 +116,30 @@ def review_key(row: Row, metric: str) -> str:
     return f"{metric}: {row['id']}"
 
 
-def with_reviews(row: Row, completions: Mapping[str, Completion], task: Task) -> Row:
+def with_reviews(row: Row, completions: Mapping[str, Completion], task: Task, *, swap: bool = False) -> Row:
     """A copy of the row with its reviews at the end; without any if its answer is empty."""
     copy = {key: value for key, value in row.items() if key != "rm_review"}
     if is_reviewable(row):
-        copy["rm_review"] = {metric: _record(completions[review_key(row, metric)], task) for metric in METRIC_NAMES}
+        copy["rm_review"] = {
+            metric: _record(completions[review_key(row, metric)], task, swap) for metric in METRIC_NAMES
+        }
     return copy
 
 
-def judging(retries: int, sources: Sequence[Source] = ()) -> Task:
+def judging(retries: int, sources: Sequence[Source] = (), *, swap: bool = False) -> Task:
     """The task of reviewing.
 
     Args:
         retries: How often a review without readable scores is asked for again.
         sources: The answers, whose journals say which model wrote them.
+        swap: The reference is model A, and the answer model B.
     """
     task = Task(
-        name="reviews",
+        name="swapped reviews" if swap else "reviews",
         unit="review",
         record=AnswerRow,
-        prompts=prompts,
-        fill=lambda row, completions: with_reviews(row, completions, task),
+        prompts=partial(prompts, swap=swap),
+        fill=lambda row, completions: with_reviews(row, completions, task, swap=swap),
         notes=_notes,
         advice="the same command again repeats what ended in an error; for unreadable scores give a larger --retries",
         is_wanted=is_reviewable,
@@ -126,8 +160,19 @@ def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_
         MMRoleError: If anything is wrong that can be known before the model is loaded, or a file cannot be written.
     """
     options = parse_arguments(argv)
-    sources, problems = find_sources(options)
-    return run_job(judging(options.retries, sources), options, sources, problems, make_backend)
+    status, seed = 0, options.seed
+    for number in range(1, options.repeat + 1):
+        options.seed = seed + number - 1
+        sources, problems = find_sources(options, number)
+        task = judging(options.retries, sources, swap=options.swap)
+        status = max(status, run_job(task, options, sources, problems, make_backend))
+    return status
+
+
+def _place(options: argparse.Namespace, number: int) -> str:
+    """The name under which the reviews of a repetition lie."""
+    judge = swapped_judge(options.judge) if options.swap else options.judge
+    return judge if number == 1 else repeated_judge(judge, number)
 
 
 def _agents_sources(eval_dir: Path, agents: Sequence[str] | None, judge: str) -> list[Source]:
@@ -156,10 +201,10 @@ def _complaint(text: str) -> str | None:
     return reading.reason if reading.pair is None else None
 
 
-def _record(completion: Completion, task: Task) -> dict[str, object]:
+def _record(completion: Completion, task: Task, swap: bool) -> dict[str, object]:
     failed = task.failure(completion) if completion.error or completion.refusal is not None else None
     reading = ScoreReading(None, reason=failed) if failed else read_scores(completion.text)
-    return review_record(completion.text, reading, completion.attempt + 1)
+    return review_record(completion.text, reading, completion.attempt + 1, swapped=swap)
 
 
 def _notes(rows: Sequence[Row], completions: Sequence[Completion]) -> list[str]:

@@ -36,12 +36,14 @@ def build_reviews(reviews: Path, out: Path, prompts: ReviewPrompts, *, validatio
 def read_reviews(folder: Path) -> list[tuple[str, Row]]:
     """Return the reviewed rows below a folder, each with the reviewed agent (the name of its file's folder).
 
-    If there are folders `<split>-test_reviews` below it, only these are read.
+    If there are folders `<split>-test_reviews` below it, only these are read; of an evaluation folder, its own only and
+    not those below `judges/`.
 
     Raises:
         ProblemsError: There are none, or files are wrong, with everything that is.
     """
     files = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+    files = [path for path in files if path.relative_to(folder).parts[0] != "judges"]  # those of other judges
     inside = [path for path in files if any(part.endswith("_reviews") for part in path.parts)]
     problems: list[MMRoleError] = []
     found: list[tuple[str, Row]] = []
@@ -49,6 +51,12 @@ def read_reviews(folder: Path) -> list[tuple[str, Row]]:
         rows, wrong = read_rows(path, ReviewedRow)
         problems += wrong
         found += [(path.parent.name, row) for row in rows]
+        swapped = [
+            row["id"] for row in rows if any(review.get("swapped") for review in row.get("rm_review", {}).values())
+        ]
+        if swapped:
+            fix = "give reviews of the usual order: the published prompt shows the answer first"
+            problems.append(MMRoleError("the two answers were exchanged for these reviews", swapped[:5], path, fix))
     if not problems and not any(row.get("rm_review") for _, row in found):
         problems.append(MMRoleError("no reviews", None, folder, "give the folder that eval/RM_review.sh wrote to"))
     raise_problems(problems)

@@ -8,6 +8,9 @@ Stored forms (the first is the published one):
     {"review": text, "score": [a, b]}                                            read by the published rule at once
     {"review": text, "score": [a, b], "read_by": "forgiving", "attempts": n}     each extra key only where it applies
     {"review": text, "score": [], "failure": reason, "attempts": n}              n texts, none of them readable
+    {…, "swapped": true}                                                         the reference was model A
+
+A pair is stored as the reviewer wrote it: model A's score first, whoever model A was.
 """
 
 from __future__ import annotations
@@ -130,20 +133,22 @@ def _checked(pair: Pair, reader: Reader) -> ScoreReading:
     return ScoreReading(pair, reader)
 
 
-def review_record(review: str, reading: ScoreReading, attempts: int = 1) -> dict[str, Any]:
+def review_record(review: str, reading: ScoreReading, attempts: int = 1, *, swapped: bool = False) -> dict[str, Any]:
     """What is stored in `rm_review[metric]` for one review.
 
     Args:
         review: The reviewer's last text.
         reading: What `read_scores` made of it.
         attempts: How many texts were asked for, the last one included; at least 1.
+        swapped: Whether the reference was model A.
 
     Returns:
         The published form where the first text was read by the published rule; with more keys otherwise.
     """
+    order = {"swapped": True} if swapped else {}
     if reading.pair is None:
-        return {"review": review, "score": [], "failure": reading.reason, "attempts": attempts}
-    record: dict[str, Any] = {"review": review, "score": list(reading.pair)}
+        return {"review": review, "score": [], "failure": reading.reason, "attempts": attempts, **order}
+    record: dict[str, Any] = {"review": review, "score": list(reading.pair), **order}
     if reading.reader == "forgiving":
         record["read_by"] = "forgiving"
     if attempts > 1:

@@ -24,6 +24,7 @@ from matplotlib.text import Text
 
 from data_utils.layout import KINDS
 from eval.judging.metrics import METRIC_NAMES
+from eval.results.judges import Common
 from eval.results.report import ALL, MEAN_RATIO, SETS, AgentReport, Group, Report
 from eval.results.statistics import COLUMNS, LEVEL, OVERALL
 
@@ -398,3 +399,30 @@ def _score_pairs(agents: Sequence[AgentReport]) -> Figure | None:
         if i + columns >= len(agents):
             axes.set_xlabel("reference", fontsize=6, labelpad=1)
     return figure if drawn else None
+
+
+def agreement_png(pairs: Common, first: str, second: str) -> bytes:
+    """Draw rows' Overall by two judges against each other, and their differences against their means."""
+    values = np.nanmean(pairs.ratios, axis=2)
+    x, y = values
+    figure = Figure(figsize=(2 * WIDTH, 3.1), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    style = {"s": 6, "color": _COLOURS[0], "alpha": 0.3, "linewidths": 0}
+    left.scatter(x, y, **style)
+    ends = [float(np.min(values)), float(np.max(values))]
+    left.plot(ends, ends, color=_COLOURS[1], linewidth=0.8)
+    for write, name in ((left.set_xlabel, first), (left.set_ylabel, second)):
+        _write(write(""), _label(Line(name, x), 1))
+    left.set_title("Overall of each row", fontsize=8)
+    right.scatter((x + y) / 2, x - y, **style)
+    middle, spread = float(np.mean(x - y)), 1.96 * float(np.std(x - y, ddof=min(1, len(x) - 1)))
+    for height, dash in ((middle, "-"), (middle - spread, "--"), (middle + spread, "--")):
+        right.axhline(height, color=_COLOURS[1], linewidth=0.8, linestyle=dash)
+    right.set_xlabel("mean of the two")
+    right.set_ylabel("first minus second")
+    right.set_title("Bland-Altman: bias and limits of agreement", fontsize=8)
+    for axes in (left, right):
+        axes.tick_params(labelsize=7)
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_utils.layout import SHORT_SPLITS
 from eval.judging.metrics import METRIC_NAMES
+from eval.results.judges import Position, Spread
 from eval.results.reviews import FAILED, NO_ANSWER, NOT_REVIEWED, Agent, Record, ranked
 from eval.results.statistics import (
     COLUMNS,
@@ -115,12 +116,16 @@ class Report:
         estimates: (`MEAN_RATIO` or `RATIO_OF_MEANS`, group) -> an estimate for each of `COLUMNS`.
         comparisons: All pairs of agents, sets and columns.
         smallest: What differences the sets can show.
+        position: The judge with the two answers exchanged, if it has reviewed them so.
+        spread: The judge's repeated reviews, if there are any.
     """
 
     agents: list[AgentReport]
     estimates: dict[tuple[str, Group], Estimate]
     comparisons: list[Comparison]
     smallest: list[Smallest]
+    position: Position | None = None
+    spread: Sequence[Spread] = ()
 
     def samples(self, agent: str, split: str | None = None, statistic: str = MEAN_RATIO) -> Estimate:
         """The estimate over an agent's rows of one split, or of both."""
@@ -156,12 +161,16 @@ def scores_of(records: Sequence[Record]) -> Scores:
     return Scores(rows, np.where(undefined, np.nan, a), np.where(undefined, np.nan, b), ratios, characters)
 
 
-def build_report(agents: list[Agent], *, seed: int = 0) -> Report:
+def build_report(
+    agents: list[Agent], *, seed: int = 0, position: Position | None = None, spread: Sequence[Spread] = ()
+) -> Report:
     """Compute all numbers, best agent first.
 
     Args:
         agents: As read.
         seed: Of the permutation tests; an agent's intervals depend neither on it nor on the other agents.
+        position: The judge with the two answers exchanged.
+        spread: The judge's repeated reviews.
     """
     ordered = ranked(agents)
     scores = {agent.folder: scores_of(agent.records()) for agent in ordered}
@@ -169,9 +178,8 @@ def build_report(agents: list[Agent], *, seed: int = 0) -> Report:
     for folder, score in scores.items():
         estimates |= _estimates(folder, score)
     comparisons = [found for split in SETS for found in _compare(scores, split, seed)]
-    return Report(
-        [_agent(agent, scores[agent.folder]) for agent in ordered], estimates, comparisons, _smallest(comparisons)
-    )
+    found = [_agent(agent, scores[agent.folder]) for agent in ordered]
+    return Report(found, estimates, comparisons, _smallest(comparisons), position, spread)
 
 
 def _agent(agent: Agent, scores: Scores) -> AgentReport:

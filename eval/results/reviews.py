@@ -238,12 +238,13 @@ def _has_no_reviews(path: Path) -> bool:
         return False  # they may exist
 
 
-def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE) -> list[Agent]:
+def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE, *, swapped: bool = False) -> list[Agent]:
     """Read the reviews of all agents; what cannot be read is kept as the agent's problem.
 
     Args:
         eval_dir: The evaluation folder.
         judge: Whose reviews to read.
+        swapped: Also reads reviews for which the two answers were exchanged.
 
     Returns:
         The agents that have at least one such file, readable or not, by folder name.
@@ -259,7 +260,7 @@ def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE) -> list[Agent]:
             folders |= {folder.name for folder in shown if is_folder(folder)}
         except UnreadableError as error:
             closed += [error] if str(error) not in map(str, closed) else []
-    agents = [_read_agent(eval_dir, folder, closed, judge) for folder in sorted(folders)]
+    agents = [_read_agent(eval_dir, folder, closed, judge, swapped) for folder in sorted(folders)]
     agents = [agent for agent in agents if agent.files or agent.unreadable]
     if not agents:
         raise_problems(closed)
@@ -272,14 +273,16 @@ def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE) -> list[Agent]:
     return agents
 
 
-def _read_agent(eval_dir: Path, folder: str, closed: list[MMRoleError], judge: str) -> Agent:
+def _read_agent(eval_dir: Path, folder: str, closed: list[MMRoleError], judge: str, swapped: bool) -> Agent:
     agent = Agent(folder, problems=list(closed))
     for split, kind in FILES:
         path = reviews_path(eval_dir, split, folder, kind, judge)
         try:
             if not is_there(path):
                 continue
-            agent.files[split, kind] = read_reviews(path, judge=judge, agent=folder, split=split, kind=kind)
+            agent.files[split, kind] = read_reviews(
+                path, judge=judge, agent=folder, split=split, kind=kind, swapped=swapped
+            )
         except MMRoleError as error:
             if str(error) not in map(str, agent.problems):  # a closed folder is reported once
                 agent.problems.append(error)
@@ -313,7 +316,13 @@ def sequential_mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def read_reviews(
-    path: Path, *, judge: str = RELEASED_JUDGE, agent: str = "", split: str = "", kind: str | None = None
+    path: Path,
+    *,
+    judge: str = RELEASED_JUDGE,
+    agent: str = "",
+    split: str = "",
+    kind: str | None = None,
+    swapped: bool = False,
 ) -> ReviewFile:
     """Read one file of reviews; failed reviews become data.
 
@@ -323,12 +332,13 @@ def read_reviews(
         agent: The agent's folder, for the records.
         split: "in" or "out", for the records.
         kind: Kind of the rows, for the records; the file's stem by default.
+        swapped: Also reads reviews for which the two answers were exchanged.
 
     Returns:
         The rows and a record for each metric of each.
 
     Raises:
-        MMRoleError: If the file cannot be read, is no JSON or no list of rows.
+        MMRoleError: If the file cannot be read, is no JSON, no list of rows, or holds swapped reviews unasked.
     """
     rows = read_json(path, nan=True)  # the published rule reads such scores and its writer wrote them
     if not isinstance(rows, list):
@@ -338,6 +348,14 @@ def read_reviews(
         raise _not_rows(path, rows[strangers[0] - 1], f"row {strangers[0]}")
     head = (judge, agent, split, path.stem if kind is None else kind)
     records = [record for number, row in enumerate(rows) for record in _records(head, number, row)]
+    exchanged = [record.row for record in records if record.swapped]
+    if exchanged and not swapped:
+        raise MMRoleError(
+            "the two answers were exchanged for these reviews; the published numbers are made from those that were not",
+            _some(list(dict.fromkeys(exchanged))),
+            path,
+            "give a folder without them; bash eval/agreement.sh compares the two orders",
+        )
     return ReviewFile(path, rows, records)
 
 
@@ -393,7 +411,7 @@ def _records(head: tuple[str, str, str, str], number: int, row: Mapping[str, Any
             a, b = reading.pair or (a, b)
             if swapped:  # stored as the judge wrote them: model A was the reference
                 a, b = b, a
-            ratio, reason = (math.nan, reading.reason) if reading.pair is None else _ratio(a, b)
+            ratio, reason = (math.nan, reading.reason) if reading.pair is None else ratio_of(a, b)
             status = FAILED if reason else READ
         records.append(Record(*head, *about, metric, a, b, ratio, *lengths, status, reader, reason, attempts, swapped))
     return records
@@ -407,7 +425,7 @@ def text_of(row: Mapping[str, Any], turn: int, key: str) -> str:
         return ""
 
 
-def _ratio(a: float, b: float) -> tuple[float, str]:
+def ratio_of(a: float, b: float) -> tuple[float, str]:
     """The ratio and no reason, or nan and the reason."""
     return (a / b, "") if b >= _LEAST_DENOMINATOR else (math.nan, ZERO_DENOMINATOR)
 

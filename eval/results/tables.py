@@ -15,6 +15,7 @@ import numpy as np
 
 from data_utils.layout import SHORT_SPLITS
 from eval.judging.metrics import METRIC_NAMES, METRICS
+from eval.results.judges import Agreement, Position
 from eval.results.report import (
     MEAN_RATIO,
     RATIO_OF_MEANS,
@@ -33,7 +34,7 @@ COLUMNS = (*METRIC_NAMES, OVERALL)
 SHORT_COLUMNS = (*(metric.short for metric in METRICS), OVERALL)
 PAPER = "paper (0.75 In + 0.25 Out)"
 NOTHING = "–"
-_LEFT = ("Agent", "Set", "Note", "Group", "Comparisons")
+_LEFT = ("Agent", "Set", "Note", "Group", "Comparisons", "Statistic")
 _PLACES = [ALL_COLUMNS.index(column) for column in COLUMNS]
 _COUNTS = tuple(counts([]))
 
@@ -132,7 +133,95 @@ def tables(report: Report) -> list[Table]:
             detail=True,
         ),
         *(_by(report, by) for by in ("kind", "category", "language", "character")),
+        *_judge_tables(report),
     ]
+
+
+def _judge_tables(report: Report) -> list[Table]:
+    """What is found out about the judge by exchanging the answers and by repeating its reviews."""
+    found = []
+    names = {one.agent.folder: one for one in report.agents}
+    position = report.position
+    if position is not None:
+        found.append(
+            Table(
+                "The judge with the answers exchanged",
+                f"Of {position.reviews} reviews in both orders: the share that names the same winner, or a tie, and "
+                "how many points of score the first place is worth (above 0: the first answer is preferred).",
+                ["Set", *COLUMNS],
+                [
+                    ["same winner", *_intervals(position.consistency)],
+                    ["first place", *_intervals(position.preference)],
+                ],
+            )
+        )
+        found.append(
+            Table(
+                "Overall averaged over both orders",
+                "Beside the published number and the sample mean of the usual order.",
+                ["Agent", "Paper", "Sample mean", "Both orders"],
+                [
+                    [
+                        names[folder].agent.name,
+                        number(names[folder].paper[None][-1]),
+                        *_intervals(report.samples(folder), [OVERALL]),
+                        *_intervals(estimate, [OVERALL]),
+                    ]
+                    for folder, estimate in position.averaged.items()
+                    if folder in names
+                ],
+            )
+        )
+    if report.spread:
+        found.append(
+            Table(
+                "The judge's repeated reviews",
+                "Standard deviations over the repetitions: of a single review's ratio, of a row's Overall, and of the "
+                "agent's Overall; and the share of reviews with the same scores each time.",
+                ["Agent", "Review", "Row", "Overall", "Same scores"],
+                [
+                    [names[s.agent].agent.name, *map(number, (s.review, s.row, s.mean, s.same))]
+                    for s in report.spread
+                    if s.agent in names
+                ],
+            )
+        )
+    return found
+
+
+def agreement_tables(found: Sequence[Agreement]) -> list[Table]:
+    """Agreement of two judges: Overall with intervals, and all metrics."""
+    names = list(dict.fromkeys(one.statistic for one in found))
+    columns = list(dict.fromkeys(one.column for one in found))
+    values = {(one.column, one.statistic): one for one in found}
+    return [
+        Table(
+            "Overall",
+            f"A row's mean ratio by one judge against that by the other, with {LEVEL:.0%} intervals clustered by "
+            f"character (none below {FEWEST_CLUSTERS} characters).",
+            ["Statistic", "Value", "Interval"],
+            [
+                [name, number(one.value), NOTHING if math.isnan(one.low) else f"[{one.low:.3f}, {one.high:.3f}]"]
+                for name in names
+                if (one := values.get((OVERALL, name)))
+            ],
+        ),
+        Table(
+            "By metric",
+            "The interval of each value is in the CSV file.",
+            ["Statistic", *columns],
+            [[name, *(number(values[column, name].value) for column in columns)] for name in names],
+        ),
+    ]
+
+
+def agreement_csv(found: Sequence[Agreement]) -> str:
+    """One line per column and statistic, unrounded."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(Agreement._fields)
+    writer.writerows(found)
+    return text.getvalue()
 
 
 def _sample_means(report: Report, split: str | None) -> Table:
@@ -343,6 +432,8 @@ def report_json(report: Report, settings: dict[str, Any]) -> str:
         "comparisons": [
             _plain(comparison._asdict() | {"apart": comparison.apart}) for comparison in report.comparisons
         ],
+        "position": _position(report.position),
+        "spread": [one._asdict() for one in report.spread],
         "smallest_differences": [_plain(smallest._asdict()) for smallest in report.smallest],
     }
     # ASCII-escaped: ids and folder names may hold what no UTF-8 file can.
@@ -350,6 +441,20 @@ def report_json(report: Report, settings: dict[str, Any]) -> str:
 
 
 _FIELDS = {"mean": "value", "low": "low", "high": "high", "design_effect": "design_effect"}
+
+
+def _position(position: Position | None) -> dict[str, Any] | None:
+    if position is None:
+        return None
+    estimates = {"same_winner": position.consistency, "first_place": position.preference}
+    return {
+        "reviews": position.reviews,
+        **{
+            name: {key: _named(getattr(one, key)[_PLACES]) for key in ("value", "low", "high")}
+            for name, one in estimates.items()
+        },
+        "both_orders": {folder: _named(one.value[_PLACES]) for folder, one in position.averaged.items()},
+    }
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_utils.build.reviews import read_reviews as read_training_reviews
 from data_utils.errors import MMRoleError
 from eval import RM_review
 from eval.judging.metrics import METRIC_NAMES
@@ -47,6 +48,43 @@ def good(prompt):
 
 
 # ---- what is written
+
+
+def test_swapped_reviews_lie_apart_and_say_so(world, tmp_path):
+    backend = FakeBackend(good)
+    assert RM_review.main(flags(world, "--swap"), backend) == 0
+    assert not [name for name in results(world / "eval") if name.startswith(("in-test_reviews", "out-test_reviews"))]
+    first, empty, _ = reviews(world, "judges/reward-model-swapped/in-test_reviews/one/comment_test.json")
+    assert first["rm_review"]["Fluency"] == {"review": "Fine. [Scores]: (8, 9)", "score": [8.0, 9.0], "swapped": True}
+    assert "rm_review" not in empty
+    row = json.loads((world / "eval/in-test_answers/one/comment_test.json").read_text())[0]
+    assert first["conversations"] == row["conversations"]
+    answer, reference = row["conversations"][1]["answer"], row["conversations"][1]["value"]
+    assert f"[Model A's Response Start]**\n\n{reference}\n" in backend.prompts[0].text
+    assert f"[Model B's Response Start]**\n\n{answer}\n" in backend.prompts[0].text
+    with pytest.raises(MMRoleError, match="exchanged"):
+        read_training_reviews(world / "eval/judges/reward-model-swapped")
+    RM_review.main(flags(world), FakeBackend(good))
+    assert len(read_training_reviews(world / "eval")) == 5  # of the usual order alone
+
+
+def test_repeated_reviews_have_other_seeds_and_lie_apart(world):
+    backend = FakeBackend(good)
+    assert RM_review.main(flags(world, "--repeat", "3", "--agent", "two"), backend) == 0
+    assert len({prompt.seed for prompt in backend.prompts}) == 3 * 8
+    assert [name for name in results(world / "eval") if "reviews" in name] == [
+        "in-test_reviews/two/comment_test.json",
+        "judges/reward-model-repeat-2/in-test_reviews/two/comment_test.json",
+        "judges/reward-model-repeat-3/in-test_reviews/two/comment_test.json",
+    ]
+    assert RM_review.main(flags(world, "--repeat", "3", "--agent", "two"), FakeBackend(unused)) == 0
+    for wrong in (["--no_random"], ["--input_dir", world / "eval/in-test_answers/two", "--output_dir", world / "out"]):
+        with pytest.raises(MMRoleError, match="--repeat"):
+            RM_review.main(flags(world, "--repeat", "2", *wrong), FakeBackend(good))
+
+
+def unused(prompt):
+    raise AssertionError("nothing is missing")
 
 
 def test_all_agents_are_reviewed_by_default(world):

@@ -300,8 +300,11 @@ def test_a_record_says_what_it_is_about(tmp_path: Path) -> None:
 def test_swapped_scores_are_stored_as_written_and_read_the_other_way_round(tmp_path: Path) -> None:
     stored = {**record((10, 8)), "swapped": True}  # model A was the reference
     row = made_row(0, records=dict.fromkeys(METRIC_NAMES, stored))
-    found = read_reviews(write_rows(tmp_path / "a.json", [row])).records[0]
+    path = write_rows(tmp_path / "a.json", [row])
+    found = read_reviews(path, swapped=True).records[0]
     assert (found.a, found.b, found.ratio, found.swapped) == (8, 10, 0.8, True)
+    with pytest.raises(MMRoleError, match="exchanged"):  # the published numbers are made from the usual order
+        read_reviews(path)
 
 
 def test_failed_records_have_no_ratio_and_a_reason(tmp_path: Path) -> None:
