@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.input_processor import InputProcessor
 
 from qwen_vl.vllm_plugin.configuration import QwenVLServingConfig
 from qwen_vl.vllm_plugin.positions import class_alpha, rotary_class
 
 
 def wrap_engine() -> None:
-    """Lets `EngineCore` prepare each request of this model before it takes it."""
+    """Lets the engine prepare each request of this model before it takes it, and its front end refuse what it must."""
     take = EngineCore.preprocess_add_request
 
     @functools.wraps(take)
@@ -25,6 +26,16 @@ def wrap_engine() -> None:
         return take(self, request)
 
     EngineCore.preprocess_add_request = prepare_and_take
+    validate = InputProcessor._validate_params
+
+    @functools.wraps(validate)
+    def check_and_validate(self: InputProcessor, params: object, supported_tasks: tuple[str, ...]) -> object:
+        # vLLM would find out in the engine that it cannot read this tokenizer, and leave the request hanging.
+        if isinstance(self.model_config.hf_config, QwenVLServingConfig) and getattr(params, "structured_outputs", None):
+            raise ValueError("Qwen-VL takes no response_format and no structured_outputs: leave them away.")
+        return validate(self, params, supported_tasks)
+
+    InputProcessor._validate_params = check_and_validate
 
 
 def prepare(request: EngineCoreRequest, config: QwenVLServingConfig) -> None:

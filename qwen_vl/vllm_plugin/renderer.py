@@ -21,6 +21,7 @@ from qwen_vl.vllm_plugin.admission import check_prompt
 from qwen_vl.vllm_plugin.tokenizer import ServingTokenizer
 
 Element = dict[str, Any]
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of what comes over the network; others start programs
 
 
 class QwenVLRenderer(BaseRenderer[ServingTokenizer]):
@@ -148,7 +149,7 @@ def open_picture(url: str, local_pictures: str = "") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as picture:
+            with Image.open(source, formats=FORMATS) as picture:
                 return picture.convert("RGB")
     except Exception as error:  # one picture's boundary: each of Pillow's decoders fails in its own way
         raise ValueError(f"not a readable picture: {error}") from error

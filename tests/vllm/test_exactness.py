@@ -184,6 +184,14 @@ def test_prompts_that_are_refused(native: Native, engine: Any, pictures: list[Pa
     assert list(output.prompt_token_ids) == ids
 
 
+def test_structured_outputs_are_refused(native: Native, engine: Any) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    with pytest.raises(ValueError, match="no structured_outputs"):
+        ask(engine, [native.prompt(60)], structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    assert len(ask(engine, [native.prompt(60)], 2)) == 1
+
+
 def test_chunked_prefill_and_preemption(
     own_checkpoint: Path, start: Callable[..., Any], pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
