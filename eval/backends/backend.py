@@ -111,6 +111,7 @@ class Completion:
         attempt: How many texts were asked for before this one.
         tokens: Tokens of prompt and text that were paid for, where the backend counts them.
         served: The own name of the served model that wrote it, where a server says so.
+        without: Names of parameters that the served model refused: they were left out or sent otherwise.
     """
 
     id: str
@@ -121,6 +122,7 @@ class Completion:
     attempt: int = 0
     tokens: int = 0
     served: str = ""
+    without: str = ""
 
 
 class StoppedError(Exception):

@@ -8,6 +8,7 @@ import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,8 @@ class Backend:
 
                 text = cut_answer(self._tokenizer, reply.token_ids)
         text = "" if error else text
-        return Completion(prompt.id, text, error, reply.refusal, reply.cut, tokens=reply.tokens, served=reply.model)
+        completion = Completion(prompt.id, text, error, reply.refusal, reply.cut, tokens=reply.tokens)
+        return replace(completion, served=reply.model, without=", ".join(self._endpoint.learned))
 
 
 @lru_cache(maxsize=_PICTURES_KEPT)

@@ -217,7 +217,7 @@ def _entry(prompt: Prompt, completion: Completion) -> dict[str, Any]:
     entry: dict[str, Any] = {"prompt": prompt.fingerprint, "attempt": completion.attempt}
     if completion.text or not completion.error:
         entry["text"] = completion.text
-    extra = {name: getattr(completion, name) for name in ("error", "refusal", "cut", "tokens", "served")}
+    extra = {name: getattr(completion, name) for name in ("error", "refusal", "cut", "tokens", "served", "without")}
     return entry | {name: value for name, value in extra.items() if value}
 
 
@@ -292,6 +292,7 @@ def _completions(file: ResultFile, content: JournalContent) -> dict[str, Complet
             entry["attempt"],
             entry.get("tokens", 0),
             entry.get("served", ""),
+            entry.get("without", ""),
         )
         for key, (_, entry) in known.items()
     }

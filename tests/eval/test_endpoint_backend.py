@@ -80,6 +80,15 @@ def test_greedy(site, world):
     assert {body["temperature"] for body in site.chats} == {0.0}
 
 
+def test_what_the_model_refuses_is_recorded(site, world, capsys):
+    unsupported = refusal(400, "Unsupported value: 'temperature'", param="temperature")
+    site.chat = lambda body, number: unsupported if "temperature" in body else "fine"
+    assert inference.main(flags(site, world, "--no_random")) == 0
+    assert "temperature refused: left out" in capsys.readouterr().out
+    assert {entry["without"] for entry in entries_of(world).values()} == {"temperature"}
+    assert inference.main(flags(site, world, "--no_random")) == 0
+
+
 def test_four_ends_are_kept_apart(site, world, capsys):
     def chat(body, number):
         if "in-distribution_comment_0" in question(body):
