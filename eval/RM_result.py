@@ -28,6 +28,7 @@ from data_utils.layout import (
 )
 from data_utils.paths import is_file, is_folder, listed
 from eval.results.judges import Position, Spread, position, spread
+from eval.results.origins import origins
 from eval.results.report import build_report
 from eval.results.reviews import (
     Agent,
@@ -177,7 +178,9 @@ def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
 
 def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Namespace) -> None:
     exchanged, repeated = _itself(agents, options)
-    report = build_report(agents, seed=options.seed, position=exchanged, spread=repeated)
+    report = build_report(
+        agents, seed=options.seed, position=exchanged, spread=repeated, origins=origins(options.eval_dir, agents)
+    )
     print(f"\n{terminal_table(report)}", end="")
     settings = {"eval_dir": str(options.eval_dir), "judge": options.judge, "seed": options.seed}
     for name, text in (

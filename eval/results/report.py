@@ -12,6 +12,7 @@ import numpy as np
 from data_utils.layout import SHORT_SPLITS
 from eval.judging.metrics import METRIC_NAMES
 from eval.results.judges import Position, Spread
+from eval.results.origins import Origin
 from eval.results.reviews import FAILED, NO_ANSWER, NOT_REVIEWED, Agent, Record, ranked
 from eval.results.statistics import (
     COLUMNS,
@@ -118,6 +119,7 @@ class Report:
         smallest: What differences the sets can show.
         position: The judge with the two answers exchanged, if it has reviewed them so.
         spread: The judge's repeated reviews, if there are any.
+        origins: What is known of how answers and reviews were made.
     """
 
     agents: list[AgentReport]
@@ -126,6 +128,7 @@ class Report:
     smallest: list[Smallest]
     position: Position | None = None
     spread: Sequence[Spread] = ()
+    origins: Sequence[Origin] = ()
 
     def samples(self, agent: str, split: str | None = None, statistic: str = MEAN_RATIO) -> Estimate:
         """The estimate over an agent's rows of one split, or of both."""
@@ -162,7 +165,12 @@ def scores_of(records: Sequence[Record]) -> Scores:
 
 
 def build_report(
-    agents: list[Agent], *, seed: int = 0, position: Position | None = None, spread: Sequence[Spread] = ()
+    agents: list[Agent],
+    *,
+    seed: int = 0,
+    position: Position | None = None,
+    spread: Sequence[Spread] = (),
+    origins: Sequence[Origin] = (),
 ) -> Report:
     """Compute all numbers, best agent first.
 
@@ -171,6 +179,7 @@ def build_report(
         seed: Of the permutation tests; an agent's intervals depend neither on it nor on the other agents.
         position: The judge with the two answers exchanged.
         spread: The judge's repeated reviews.
+        origins: How answers and reviews were made.
     """
     ordered = ranked(agents)
     scores = {agent.folder: scores_of(agent.records()) for agent in ordered}
@@ -179,7 +188,7 @@ def build_report(
         estimates |= _estimates(folder, score)
     comparisons = [found for split in SETS for found in _compare(scores, split, seed)]
     found = [_agent(agent, scores[agent.folder]) for agent in ordered]
-    return Report(found, estimates, comparisons, _smallest(comparisons), position, spread)
+    return Report(found, estimates, comparisons, _smallest(comparisons), position, spread, origins)
 
 
 def _agent(agent: Agent, scores: Scores) -> AgentReport:

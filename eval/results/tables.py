@@ -34,7 +34,7 @@ COLUMNS = (*METRIC_NAMES, OVERALL)
 SHORT_COLUMNS = (*(metric.short for metric in METRICS), OVERALL)
 PAPER = "paper (0.75 In + 0.25 Out)"
 NOTHING = "–"
-_LEFT = ("Agent", "Set", "Note", "Group", "Comparisons", "Statistic")
+_LEFT = ("Agent", "Set", "Note", "Group", "Comparisons", "Statistic", "Made")
 _PLACES = [ALL_COLUMNS.index(column) for column in COLUMNS]
 _COUNTS = tuple(counts([]))
 
@@ -134,7 +134,25 @@ def tables(report: Report) -> list[Table]:
         ),
         *(_by(report, by) for by in ("kind", "category", "language", "character")),
         *_judge_tables(report),
+        *_origins(report),
     ]
+
+
+def _origins(report: Report) -> list[Table]:
+    names = {one.agent.folder: one.agent.name for one in report.agents}
+    settings = list(dict.fromkeys(name for origin in report.origins for name in origin.settings))
+    rows = [
+        [
+            names[origin.agent],
+            origin.made,
+            str(origin.refused),
+            str(origin.cut),
+            *(", ".join(sorted(origin.settings.get(name, {NOTHING}))) for name in settings),
+        ]
+        for origin in report.origins
+    ]
+    note = "From the journals beside the files; published files have none."
+    return [Table("How they were made", note, ["Agent", "Made", "Refused", "Cut off", *settings], rows)] if rows else []
 
 
 def _judge_tables(report: Report) -> list[Table]:

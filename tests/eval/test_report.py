@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_utils.journal import Journal
 from eval.judging.metrics import METRIC_NAMES, METRICS
+from eval.results.origins import origins
 from eval.results.report import MEAN_RATIO, build_report
 from eval.results.reviews import read_agents
 from eval.results.tables import COLUMNS, markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
@@ -177,3 +179,29 @@ def test_odd_names_keep_the_table_whole(tmp_path: Path) -> None:
     assert len(lines) == 2 + 4
     assert {line.replace("\\|", "").count("|") for line in lines} == {12}
     assert any("a\\|b" in line for line in lines) and any("孙悟空" in line for line in lines)
+
+
+def test_what_the_journals_say_is_shown(tmp_path: Path) -> None:
+    write_agent(tmp_path, "made", [made_row()])
+    write_agent(tmp_path, "elsewhere", [made_row()])
+    info = {"names": {"model": "/weights/Judge"}, "versions": {"torch": "2.13"}}
+    entries = [{"text": "x", "cut": True}, {"text": "", "refusal": "no"}, {"text": "y"}]
+    with Journal.open(
+        review_path(tmp_path, "made", "in", "comment").with_suffix(".journal"), {"seed": 3}, info
+    ) as file:
+        for number, entry in enumerate(entries):
+            file.add(f"{number}", entry)
+    review_path(tmp_path, "made", "out", "comment").with_suffix(".journal").write_text("broken")
+    agents = read_agents(tmp_path)
+    text = markdown(build_report(agents, origins=origins(tmp_path, agents)))
+    (line,) = [line for line in text.split("## How they were made")[1].splitlines() if line.startswith("| made")]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "made",
+        "reviews",
+        "1",
+        "1",
+        "3",
+        "/weights/Judge",
+        "2.13",
+    ]
+    assert "How they were made" not in markdown(build_report(agents))
