@@ -30,7 +30,6 @@ UNSUPPORTED = {
     **dict.fromkeys(
         ("label_smoothing_factor", "use_liger_kernel", "liger_kernel_config"), "remove it: the loss is fixed"
     ),
-    "load_best_model_at_end": "remove it",
     "enable_jit_checkpoint": "remove it: a run saves and stops on SIGTERM by itself",
     "train_sampling_strategy": "remove it: the order of samples is a part of the recipe; --sequential keeps the file's",
     "length_column_name": "remove it: samples are packed, not grouped by length",
@@ -61,7 +60,7 @@ _WHOLE = ("lora_r", "per_device_train_batch_size", "per_device_eval_batch_size",
 _WHOLE = (*_WHOLE, "fill_to", "global_batch_size", "model_max_length", "dataloader_prefetch_factor")
 _ABOVE_0 = ("lora_alpha", "num_train_epochs", "adam_epsilon", "save_steps", "eval_steps", "logging_steps")
 _FROM_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
-_FROM_0 = (*_FROM_0, "resume_save_steps")
+_FROM_0 = (*_FROM_0, "resume_save_steps", "eval_split", "early_stopping_patience")
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2")
 # Flag, least value, whether that one itself can be, first value that is too large.
 RANGES: dict[str, tuple[float, bool, float]] = {
@@ -124,6 +123,13 @@ class DataArguments:
 
     data_path: str = field(metadata={"help": "Training samples, a JSON file."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Samples for --eval_strategy steps or epoch."})
+    eval_split: float = field(
+        default=0,
+        metadata={
+            "help": "Evaluate on so many samples of the training file (below 1: a share of it), drawn by the seed, "
+            "and do not train on them."
+        },
+    )
     data_root: str = field(
         default=".", metadata={"help": "Folder from which the image paths in the samples count (working directory)."}
     )
@@ -195,6 +201,10 @@ class TrainingArguments(transformers.TrainingArguments):
             "help": "Save a checkpoint to resume from every so many updates, of which the newest stays; other "
             "checkpoints keep their weights and lose their optimizer state once there is a newer one. 0: no."
         },
+    )
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={"help": "End after so many evaluations without a lower loss; needs --load_best_model_at_end."},
     )
     packing: bool = field(
         default=True, metadata={"help": "Samples of a micro-batch one after the other, without padding."}
@@ -460,6 +470,11 @@ def _contradictions(flags: Namespace) -> list[MMRoleError]:
     if flags.save_only_model and resuming:
         fix = "leave --save_only_model away: its checkpoints hold no optimizer state and cannot be resumed from"
         add("a resumed run must be resumable again", "--save_only_model", fix)
+    if flags.eval_split and flags.eval_data_path:
+        add("evaluation has two sources of samples", "--eval_split and --eval_data_path", "give one of the two")
+    if flags.early_stopping_patience and not flags.load_best_model_at_end:
+        fix = "add --load_best_model_at_end True, with equal --eval_strategy and --save_strategy"
+        add("early stopping has no best model to return", "--early_stopping_patience", fix)
     if str(getattr(flags.save_strategy, "value", flags.save_strategy)) == "best":
         add("there is no best checkpoint here", "--save_strategy best", "give steps, epoch or no")
     return problems

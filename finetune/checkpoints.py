@@ -155,6 +155,12 @@ def saved_tensors(folder: Path) -> dict[str, tuple[list[int], str]]:
     return found
 
 
+def copy_model(checkpoint: Path, staged: Path) -> None:
+    """Copies the model of a checkpoint, without what belongs to the run that wrote it."""
+    left_out = shutil.ignore_patterns(*_RESUME_STATE, STATE, TRAINING, "loss.png")
+    shutil.copytree(checkpoint, staged, ignore=left_out)
+
+
 def publish_folder(staged: Path, target: Path) -> None:
     """Renames a finished folder into place; one of that name goes."""
     _sync(staged)
@@ -241,7 +247,14 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def prune(output_dir: Path, keep: int | None, newest: Path, *, resume_state_of_newest_only: bool) -> None:
+def prune(
+    output_dir: Path,
+    keep: int | None,
+    newest: Path,
+    *,
+    resume_state_of_newest_only: bool,
+    best: Path | None = None,
+) -> None:
     """Deletes what a newer checkpoint makes superfluous.
 
     Args:
@@ -249,12 +262,13 @@ def prune(output_dir: Path, keep: int | None, newest: Path, *, resume_state_of_n
         keep: How many checkpoints stay, the oldest go first; None keeps all.
         newest: The checkpoint written last. It stays, even if others are of later steps: a run may have been resumed
             from an earlier one.
+        best: The checkpoint with the lowest loss of evaluation, which stays too.
         resume_state_of_newest_only: Whether the others lose their optimizer state, and go if they were saved for that.
     """
     others = [path for path in checkpoints(output_dir) if path != newest]
     if resume_state_of_newest_only:
         for folder in list(others):
-            if not report_of(folder).get("kept", True):
+            if folder != best and not report_of(folder).get("kept", True):
                 shutil.rmtree(folder)
                 others.remove(folder)
                 continue
@@ -262,7 +276,8 @@ def prune(output_dir: Path, keep: int | None, newest: Path, *, resume_state_of_n
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     if keep:
         for path in others[: max(len(others) + 1 - keep, 0)]:
-            shutil.rmtree(path)
+            if path != best:
+                shutil.rmtree(path)
 
 
 # ---- verify
@@ -414,6 +429,7 @@ def identity(options: Options) -> dict[str, Any]:
         "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
         "longest sample": training.model_max_length,
         "system message": "each sample's own" if data.use_sample_system else "the published one",
+        "held out for evaluation": data.eval_split,
         "order": "sequential" if training.sequential else f"permuted each epoch by seed {order.seed}",
     }
 
@@ -475,7 +491,7 @@ def schedule_notice(folder: Path, options: Options) -> str | None:
 
 
 def is_finished(output: Path, resume: Path, steps: int) -> bool:
-    """Returns whether a run has done its steps and saved what it trained; such a run needs no model.
+    """Returns whether a run has done its steps, or stopped early, and saved what it trained; such a run needs no model.
 
     Args:
         output: The output folder.
@@ -484,10 +500,11 @@ def is_finished(output: Path, resume: Path, steps: int) -> bool:
     """
     try:
         done = min(steps_done(resume), steps_done(output))
-        finished = report_of(output).get("state") == "finished" and bool(saved_tensors(output))
+        told = report_of(output)
+        finished = told.get("state") == "finished" and bool(saved_tensors(output))
     except (OSError, ValueError, SafetensorError, MMRoleError):
         return False
-    return finished and done >= steps
+    return finished and (done >= steps or bool(told.get("stopped_early")))
 
 
 def _ways_out(same: str, folder: Path, *, adapter: bool) -> str:

@@ -154,6 +154,10 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     for path, (rows, wrong) in contents.items():
         fix = "build it, or give the right one"
         found += wrong or ([] if rows else [MMRoleError("the file has no samples", path, "--data_path", fix)])
+    held_out = f"{data}, held out"
+    if options.data.eval_split:
+        contents[data], contents[held_out] = _split(contents[data], options, data, found)
+        eval_data = held_out
     rows = contents[data][0]
     space = None
     if wrong := base_problems(base):
@@ -169,7 +173,7 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     found += resume_problems(resume, identity(options)) if resume else []
     found += _batch_problems(training, len(rows))
     if training.eval_strategy != "no" and not eval_data:
-        fix = "give --eval_data_path, or --eval_strategy no"
+        fix = "give --eval_data_path, --eval_split, or --eval_strategy no"
         found.append(MMRoleError("there is nothing to evaluate on", training.eval_strategy.value, None, fix))
     raise_together(found)
 
@@ -199,6 +203,26 @@ def _dataset(rows: Sequence[Row], tokenizer: QwenVLTokenizer, options: Options) 
         use_sample_system=options.data.use_sample_system,
         image_size=QwenVLConfig.from_pretrained(options.model.model_name_or_path).visual["image_size"],
     )
+
+
+def _split(
+    content: tuple[list[Row], list[MMRoleError]], options: Options, data: str, found: list[MMRoleError]
+) -> tuple[tuple[list[Row], list[MMRoleError]], tuple[list[Row], list[MMRoleError]]]:
+    """Returns the rows to train on and those to evaluate on, each as `read_rows` does."""
+    import numpy as np
+
+    rows, wrong = content
+    share = options.data.eval_split
+    count = max(1, int(share * len(rows))) if share < 1 else int(share)
+    if wrong or count >= len(rows):
+        if rows:
+            fix = f"give a number below {len(rows):,}"
+            found.append(MMRoleError("nothing would be left to train on", f"--eval_split {share:g}", data, fix))
+        return (rows, wrong), (rows, [])
+    seed = options.training.seed if options.training.data_seed is None else options.training.data_seed
+    drawn = set(np.random.default_rng((seed, len(rows))).permutation(len(rows))[:count].tolist())
+    train = [row for index, row in enumerate(rows) if index not in drawn]
+    return (train, wrong), ([rows[index] for index in sorted(drawn)], [])
 
 
 def _memory_problems(training: TrainingArguments, image_size: int) -> list[MMRoleError]:
@@ -408,7 +432,7 @@ def disk_space(options: Options, model: QwenVLForCausalLM, samples: int) -> Disk
     saves = {"no": 0, "steps": _saves_by_steps(training.save_steps, order.updates), "epoch": order.epoch_ends()}[
         strategy
     ]
-    kept = min(saves, training.save_total_limit or saves)
+    kept = min(saves, (training.save_total_limit or saves) + training.load_best_model_at_end)
     # An older one goes when the newest is in place; where one stays to resume from, only those two hold state.
     states = 2 if training.resume_save_steps else min(saves, kept + 1)
     peak = weights * (kept + 1 if training.resume_save_steps else states) + state * states
@@ -547,7 +571,8 @@ def _cache_key(datasets: dict[str, SupervisedDataset], options: Options) -> list
     vocabulary = sha256_of(Path(options.model.model_name_or_path) / VOCAB_FILE)
     root = str(Path(options.data.data_root).resolve())
     length, system = options.training.model_max_length, options.data.use_sample_system
-    return [_CACHE_VERSION, hashes, vocabulary, root, length, system]
+    split = [options.data.eval_split, options.training.seed, options.training.data_seed]
+    return [_CACHE_VERSION, hashes, vocabulary, root, length, system, split]
 
 
 def _stamp(path: Path) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from data_utils.errors import MMRoleError
@@ -23,6 +23,7 @@ from finetune.arguments import WARMUP_LR, TrainingArguments
 from finetune.checkpoints import (
     STAGING,
     check_saved,
+    copy_model,
     expected_tensors,
     prune,
     publish_files,
@@ -186,6 +187,8 @@ class SupervisedTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=[EpochEnds(self.order, arguments.resume_save_steps), StopWithSave(self)],
         )
+        if arguments.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -349,14 +352,31 @@ class SupervisedTrainer(Trainer):
             if self.args.should_save:
                 staged = staging / newest.name
                 check_saved(staged, expected_tensors(self.model))
+                if self.best_checkpoint:  # transformers has named it in the staging folder
+                    self.state.best_model_checkpoint = str(self.best_checkpoint)
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
                 facts = self._facts("running", throughput) | {"kept": self._is_kept()}
                 write_report([staged, self.output_dir], facts, self.state.log_history)
             self.accelerator.wait_for_everyone()  # all shards are written
             if self.args.should_save:
                 publish_folder(staged, newest)
-                newest_only = self.args.resume_save_steps > 0
-                prune(self.output_dir, self.args.save_total_limit, newest, resume_state_of_newest_only=newest_only)
+                prune(
+                    self.output_dir,
+                    self.args.save_total_limit,
+                    newest,
+                    resume_state_of_newest_only=self.args.resume_save_steps > 0,
+                    best=self.best_checkpoint,
+                )
         self._meter.paused += time.perf_counter() - began
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest loss of evaluation, if the run is to end with it."""
+        step = self.state.best_global_step
+        return self.output_dir / f"checkpoint-{step}" if self.args.load_best_model_at_end and step else None
+
+    def _load_best_model(self) -> None:
+        """Does nothing: `save_finished` copies the best checkpoint's files, which works for sharded models too."""
 
     def _is_kept(self) -> bool:
         """Returns whether the checkpoint of this step stays when there is a newer one."""
@@ -372,10 +392,13 @@ class SupervisedTrainer(Trainer):
             # Trained in float32 under autocast; checkpoints stay so, to resume from.
             self._dtype = torch.bfloat16
         with self._staged() as staging:
-            staged = staging / "model"
-            self.save_model(str(staged), _internal_call=True)
+            staged, best = staging / "model", self.best_checkpoint
+            if best is None:
+                self.save_model(str(staged), _internal_call=True)
+            elif self.args.should_save:
+                copy_model(best, staged)
             if self.args.should_save:
-                check_saved(staged, expected_tensors(self.model, self._dtype))
+                check_saved(staged, expected_tensors(self.model, None if best else self._dtype))
                 self.state.save_to_json(str(staged / "trainer_state.json"))
                 write_report([staged], self._facts("finished", throughput), self.state.log_history)
                 publish_files(staged, self.output_dir)
@@ -383,6 +406,10 @@ class SupervisedTrainer(Trainer):
     def _facts(self, state: str, throughput: Throughput) -> dict[str, Any]:
         """Returns what the report says; the throughput is the checkpoint's if the run had nothing left to train."""
         facts = {**self.facts, "state": state}
+        if self.best_checkpoint:
+            facts |= {"best_step": self.state.best_global_step, "best_loss": self.state.best_metric}
+        if state == "finished" and self.state.global_step < self.state.max_steps:
+            facts["stopped_early"] = True
         return facts | {"throughput": throughput.summary()} if throughput.steps or "throughput" not in facts else facts
 
     def throughput(self) -> Throughput:

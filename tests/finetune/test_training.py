@@ -267,6 +267,39 @@ def test_evaluation_is_the_mean_over_all_supervised_tokens(flags: Flags, data: D
     assert all(loss > 0 for loss in found[0])
 
 
+def test_the_best_model_is_kept_and_training_ends_early(flags: Flags, data: Data, tmp_path: Path) -> None:
+    """At a learning rate that is far too high after the first update (which the warm-up runs at zero)."""
+    out = tmp_path / "out"
+    more = {"eval_split": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    more |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_total_limit": 1, "max_steps": 9}
+    more |= {"learning_rate": 1.0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
+    main(flags(**more))
+    told = report(out)
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    best = evaluated.index(min(evaluated)) + 1
+    assert told["best_step"] == best
+    assert len(evaluated) == best + 2  # patience
+    assert told["stopped_early"]
+    assert told["data"]["samples"] == len(data.rows) - 4
+    kept = out / f"checkpoint-{best}" / "model.safetensors"
+    assert (out / "model.safetensors").read_bytes() == kept.read_bytes()
+    assert main(flags(**more, resume_from_checkpoint="auto")) == 0  # finished
+    assert report(out) == told
+
+
+def test_an_evaluation_set_drawn_from_the_training_data(flags: Flags, data: Data, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("again", 1), ("b", 2)):
+        main(flags(eval_split=0.25, eval_strategy="steps", max_steps=1, seed=seed, output_dir=tmp_path / name))
+    states = {name: json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("a", "again", "b")}
+    found = {name: [e["eval_loss"] for e in state["log_history"] if "eval_loss" in e] for name, state in states.items()}
+    assert found["a"] == found["again"] != found["b"]
+    assert report(tmp_path / "a")["data"]["samples"] == 12
+    for wrong in ({"eval_split": 16}, {"eval_split": 2, "eval_data_path": data.file}, {"early_stopping_patience": 1}):
+        with pytest.raises(MMRoleError, match=r"nothing would be left|two sources|no best model"):
+            main(flags(**wrong, output_dir=tmp_path / "wrong"))
+
+
 def test_the_samples_own_system_message(flags: Flags, data: Data, tmp_path: Path) -> None:
     rows = [{**row, "system": "You are somebody else altogether."} for row in data.rows]
     file = data.with_rows(rows, "system.json")
