@@ -423,6 +423,8 @@ def agreement_png(pairs: Common, first: str, second: str) -> bytes:
     right.set_title("Bland-Altman: bias and limits of agreement", fontsize=8)
     for axes in (left, right):
         axes.tick_params(labelsize=7)
+        axes.xaxis.label.set_fontsize(8)
+        axes.yaxis.label.set_fontsize(8)
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file)
     return file.getvalue()
