@@ -67,8 +67,10 @@ def build_context(
     history: Sequence[Turn] | None = None,
     system: Query = "",
     max_window_size: int = MAX_WINDOW_SIZE,
+    *,
+    begin_answer: bool = True,
 ) -> Context:
-    """`make_context`, with the images that the prompt shows as well."""
+    """`make_context`, with the images that the prompt shows; without `begin_answer` it ends after the user's turn."""
     head = _message(tokenizer, "system", _piece(tokenizer, system, _USER_TAGS))
     turns: list[Context] = []
     size = len(head.ids)
@@ -87,10 +89,18 @@ def build_context(
             break
         size += len(turn.ids)
         turns.insert(0, turn)
-    user = _message(tokenizer, "user", _piece(tokenizer, query, _USER_TAGS))
     newline = _newline(tokenizer)
+    prompt = _join(head, *turns, newline, _message(tokenizer, "user", _piece(tokenizer, query, _USER_TAGS)))
+    if not begin_answer:
+        return prompt
     start = Context("<|im_start|>assistant", [tokenizer.im_start_id, *tokenizer.encode_plain("assistant")], [])
-    return _join(head, *turns, newline, user, newline, start, newline)
+    return _join(prompt, newline, start, newline)
+
+
+def append_answer(tokenizer: QwenVLTokenizer, prompt: Context, answer: Query, *, closed: bool) -> Context:
+    """A prompt that `build_context` gave, with its answer, or if it is not closed with the beginning of one."""
+    end = Context("<|im_end|>", [tokenizer.im_end_id], [])
+    return _join(prompt, _piece(tokenizer, answer, _ANSWER_TAGS), *([end] if closed else []))
 
 
 def _newline(tokenizer: QwenVLTokenizer) -> Context:
@@ -201,7 +211,7 @@ class ChatMixin:
             ValueError: A picture cannot be read, a tag is not closed, or the prompt is too long for the model.
         """
         inputs, settings = self._chat_inputs(tokenizer, query, history, system, max_window_size, generation_kwargs)
-        with _seeded(seed, self.device):
+        with _seeded(seed, self.input_device):
             output = self.generate(**inputs, **settings)
         answer = cut_answer(tokenizer, output[0, inputs["input_ids"].shape[1] :].tolist())
         return answer, [*(history or ()), (query, answer)]
@@ -228,7 +238,7 @@ class ChatMixin:
 
         def work() -> None:
             try:
-                with _seeded(seed, self.device):
+                with _seeded(seed, self.input_device):
                     self.generate(
                         **inputs,
                         **settings,
@@ -272,10 +282,11 @@ class ChatMixin:
             )
         processor = QwenVLImageProcessor(self.config.visual["image_size"])
         pixels = processor.load_all(context.images)
-        ids = torch.tensor([context.ids], device=self.device)
+        device = self.input_device
+        ids = torch.tensor([context.ids], device=device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if pixels is not None:
-            inputs["pixel_values"] = pixels.to(self.device)
+            inputs["pixel_values"] = pixels.to(device)
         # published: after <|im_end|> or <|im_start|> nothing but <|endoftext|> follows: the answer ends there.
         stops = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
         settings: dict[str, Any] = {"eos_token_id": stops, "pad_token_id": tokenizer.eod_id}

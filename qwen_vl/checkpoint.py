@@ -303,6 +303,18 @@ def _sampled(path: Path) -> bytes:
 # ---------------------------------------------------------------------------- released code
 
 
+def check_vision(config: dict[str, Any], where: object) -> None:
+    """Checks that a `config.json` describes a vision tower; the text-only Qwen has the same `model_type`.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    if not isinstance(config.get("visual"), dict):
+        what = "config.json says nothing of a vision tower (visual): this is no Qwen-VL checkpoint"
+        fix = "give a Qwen-VL checkpoint; a text-only Qwen has the same model_type, and does not run here"
+        raise CheckpointError(what, f"model_type {config.get('model_type')}", where, fix)
+
+
 def code_files(folder: str | Path) -> list[Path]:
     """Returns the `.py` files of a checkpoint folder: remote code, which nothing here runs."""
     path = Path(folder)
@@ -318,3 +330,11 @@ def copy_code_files(source: str | Path, target: str | Path) -> list[Path]:
             shutil.copyfile(file, destination)
             copied.append(destination)
     return copied
+
+
+def names_code_of(auto_map: object, folder: str | Path) -> bool:
+    """Returns whether all that an `auto_map` names (`"module.Class"`, or lists of them with None) lies in a folder."""
+    entries = auto_map.values() if isinstance(auto_map, dict) else ()
+    references = [name for entry in entries for name in (entry if isinstance(entry, list | tuple) else [entry])]
+    modules = [reference.partition(".")[0] for reference in references if isinstance(reference, str)]
+    return bool(modules) and all((Path(folder) / f"{module}.py").is_file() for module in modules)

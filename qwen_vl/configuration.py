@@ -1,11 +1,16 @@
 """Reads and writes the configuration of a released Qwen-VL checkpoint as it is."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from qwen_vl.checkpoint import check_vision, copy_code_files, names_code_of
 
 # The ids that follow image_start_id in every Qwen-VL vocabulary: <img> </img> <imgpad>.
 IMAGE_TOKEN_COUNT = 3
+# And those before it: <|endoftext|> <|im_start|> <|im_end|>, 205 <|extra_N|>, and six of references and boxes.
+TOKENS_BEFORE_IMAGES = 3 + 205 + 6
 VISUAL_FIELDS = frozenset(
     ["heads", "image_size", "image_start_id", "layers", "mlp_ratio", "output_dim", "patch_size", "width"]
 )
@@ -88,6 +93,27 @@ class QwenVLConfig(PreTrainedConfig):
                 f"{self.vocab_size}"
             )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' `from_dict`, which a text-only Qwen does not get through.
+
+        Raises:
+            CheckpointError: There is no vision tower in it.
+        """
+        check_vision(config_dict, kwargs.get("name_or_path") or config_dict.get("_name_or_path"))
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes `config.json`, with the code files of the folder that it came from.
+
+        `auto_map` is written only where the files that it names are: without them nobody could load what is saved.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        copy_code_files(self._name_or_path, save_directory)
+        if hasattr(self, "auto_map") and not names_code_of(self.auto_map, save_directory):
+            del self.auto_map
+        super().save_pretrained(save_directory, **kwargs)
+
     @property
     def image_start_id(self) -> int:
         """Id of `<img>`; `</img>` and `<imgpad>` follow it."""
@@ -97,6 +123,12 @@ class QwenVLConfig(PreTrainedConfig):
     def image_end_id(self) -> int:
         """Id of `</img>`."""
         return self.visual["image_start_id"] + 1
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids of `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`, with which an answer ends."""
+        first = self.visual["image_start_id"] - TOKENS_BEFORE_IMAGES
+        return [first, first + 1, first + 2]
 
     @property
     def used_vocab_size(self) -> int:
@@ -113,3 +145,6 @@ class QwenVLConfig(PreTrainedConfig):
         if "dtype" in fields:
             fields["torch_dtype"] = fields["dtype"]
         return fields
+
+
+AutoConfig.register(QwenVLConfig.model_type, QwenVLConfig)

@@ -1,19 +1,30 @@
 """An image file, safely opened, to the pixels that the vision tower expects."""
 
+import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+# Not from transformers itself, which up to 5.17 has a stand-in for it where torchvision is not installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from qwen_vl.configuration import QwenVLConfig
 
 # The normalisation of CLIP, per channel R, G, B.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class QwenVLImageProcessor:
+_URL = re.compile(r"(https?|ftp|file|data):", re.IGNORECASE)
+
+
+class QwenVLImageProcessor(BaseImageProcessor):
     """Images to normalised pixels, without torchvision.
 
     Args:
@@ -22,8 +33,24 @@ class QwenVLImageProcessor:
     Source: the released `visual.py`'s image transform (behaviour), DESIGN "What must stay", 5.
     """
 
-    def __init__(self, image_size: int = 448) -> None:
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+
+    def __init__(self, image_size: int = 448, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.image_size = image_size
+
+    @classmethod
+    def get_image_processor_dict(cls, path: str | Path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings of a checkpoint; released ones have no file of their own for them, and `config.json` says it."""
+        try:
+            return super().get_image_processor_dict(path, **kwargs)
+        except OSError:
+            return {"image_size": QwenVLConfig.from_pretrained(path).visual["image_size"]}, {}
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **_: Any) -> BatchFeature:
+        """`pixel_values` (N, 3, image_size, image_size) of one image or a list: paths or Pillow images."""
+        rows = images if isinstance(images, list | tuple) else [images]
+        return BatchFeature({"pixel_values": self.load_all(list(rows))}, tensor_type=return_tensors)
 
     def load(self, image: str | Path | Image.Image) -> torch.Tensor:
         """Opens a local file (never a URL) or takes a Pillow image.
@@ -32,11 +59,15 @@ class QwenVLImageProcessor:
             float32 tensor (3, image_size, image_size).
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: There is no such file, or it is a URL.
             ValueError: It is no image, is cut short, or has more pixels than Pillow thinks safe; names the file.
         """
         if isinstance(image, Image.Image):
             return self._normalise(image)
+        if _URL.match(str(image)):
+            raise FileNotFoundError(
+                f"URLs are not fetched: {str(image)[:200]}. Download the picture and give its path."
+            )
         path = Path(image)
         if not path.is_file():
             raise FileNotFoundError(f"no such image file: {path}")
@@ -69,3 +100,6 @@ class QwenVLImageProcessor:
         rows_first = height > side and height - side > 2 * (width - side)
         first = (width, side) if rows_first else (side, height)
         return image.resize(first, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BICUBIC)
+
+
+AutoImageProcessor.register(QwenVLConfig, slow_image_processor_class=QwenVLImageProcessor)

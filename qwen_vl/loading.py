@@ -3,9 +3,10 @@
 import logging
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qwen_vl.checkpoint import (
     GENERATION_CONFIG,
@@ -22,6 +23,9 @@ from qwen_vl.modeling import QwenVLForCausalLM
 from qwen_vl.tokenization import QwenVLTokenizer
 
 logger = logging.getLogger(__name__)
+QUANTIZATIONS = ("4bit", "8bit")
+# Kept as they are in a quantized model: the tower and its resampler, and the head. From the start of a module's name.
+NOT_QUANTIZED = ["transformer.visual", "lm_head"]
 
 
 def load(
@@ -30,6 +34,8 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
     attn_implementation: str = "sdpa",
+    device_map: str | dict[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> tuple[QwenVLForCausalLM, QwenVLTokenizer]:
     """Model, in eval mode, and tokenizer of a checkpoint folder: a released one, a fine-tuned one, or a LoRA adapter.
 
@@ -38,18 +44,34 @@ def load(
         dtype: A torch dtype or its name; "auto" is what the checkpoint says.
         device: "auto" is the first GPU, or the CPU where there is none.
         attn_implementation: "sdpa", "flash_attention_2" (where installed) or "eager".
+        device_map: Spreads the model over several devices, which accelerate chooses ("auto") or a map names, the CPU
+            and the disk among them; `device` then counts for nothing. Such a model answers through `chat()` and
+            `generate()`, and not through the engine.
+        quantization: "4bit" or "8bit" puts the decoder's weights into bitsandbytes' formats.
 
     Raises:
         MissingFilesError: The folder, its weights or its vocabulary are not there; a FileNotFoundError.
-        ValueError: A file of it is damaged or does not fit the others, a tensor is missing, or there is no such dtype
-            or device.
+        ValueError: A file of it is damaged or does not fit the others, a tensor is missing, there is no such dtype or
+            device, or a package that an argument needs is not installed.
     """
     folder = Path(path)
     if problems := checkpoint_problems(folder):
         raise problems[0]
-    place = resolve_device(device)
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization)
+    place = None if device_map is not None else resolve_device(device)
+    if device_map is not None and not find_spec("accelerate"):
+        raise ValueError("device_map needs the package accelerate: pip install accelerate")
     if is_adapter(folder):
-        return _load_adapter(folder, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        return _load_adapter(
+            folder,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            quantization=quantization,
+        )
     if code_files(folder):
         logger.warning("%s has code files (%s): they are not run.", folder, code_files(folder)[0].name)
     if (settings := folder / GENERATION_CONFIG).is_file():
@@ -57,11 +79,12 @@ def load(
     tokenizer = QwenVLTokenizer.from_pretrained(folder)
     check_fit(tokenizer, QwenVLConfig.from_pretrained(str(folder)), folder)
     # Straight to the device, where accelerate is there to do it: eight processes would fill the machine's memory first.
-    straight = {"device_map": {"": place}} if find_spec("accelerate") else {}
-    model = QwenVLForCausalLM.from_pretrained(
-        str(folder), dtype=_dtype(dtype), attn_implementation=attn_implementation, weights_only=True, **straight
-    )
-    return model.to(place).eval(), tokenizer
+    if find_spec("accelerate"):
+        options["device_map"] = device_map if place is None else {"": place}
+    model = QwenVLForCausalLM.from_pretrained(str(folder), weights_only=True, **options)
+    if place is not None and quantization is None:
+        model.to(place)
+    return model.eval(), tokenizer
 
 
 def check_fit(tokenizer: QwenVLTokenizer, config: QwenVLConfig, folder: Path) -> None:
@@ -99,18 +122,33 @@ def resolve_device(device: torch.device | str) -> torch.device:
     return place
 
 
-def _load_adapter(
-    folder: Path, *, dtype: torch.dtype | str, device: torch.device | str, attn_implementation: str
-) -> tuple[QwenVLForCausalLM, QwenVLTokenizer]:
+def _load_adapter(folder: Path, **options: Any) -> tuple[QwenVLForCausalLM, QwenVLTokenizer]:
     from peft import PeftModel  # heavy, and needed for adapters only
 
-    model, tokenizer = load(adapter_base(folder), dtype=dtype, device=device, attn_implementation=attn_implementation)
+    model, tokenizer = load(adapter_base(folder), **options)
     if (folder / VOCAB_FILE).is_file():
         tokenizer = QwenVLTokenizer.from_pretrained(folder)
         check_fit(tokenizer, model.config, folder)
     # The adapter's layers are put into `model` itself, which keeps its own methods: chat, generate and the rest.
     adapted: PreTrainedModel = PeftModel.from_pretrained(model, str(folder))
     return adapted.get_base_model().eval(), tokenizer
+
+
+def _quantization_config(quantization: str) -> BitsAndBytesConfig:
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"no such quantization: {quantization!r}. Use {' or '.join(QUANTIZATIONS)}.")
+    if not find_spec("bitsandbytes"):
+        raise ValueError(
+            f"quantization {quantization} needs the package bitsandbytes: pip install bitsandbytes, or leave it away"
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=NOT_QUANTIZED,
+    )
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:

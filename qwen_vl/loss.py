@@ -96,8 +96,13 @@ def supervised_loss(
     Returns:
         float32 scalar.
     """
-    wanted = labels[:, 1:]
-    kept = wanted != IGNORED
-    if divisors is not None:
-        return head(hidden[:, :-1][kept], wanted[kept], 1 / divisors[:, 1:][kept].float())
-    return head(hidden[:, :-1][kept], wanted[kept]) / kept.sum().clamp(min=1)
+    labels = labels[:, 1:].to(hidden.device)
+    kept = labels != IGNORED
+    rows, wanted = hidden[:, :-1][kept], labels[kept]
+    weights = None if divisors is None else 1 / divisors[:, 1:][kept].float()
+    if hasattr(head, "base_layer"):  # an adapter on the head adds to its logits, so they must be computed
+        losses = F.cross_entropy(head(rows).float(), wanted, reduction="none")
+        total = losses.sum() if weights is None else losses @ weights
+    else:
+        total = head(rows, wanted, weights)
+    return total / kept.sum().clamp(min=1) if divisors is None else total

@@ -9,14 +9,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qwen_vl.chat import ChatMixin
-from qwen_vl.checkpoint import copy_code_files
 from qwen_vl.configuration import QwenVLConfig
+from qwen_vl.images import QwenVLImageProcessor
 from qwen_vl.language import DecoderLayer, RMSNorm, logn_factors, ntk_alpha, rotary_frequencies, rotary_tables
 from qwen_vl.loss import LanguageHead, supervised_loss
 from qwen_vl.vision import QUERIES, Resampler, VisionTransformer, sincos_positions
@@ -30,8 +39,8 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     config_class = QwenVLConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    # A residual stream must not cross devices inside these (PAINS of `device_map="auto"`: the tower was torn apart).
-    _no_split_modules = ("DecoderLayer", "VisionBlock", "Resampler")
+    # What a device map must not tear apart: a layer's residual stream, and the tower, which uses parameters of its own.
+    _no_split_modules = ("DecoderLayer", "VisionTransformer")
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -149,7 +158,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
             # ranks wait for ever for the one whose batch has no image. The scatter below then copies nothing: its share
             # is zero, whatever the features are.
             pixel_values = embeds.new_zeros(1, 3, self.visual.image_size, self.visual.image_size)
-        features = self.visual(pixel_values).to(embeds.dtype)  # (N, 256, C)
+        features = self.visual(pixel_values).to(embeds)  # (N, 256, C)
         return embeds.masked_scatter(inside[..., None], features)  # out of place: embeds may be a leaf
 
     def _image_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -212,12 +221,15 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """transformers' `from_pretrained`, which must find every weight: it would draw a missing one at random.
 
         Raises:
             ValueError: Weights are missing, or there are some of layers that the config does not have; names them.
         """
+        path = pretrained_model_name_or_path
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
@@ -230,6 +242,17 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
                 f"{', '.join(further[:5])}{', ...' if len(further) > 5 else ''}. Download config.json again."
             )
         return (model, info) if output_loading_info else model
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where ids and pixels belong: the model's device, or of one that is spread over several, the first."""
+        place = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        return self.device if place is None else torch.device(place)
+
+    @property
+    def is_on_one_device(self) -> bool:
+        """Whether all weights are on one device, and none is loaded from elsewhere when it is needed."""
+        return len({parameter.device for parameter in self.parameters()}) == 1 and self.device.type != "meta"
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -298,7 +321,15 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
     def generate(self, *args: Any, logits_processor: list[LogitsProcessor] | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`, in which ids that no token has can never come out."""
+        """transformers' `generate`, in which ids that no token has can never come out.
+
+        A chat checkpoint's settings name `<|endoftext|>` alone as the end; its answers end with `<|im_end|>` and
+        `<|im_start|>` too, as in `chat()`, unless `eos_token_id` is given.
+        """
+        settings = kwargs.get("generation_config") or self.generation_config
+        ends_alone = settings.eos_token_id in (None, self.config.stop_ids[0], self.config.stop_ids[:1])
+        if getattr(settings, "chat_format", None) == "chatml" and ends_alone:
+            kwargs.setdefault("eos_token_id", self.config.stop_ids)
         processors = LogitsProcessorList([SuppressUnusedIds(self.config.used_vocab_size), *(logits_processor or [])])
         return super().generate(*args, logits_processor=processors, **kwargs)
 
@@ -335,10 +366,10 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes the released layout: config with `auto_map`, safetensors shards, and the base folder's code files."""
-        super().save_pretrained(save_directory, **kwargs)
+        """Writes the released layout, the base folder's code files, and the image size for `AutoImageProcessor`."""
         if kwargs.get("is_main_process", True):
-            copy_code_files(self.config._name_or_path, save_directory)
+            QwenVLImageProcessor(self.config.visual["image_size"]).save_pretrained(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class SuppressUnusedIds(LogitsProcessor):
@@ -356,3 +387,7 @@ class SuppressUnusedIds(LogitsProcessor):
             return scores
         unused = torch.arange(scores.shape[-1], device=scores.device) >= self.used
         return scores.masked_fill(unused, -torch.inf)
+
+
+AutoModelForCausalLM.register(QwenVLConfig, QwenVLForCausalLM)
+AutoModelForImageTextToText.register(QwenVLConfig, QwenVLForCausalLM)

@@ -5,17 +5,27 @@ import binascii
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tiktoken
-import torch
-from transformers import BatchEncoding
+from transformers import AutoTokenizer, PreTrainedTokenizer
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from qwen_vl.checkpoint import VOCAB_FILE, copy_code_files, read_json_file
+from qwen_vl.checkpoint import (
+    VOCAB_FILE,
+    MissingFilesError,
+    check_vision,
+    copy_code_files,
+    names_code_of,
+    read_json_file,
+)
+from qwen_vl.configuration import QwenVLConfig
 
 CONFIG_FILE = "tokenizer_config.json"
+RELEASED_CLASS = "QWenTokenizer"  # what the released tokenizer_config.json calls its class
 
 # published: the split pattern and the order of the special tokens decide every id.
 SPLIT_PATTERN = (
@@ -38,13 +48,15 @@ _LIST_KEYS = {"img": "image", "ref": "ref", "box": "box", "quad": "quad"}
 AllowedSpecial = Literal["all"] | Collection[str]
 
 
-class QwenVLTokenizer:
-    """Text to ids and back, exactly as released, without the transformers tokenizer classes that broke it.
+class QwenVLTokenizer(PreTrainedTokenizer):
+    """Text to ids and back exactly as released, on transformers' own base class.
+
+    A token's string is its bytes read as UTF-8; bytes that are not UTF-8 by themselves become surrogates
+    (`surrogateescape`).
 
     Args:
         vocab_file: A `.tiktoken` file: one `base64(token) rank` a line, ranks from 0 without a gap.
-        config: Contents of `tokenizer_config.json`, kept and saved as they are.
-        name_or_path: Where the files came from; code files lying there are carried along by `save_pretrained`.
+        **config: Contents of `tokenizer_config.json`, which are saved again as they are.
 
     Raises:
         FileNotFoundError: There is no such vocabulary.
@@ -53,87 +65,137 @@ class QwenVLTokenizer:
     Source: the released `tokenization_qwen.py` (behaviour), DESIGN "What must stay", 1 and 2.
     """
 
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCAB_FILE}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     padding_side = "left"
-    model_input_names = ("input_ids", "attention_mask")
 
-    def __init__(self, vocab_file: str | Path, config: dict[str, Any] | None = None, name_or_path: str = "") -> None:
+    def __init__(self, vocab_file: str | Path, **config: Any) -> None:
         self.vocab_file = Path(vocab_file)
-        self.config = dict(config or {})
-        self.name_or_path = name_or_path
         ranks = read_ranks(self.vocab_file)
         self.special_tokens = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding(
             "Qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
-        self.eod_id = self.eos_token_id = self.pad_token_id = self.special_tokens["<|endoftext|>"]
+        self._ids = {_as_text(token): i for token, i in ranks.items()} | self.special_tokens
+        self._tokens = {i: token for token, i in self._ids.items()}
+        self.eod_id = self.special_tokens["<|endoftext|>"]
         self.im_start_id = self.special_tokens["<|im_start|>"]
         self.im_end_id = self.special_tokens["<|im_end|>"]
         self.img_start_id = self.special_tokens["<img>"]
         self.img_end_id = self.special_tokens["</img>"]
         self.img_pad_id = self.special_tokens["<imgpad>"]
+        self._saved = {key: value for key, value in config.items() if key not in _DERIVED}
+        for key in _DERIVED:
+            config.pop(key, None)
+        for key in ("eos_token", "pad_token"):
+            config[key] = config.get(key) or "<|endoftext|>"
+        super().__init__(extra_special_tokens=list(SPECIAL_TOKENS[1:]), **config)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "QwenVLTokenizer":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "QwenVLTokenizer":
         """The tokenizer of a checkpoint folder (its `.py` files are never run).
 
         Raises:
             FileNotFoundError: The folder has no `qwen.tiktoken`.
+            ValueError: A file of it is damaged, or it is a text-only Qwen's.
         """
-        folder = Path(path)
-        config_file = folder / CONFIG_FILE
-        config = read_json_file(config_file) if config_file.is_file() else {}
-        return cls(folder / VOCAB_FILE, config, str(folder))
+        name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not kwargs.get("subfolder"):
+            if not (folder / VOCAB_FILE).is_file():
+                raise _no_vocabulary(folder / VOCAB_FILE)
+            if (folder / CONFIG_FILE).is_file():
+                read_json_file(folder / CONFIG_FILE)
+            if (folder / "config.json").is_file():
+                check_vision(read_json_file(folder / "config.json"), folder)
+        elif not folder.is_dir() and name.count("/") != 1:  # no owner/name of a hub
+            raise _no_vocabulary(folder / VOCAB_FILE)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, path: str | Path, **_: Any) -> tuple[str, ...]:
-        """Writes the released files to `path`; returns their paths. Further arguments of the Trainer are ignored."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        vocab, config = folder / VOCAB_FILE, folder / CONFIG_FILE
-        if vocab.resolve() != self.vocab_file.resolve():
-            vocab.write_bytes(self.vocab_file.read_bytes())
-        config.write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return str(vocab), str(config), *map(str, copy_code_files(self.name_or_path, folder))
+    def _save_pretrained(
+        self,
+        save_directory: str | Path,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        """Writes the vocabulary and the code files, and `tokenizer_config.json` as the released code reads it.
+
+        `file_names` begin with the one that transformers has written, which holds much that follows from the class.
+        """
+        code = copy_code_files(self.name_or_path, save_directory)
+        config_file = Path(file_names[0])
+        config = {key: value for key, value in read_json_file(config_file).items() if key not in _DERIVED}
+        for key in ("eos_token", "pad_token"):
+            if config.get(key) == "<|endoftext|>" and key not in self._saved:
+                del config[key]
+        if config.get("model_max_length") == VERY_LARGE_INTEGER:
+            del config["model_max_length"]
+        if "auto_map" in config and not names_code_of(config["auto_map"], save_directory):
+            del config["auto_map"]  # nobody could load it
+        config["tokenizer_class"] = RELEASED_CLASS
+        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return (*file_names, *self.save_vocabulary(str(save_directory), filename_prefix), *map(str, code))
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Writes `qwen.tiktoken`."""
+        target = Path(save_directory) / (f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE)
+        if target.resolve() != self.vocab_file.resolve():
+            target.write_bytes(self.vocab_file.read_bytes())
+        return (str(target),)
 
     def __len__(self) -> int:
         """Number of ids that mean something: ranks and special tokens."""
         return self.encoding.n_vocab
 
-    def __call__(
-        self,
-        text: str | Sequence[str],
-        *,
-        allowed_special: AllowedSpecial = "all",
-        padding: bool = False,
-        return_tensors: Literal["pt"] | None = None,
-    ) -> BatchEncoding:
-        """Ids of one text or of several; `padding` adds `<|endoftext|>` on the left with an attention mask of 0.
+    @property
+    def vocab_size(self) -> int:
+        """As `len()`: every special token is a part of the vocabulary."""
+        return len(self)
 
-        Returns:
-            `input_ids` and `attention_mask`: lists, nested for several texts, or int64 tensors (B, T).
-        """
-        single = isinstance(text, str)
-        rows = [self.encode(t, allowed_special=allowed_special) for t in ([text] if single else text)]
-        masks = [[1] * len(row) for row in rows]
-        if padding or (return_tensors and len(rows) > 1):
-            longest = max(map(len, rows), default=0)
-            masks = [[0] * (longest - len(row)) + mask for row, mask in zip(rows, masks, strict=True)]
-            rows = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
-        if return_tensors == "pt":
-            return BatchEncoding(
-                {"input_ids": torch.tensor(rows, dtype=torch.long), "attention_mask": torch.tensor(masks)}
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token."""
+        return dict(self._ids)
+
+    def _add_tokens(self, new_tokens: Sequence[Any], special_tokens: bool = False) -> int:
+        if unknown := [str(token) for token in new_tokens if str(token) not in self._ids]:
+            raise ValueError(
+                f"no token can be added to Qwen-VL's vocabulary: {unknown[:5]}. Use some of <|extra_0|> to "
+                "<|extra_204|>, which nothing else uses."
             )
-        return BatchEncoding(
-            {"input_ids": rows[0], "attention_mask": masks[0]}
-            if single
-            else {"input_ids": rows, "attention_mask": masks}
-        )
+        return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
-    def encode(self, text: str, *, allowed_special: AllowedSpecial = "all") -> list[int]:
+    def tokenize(
+        self,
+        text: str,
+        *_: Any,
+        allowed_special: AllowedSpecial = "all",
+        split_special_tokens: bool = False,
+        **__: Any,
+    ) -> list[str]:
+        """Tokens of a text. The arguments are those of `encode`; `split_special_tokens` allows none."""
+        ids = self.encode(text, allowed_special=() if split_special_tokens else allowed_special)
+        return [self._tokens[i] for i in ids]
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._tokens.get(index, "\ufffd")
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Text of tokens."""
+        return "".join(tokens).encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+
+    def encode(self, text: Any, *args: Any, allowed_special: AllowedSpecial = "all", **kwargs: Any) -> list[int]:
         """Ids of a text, NFC-normalised first; special tokens not in `allowed_special` are plain text.
+
+        Further arguments are those of transformers' `encode`.
 
         Raises:
             ValueError: An `<img>` without its `</img>`, or a path of over 256 UTF-8 bytes between them.
         """
+        if args or kwargs or not isinstance(text, str):
+            return super().encode(text, *args, allowed_special=allowed_special, **kwargs)
         text = unicodedata.normalize("NFC", text)
         allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
         ids = self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
@@ -173,22 +235,22 @@ class QwenVLTokenizer:
             rest = end + 1
         return out + ids[rest:]
 
-    def decode(
+    def _decode(
         self,
-        token_ids: int | Iterable[int] | torch.Tensor,
+        token_ids: int | Sequence[int],
         skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
         errors: str = "replace",
         **_: Any,
     ) -> str:
-        """Text of ids. A whole image span gives its path; ids that no token has give U+FFFD.
+        """Text of ids, for `decode`. A whole image span gives its path; ids that no token has give U+FFFD.
 
         Args:
-            token_ids: One id, or a flat sequence or tensor of them.
+            token_ids: One id, or a flat sequence of them.
             skip_special_tokens: Leave out all special tokens; an image's path stays.
+            clean_up_tokenization_spaces: Not used: the text is the tokens' bytes.
             errors: What bytes that are not UTF-8 become (`bytes.decode`).
         """
-        if isinstance(token_ids, torch.Tensor):
-            token_ids = token_ids.flatten().tolist()
         ids = [token_ids] if isinstance(token_ids, int) else [int(i) for i in token_ids]
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors=errors)
 
@@ -219,10 +281,6 @@ class QwenVLTokenizer:
         if skip_special and token >= self.eod_id:
             return b""
         return self.encoding.decode_single_token_bytes(token)
-
-    def batch_decode(self, sequences: Iterable[Any], **kwargs: Any) -> list[str]:
-        """`decode` of each sequence."""
-        return [self.decode(ids, **kwargs) for ids in sequences]
 
     def from_list_format(self, elements: Sequence[dict[str, Any]]) -> str:
         """One text from elements such as `{"image": "a.jpg"}, {"text": "..."}, {"ref": "dog", "box": (1, 2, 3, 4)}`.
@@ -260,6 +318,24 @@ class QwenVLTokenizer:
         return elements
 
 
+# Keys of a tokenizer's settings that follow from the class or from where it was loaded; they are not saved.
+_DERIVED = frozenset(
+    [
+        *("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder", "model_specific_special_tokens"),
+        *("is_local", "local_files_only", "backend"),
+    ]
+)
+
+
+def _as_text(token: bytes) -> str:
+    return token.decode("utf-8", errors="surrogateescape")
+
+
+def _no_vocabulary(path: Path) -> MissingFilesError:
+    fix = f"a Qwen-VL checkpoint has a {VOCAB_FILE} in it: download the folder whole"
+    return MissingFilesError("there is no vocabulary file", path, None, fix)
+
+
 def picture_label(number: int) -> str:
     """What stands before the picture of that number (from 1) in a query."""
     return f"Picture {number}: "
@@ -277,9 +353,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         ValueError: A line that is not `base64 rank`, or ranks with gaps; names the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no vocabulary file: {path}\nA Qwen-VL checkpoint has a {VOCAB_FILE} in it; download the folder whole."
-        )
+        raise _no_vocabulary(path)
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line:
@@ -298,3 +372,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             "The file is damaged or cut short: download it again."
         )
     return ranks
+
+
+AutoTokenizer.register(QwenVLConfig, QwenVLTokenizer)
+REGISTERED_TOKENIZER_CLASSES[RELEASED_CLASS] = QwenVLTokenizer

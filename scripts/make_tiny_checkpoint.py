@@ -32,13 +32,9 @@ HEAD_MULTIPLE = 128  # the resampler has a head for every 128 of its width
 VOCAB_MULTIPLE = 64
 LONGEST_TOKEN = 16  # bytes; else whole Chinese sentences, which have no blanks, would become tokens
 SHARDS = 2
-# Fields of the released files that say nothing about size.
+# Fields of the released files that say nothing about size; but auto_map, whose code is not here.
 RELEASED_CONFIG: dict[str, Any] = {
     "attn_dropout_prob": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_qwen.QWenConfig",
-        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
-    },
     "bf16": False,
     "emb_dropout_prob": 0.0,
     "fp16": False,
@@ -69,7 +65,6 @@ RELEASED_GENERATION: dict[str, Any] = {
 RELEASED_TOKENIZER: dict[str, Any] = {
     "model_max_length": 8192,
     "tokenizer_class": "QWenTokenizer",
-    "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
 }
 
 
@@ -178,7 +173,7 @@ def make_checkpoint(options: argparse.Namespace) -> QwenVLForCausalLM:
     tokens = train_ranks(corpus_texts(options.corpus), options.ranks)
     with tempfile.TemporaryDirectory() as folder:
         write_ranks(Path(folder) / VOCAB_FILE, tokens)
-        tokenizer = QwenVLTokenizer(Path(folder) / VOCAB_FILE, RELEASED_TOKENIZER)
+        tokenizer = QwenVLTokenizer(Path(folder) / VOCAB_FILE, **RELEASED_TOKENIZER)
         model = draw_model(tiny_config(tokenizer, options), options.seed)
         model.generation_config = GenerationConfig(
             **RELEASED_GENERATION, eos_token_id=tokenizer.eod_id, pad_token_id=tokenizer.eod_id

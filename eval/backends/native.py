@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,13 @@ class Backend:
         flag("--model_path", type=Path, help="checkpoint folder, or a LoRA adapter's (%(default)s)")
         flag("--use_lora", action="store_true", help="the checkpoint must be a LoRA adapter (otherwise found out)")
         flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
+        flag(
+            "--device_map",
+            choices=["auto"],
+            help="auto: spread one model over the GPUs, the memory and the disk, where no GPU holds it; means one "
+            "process and one text at a time",
+        )
+        flag("--quantization", choices=["4bit", "8bit"], help="weights in bitsandbytes' 4 or 8 bits (as stored)")
         flag("--dtype", default="auto", choices=["auto", *_DTYPES.values()], help="(%(default)s: as stored)")
         flag(
             "--batch_size",
@@ -63,7 +71,7 @@ class Backend:
 
     def problems(self) -> list[MMRoleError]:
         """Return what is wrong with device and checkpoint, as far as is seen without using or loading them."""
-        problems = device_problems(self._options.device)
+        problems = [*device_problems(self._options.device), *self._flag_problems()]
         incomplete = four_parts(checkpoint_problems(self.model_path, use_lora=self._options.use_lora))
         if incomplete:
             return [*problems, *incomplete]
@@ -74,7 +82,7 @@ class Backend:
                 self.model_path,
                 Decoding.of(self._options),
                 retried=bool(getattr(self._options, "retries", 0)),
-                batched=self._options.batch_size != 1,
+                batched=not self._one_by_one,
             )
             if not damaged:
                 self.identity()
@@ -84,8 +92,9 @@ class Backend:
 
     def identity(self) -> dict[str, Any]:
         """Return the checkpoint's fingerprint and what else changes the texts by choice."""
-        size = self._options.batch_size
-        return {"model": self._fingerprint, "dtype": self._dtype, **({"batch_size": size} if size else {})}
+        choices = {"batch_size": self._options.batch_size, "quantization": self._options.quantization}
+        chosen = {name: value for name, value in choices.items() if value}
+        return {"model": self._fingerprint, "dtype": self._dtype, **chosen}
 
     def describe(self) -> dict[str, Any]:
         """Return the checkpoint, its fingerprint, dtype and base."""
@@ -98,6 +107,11 @@ class Backend:
         import torch
 
         device = self._options.device
+        if self._options.device_map:
+            if (processes or 1) > 1:
+                fix = "leave PROCESSES away, or --device_map where a GPU holds the model"
+                raise MMRoleError("--device_map means one process", f"{processes} processes", "PROCESSES", fix)
+            return [device]
         gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
         if not gpus:
             return [device] * (processes or 1)
@@ -126,9 +140,33 @@ class Backend:
         model = self._engine.model
         dtype = str(model.dtype).removeprefix("torch.")
         if isinstance(self._engine, OneByOne):
-            return f"{model.device}, {dtype}, one text at a time"
+            places = sorted({str(place) for place in getattr(model, "hf_device_map", {"": model.device}).values()})
+            return f"{' and '.join(places)}, {dtype}, one text at a time"
         engine = self._engine
         return f"{model.device}, {dtype}, up to {engine.max_rows} texts and {engine.max_batch_tokens:,} tokens at once"
+
+    @property
+    def _one_by_one(self) -> bool:
+        return self._options.batch_size == 1 or self._options.device_map is not None
+
+    def _flag_problems(self) -> list[MMRoleError]:
+        """Flags that contradict each other, or that need a package which is not installed."""
+        options, problems = self._options, []
+        for name, package in (("device_map", "accelerate"), ("quantization", "bitsandbytes")):
+            if getattr(options, name) and not find_spec(package):
+                what, fix = (
+                    f"--{name} needs a package that is not installed",
+                    f"pip install {package}, or leave it away",
+                )
+                problems.append(MMRoleError(what, package, f"--{name}", fix))
+        if options.device_map and (options.batch_size or 1) > 1:
+            fix = "leave --batch_size away: a model over several devices writes one text at a time"
+            what = "the batching engine needs the whole model on one device"
+            problems.append(MMRoleError(what, options.batch_size, "--batch_size", fix))
+        if options.device_map and options.device != "auto":
+            fix = "leave one of them away"
+            problems.append(MMRoleError("--device_map chooses the devices", options.device, "--device", fix))
+        return problems
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -149,8 +187,14 @@ class Backend:
 
                 disable_progress_bar()
             try:
-                model, tokenizer = qwen_vl.load(self.model_path, dtype=options.dtype, device=options.device)
-                if options.batch_size == 1:
+                model, tokenizer = qwen_vl.load(
+                    self.model_path,
+                    dtype=options.dtype,
+                    device=options.device,
+                    device_map=options.device_map,
+                    quantization=options.quantization,
+                )
+                if self._one_by_one:
                     self._engine = OneByOne(model, tokenizer)
                     return self._engine
                 self._engine = BatchGenerator(

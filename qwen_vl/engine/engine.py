@@ -62,6 +62,11 @@ class BatchGenerator:
         window: int = 2048,
         share_prefixes: bool = True,
     ) -> None:
+        if not model.is_on_one_device:
+            raise ValueError(
+                "the engine needs the whole model on one device, and this one is spread over several (device_map). "
+                "Ask it one by one with chat(), or load it without device_map."
+            )
         gpu = model.device.type == "cuda"
         if unknown := unknown_settings(model.generation_config.to_dict()):
             raise ValueError(f"generation_config.json asks for {unknown}, which the batched engine does not know")

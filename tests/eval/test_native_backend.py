@@ -13,6 +13,7 @@ from PIL import Image
 
 import qwen_vl
 from data_utils.errors import MMRoleError
+from eval.backends import native
 from eval.backends.backend import Decoding, Prompt, add_backend_flags
 from eval.backends.native import Backend, device_problems, generation_problems, stored_dtype
 from tests.conftest import ROOT
@@ -56,11 +57,36 @@ def test_the_model_is_loaded_once_and_only_when_asked(checkpoint, monkeypatch):
     monkeypatch.setattr(
         qwen_vl, "load", lambda path, **settings: calls.append((path, settings)) or load(path, **settings)
     )
-    native = backend(checkpoint, device="cpu", dtype="float32")
+    ours = backend(checkpoint, device="cpu", dtype="float32")
     assert calls == []
-    list(native.run([request("a")]))
-    list(native.run([request("b")]))
-    assert calls == [(checkpoint, {"device": "cpu", "dtype": "float32"})]
+    list(ours.run([request("a")]))
+    list(ours.run([request("b")]))
+    flags = {"device": "cpu", "dtype": "float32", "device_map": None, "quantization": None}
+    assert calls == [(checkpoint, flags)]
+
+
+def test_a_model_over_several_devices_answers_one_by_one(checkpoint):
+    spread = backend(checkpoint, device_map="auto")
+    assert spread.problems() == []
+    assert spread.devices(None) == ["auto"]
+    (answer,) = spread.run([request("a")])
+    (expected,) = backend(checkpoint, device="cpu", batch_size=1).run([request("a")])
+    assert answer == expected
+    assert "one text at a time" in spread.summary()
+    with pytest.raises(MMRoleError, match="means one process"):
+        spread.devices(2)
+
+
+def test_flags_of_devices_and_quantization_that_cannot_be(checkpoint, monkeypatch):
+    monkeypatch.setattr(native, "find_spec", lambda package: None)
+    wrong = backend(checkpoint, device_map="auto", device="cpu", batch_size=4, quantization="4bit").problems()
+    assert [problem.where for problem in wrong] == ["--device_map", "--quantization", "--batch_size", "--device"]
+    assert "pip install bitsandbytes" in str(wrong[1])
+
+
+def test_quantization_changes_texts(checkpoint):
+    assert "quantization" not in backend(checkpoint).identity()
+    assert backend(checkpoint, quantization="8bit").identity()["quantization"] == "8bit"
 
 
 @pytest.mark.parametrize("batch_size", [None, 1])

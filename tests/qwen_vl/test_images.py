@@ -64,6 +64,7 @@ def test_a_decoder_that_fails_in_its_own_way_is_a_broken_image(tmp_path: Path, m
         QwenVLImageProcessor().load(file)
 
 
-def test_url_is_just_a_missing_file() -> None:
-    with pytest.raises(FileNotFoundError):
-        QwenVLImageProcessor().load("http://localhost/a.png")
+@pytest.mark.parametrize("url", ["http://localhost/a.png", Path("https://a.b/c.jpg"), "data:image/png;base64,AA"])
+def test_urls_are_not_fetched(url: str | Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"URLs are not fetched: .*Download the picture"):
+        QwenVLImageProcessor().load(url)

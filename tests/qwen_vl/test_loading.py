@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import qwen_vl
-from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
+from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer, loading
+from qwen_vl.generation import BatchGenerator
 from tests.conftest import RANKS
 from tests.qwen_vl.conftest import small_config, small_model
 
@@ -27,10 +28,11 @@ def base(tmp_path: Path, tokenizer: QwenVLTokenizer) -> Path:
     model = small_model(auto_map=AUTO_MAP, no_bias=True, tokenizer_type="QWenTokenizer")
     settings = {"do_sample": True, "top_p": 0.3, "top_k": 0, "chat_format": "chatml", "max_window_size": 6144}
     model.generation_config = GenerationConfig(**settings)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder.mkdir()
     for name in ("configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py"):
         (folder / name).write_text(NEVER)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -56,12 +58,12 @@ def test_save_and_load_round_trip(base: Path, tmp_path: Path, shard: str) -> Non
 
 
 def test_released_config_survives(shared: Path, tmp_path: Path) -> None:
-    """Every field of the released config.json comes back as it was."""
+    """Every field of the released config.json comes back as it was, but auto_map without the code that it names."""
     released = json.loads((shared / "qwen_vl_chat" / "config.json").read_text())
     qwen_vl.QwenVLConfig.from_pretrained(shared / "qwen_vl_chat").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     changed = {key for key, value in released.items() if saved.get(key) != value}
-    assert changed == {"_name_or_path", "transformers_version"}
+    assert changed == {"_name_or_path", "transformers_version", "auto_map"}
 
 
 def test_dtype_auto_and_named(base: Path) -> None:
@@ -184,6 +186,36 @@ torch.save({{"lm_head.weight": Evil()}}, {str(base / "pytorch_model.bin")!r})
     with pytest.raises(Exception, match=r"weights_only|Weights only|Unsupported"):
         qwen_vl.load(base, device="cpu")
     assert not marker.exists()
+
+
+def test_spread_over_cpu_and_disk(base: Path, tmp_path: Path, picture: Path) -> None:
+    """As over two small GPUs: chat, stream and generate give what they give on one device; the engine refuses."""
+    pytest.importorskip("accelerate")
+    whole, tokenizer = qwen_vl.load(base, device="cpu")
+    parts = {"transformer.wte": "disk", "transformer.visual": "disk", "transformer.ln_f": "cpu", "lm_head": "disk"}
+    parts |= {"transformer.h.0": "cpu", "transformer.h.1": "disk"}
+    spread, _ = qwen_vl.load(base, device_map=parts)
+    assert {parameter.device.type for parameter in spread.parameters()} == {"cpu", "meta"}
+    query, greedy = [{"image": picture}, {"text": "Who?"}], {"do_sample": False, "max_new_tokens": 4}
+    assert spread.chat(tokenizer, query, **greedy) == whole.chat(tokenizer, query, **greedy)
+    assert list(spread.chat_stream(tokenizer, "Hi", **greedy)) == list(whole.chat_stream(tokenizer, "Hi", **greedy))
+    ids = torch.tensor([tokenizer.encode("Who are you?")])
+    assert torch.equal(spread.generate(ids, **greedy), whole.generate(ids, **greedy))
+    with pytest.raises(ValueError, match="the whole model on one device"):
+        BatchGenerator(spread, tokenizer)
+
+
+def test_device_map_auto_and_quantization(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    model, _ = qwen_vl.load(base, device_map="auto")
+    assert model.is_on_one_device
+    with pytest.raises(ValueError, match="no such quantization: '3bit'"):
+        qwen_vl.load(base, quantization="3bit")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package bitsandbytes"):
+        qwen_vl.load(base, quantization="4bit")
+    with pytest.raises(ValueError, match="needs the package accelerate"):
+        qwen_vl.load(base, device_map="auto")
 
 
 def test_modules_that_must_stay_whole_across_devices() -> None:

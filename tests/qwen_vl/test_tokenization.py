@@ -120,7 +120,7 @@ def test_save_and_load(byte_vocab: Path, tmp_path: Path, extra: dict) -> None:
     config = {
         "model_max_length": 8192,
         "tokenizer_class": "QWenTokenizer",
-        "auto_map": {"AutoTokenizer": ["t.T", None]},
+        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
     }
     (byte_vocab / "tokenizer_config.json").write_text(json.dumps(config | extra))
     (byte_vocab / "tokenization_qwen.py").write_text("raise SystemExit('this must never run')\n")
@@ -131,6 +131,36 @@ def test_save_and_load(byte_vocab: Path, tmp_path: Path, extra: dict) -> None:
     assert again.encode("hello <|im_end|>") == QwenVLTokenizer.from_pretrained(byte_vocab).encode("hello <|im_end|>")
     assert json.loads((out / "tokenizer_config.json").read_text()) == config | extra
     assert (out / "tokenization_qwen.py").read_bytes() == (byte_vocab / "tokenization_qwen.py").read_bytes()
+    for folder in (byte_vocab, out):
+        (folder / "tokenization_qwen.py").unlink()
+    again.save_pretrained(out)
+    assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
+
+
+def test_settings_survive_a_round_trip(byte_vocab: Path, tmp_path: Path) -> None:
+    tokenizer = QwenVLTokenizer.from_pretrained(byte_vocab, padding_side="right", model_max_length=64)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = QwenVLTokenizer.from_pretrained(tmp_path / "saved")
+    assert (again.padding_side, again.model_max_length, again.eos_token_id) == ("right", 64, again.im_end_id)
+    assert again.pad_token_id == again.eod_id
+
+
+def test_as_a_tokenizer_of_transformers(small: QwenVLTokenizer) -> None:
+    batch = small(["hello<|im_end|>", "a"], padding="max_length", max_length=3, return_tensors="pt")
+    assert batch.input_ids.tolist() == [[small.eod_id, 259, small.im_end_id], [small.eod_id, small.eod_id, 97]]
+    assert small("hello" * 9, truncation=True, max_length=2).input_ids == [259, 259]
+    assert small("<|im_end|>", split_special_tokens=True).input_ids == small.encode_plain("<|im_end|>")
+    text = "é hello<|im_end|>"
+    assert small.convert_tokens_to_ids(small.tokenize(text)) == small.encode(text)
+    assert small.convert_tokens_to_string(small.convert_ids_to_tokens(small.encode(text))) == text
+    assert small.decode([[259], [97]]) == small.batch_decode([[259], [97]]) == ["hello", "a"]
+    vocabulary = small.get_vocab()
+    assert len(vocabulary) == len(small) == small.vocab_size
+    assert set(small.all_special_ids) == set(range(small.eod_id, len(small)))
+    assert small.add_special_tokens({"eos_token": "<|im_end|>"}) == 0
+    with pytest.raises(ValueError, match="no token can be added"):
+        small.add_tokens(["<new>"])
 
 
 def test_missing_or_damaged_vocabulary(tmp_path: Path, byte_vocab: Path) -> None:
