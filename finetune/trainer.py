@@ -46,6 +46,7 @@ from finetune.report import Throughput, model_flops, write_report
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 
+SECONDS_FOR_A_BATCH = 60  # then a worker has lost it
 MOST_OVERFLOWS = 24  # steps in a row; a loss scale of 65,536 is down to 1 after 16
 
 
@@ -215,6 +216,13 @@ class SupervisedTrainer(Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader, which does not wait for ever for a batch that a worker has lost."""
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_num_workers:
+            loader.base_dataloader.timeout = SECONDS_FOR_A_BATCH
+        return loader
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Evaluation pads: positions decide there (dynamic NTK, log-n), each row's own."""
         kept, self.data_collator = self.data_collator, self.padded
@@ -228,7 +236,15 @@ class SupervisedTrainer(Trainer):
         began = time.perf_counter()
         if self._meter.began is None:
             self._meter.began = began
-        batches, count = super().get_batch_samples(*args, **kwargs)
+        try:
+            batches, count = super().get_batch_samples(*args, **kwargs)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            what = f"no batch has come from the loader's workers for {SECONDS_FOR_A_BATCH} seconds"
+            fix = "look for workers that were killed or a disk that hangs; give --dataloader_num_workers 0"
+            workers = f"--dataloader_num_workers {self.args.dataloader_num_workers}"
+            raise MMRoleError(what, workers, f"step {self.state.global_step + 1}", fix) from error
         self._meter.waiting += time.perf_counter() - began
         self._step_ids = [name for batch in batches for name in batch["ids"]]
         self._weigh(batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,6 +299,14 @@ def test_an_evaluation_set_drawn_from_the_training_data(flags: Flags, data: Data
     for wrong in ({"eval_split": 16}, {"eval_split": 2, "eval_data_path": data.file}, {"early_stopping_patience": 1}):
         with pytest.raises(MMRoleError, match=r"nothing would be left|two sources|no best model"):
             main(flags(**wrong, output_dir=tmp_path / "wrong"))
+
+
+def test_a_batch_that_a_worker_has_lost_is_an_error(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.trainer.SECONDS_FOR_A_BATCH", 1)
+    monkeypatch.setattr(SupervisedDataset, "__getitem__", lambda *_: signal.pause())  # for ever
+    with pytest.raises(MMRoleError, match="no batch has come") as caught:
+        main(flags(dataloader_num_workers=1))
+    assert "--dataloader_num_workers 0" in str(caught.value)
 
 
 def test_the_samples_own_system_message(flags: Flags, data: Data, tmp_path: Path) -> None:
