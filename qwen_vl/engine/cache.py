@@ -10,7 +10,6 @@ e entries in use, R the most rows that read one of them.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import psutil
 import torch
 
@@ -113,20 +112,13 @@ class Cache:
             if entries < 1 and (left >= room or (must and best is None)):
                 size, entries = room, 1
             if entries >= 1:
-                best = Block(self._zeros(entries, size))
+                shape = (self.layers, 2, entries, self.heads, size, self.width)
+                best = Block(torch.zeros(shape, dtype=self.dtype, device=self.device))
                 self.blocks.append(best)
         if best is None:
             return None
         best.entries.append(Entry(best, len(best.entries)))
         return best.entries[-1]
-
-    def _zeros(self, entries: int, room: int) -> torch.Tensor:
-        size = (self.layers, 2, entries, self.heads, room, self.width)
-        if self.device.type != "cpu":
-            return torch.zeros(size, dtype=self.dtype, device=self.device)
-        # torch writes its zeros at once; these take memory and time only where something is stored.
-        zeros = np.zeros((*size[:-1], self.width * self.dtype.itemsize), dtype=np.uint8)
-        return torch.from_numpy(zeros).view(self.dtype)
 
     def free(self, entry: Entry) -> None:
         """Gives an entry's place back, to which the block's last entry moves; an empty block's memory is freed."""

@@ -30,6 +30,7 @@ from qwen_vl.tokenization import QwenVLTokenizer
 logger = logging.getLogger(__name__)
 
 SEEDS = range(-(2**63), 2**64)
+LOOKAHEAD = 128  # waiting groups that memory is taken for
 RECOVERY = 0.01  # by which the budget grows in a step after an out-of-memory error; after n of them by an n-th of it
 NO_NUMBERS = "the model computed NaN or infinity: its weights are damaged, or the dtype is too narrow (not bfloat16)"
 
@@ -217,7 +218,9 @@ class BatchGenerator:
                 return
             try:
                 group.features, broken = self._features(group)
-                placed = not broken and batch.add(group, self._budget, self._answer_length(), len(self._waiting) - 1)
+                placed = not broken and batch.add(
+                    group, self._budget, self._answer_length(), self._waiting[1:LOOKAHEAD]
+                )
             except RuntimeError as error:
                 if not batch.groups or not is_out_of_memory(error):
                     raise

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from qwen_vl.engine.cache import Cache, Entry
+from qwen_vl.engine.cache import ALIKE, Cache, Entry
 from qwen_vl.engine.image_cache import image_key
 from qwen_vl.engine.requests import Request, TextStream
 from qwen_vl.engine.sampling import RequestGenerator
@@ -109,19 +109,20 @@ class Batch:
         """Tokens that its caches have room for."""
         return self.prefixes.tokens + self.own.tokens
 
-    def add(self, group: Group, budget: int, answer: int, waiting: int) -> bool:
+    def add(self, group: Group, budget: int, answer: int, waiting: list[Group]) -> bool:
         """Gives a group its entries.
 
         Args:
             group: What comes in.
             budget: Tokens that the caches may have room for.
             answer: Tokens that an answer is expected to have.
-            waiting: Groups that wait behind it.
+            waiting: The next of the groups that wait behind it: memory is taken for those of about its length as well.
 
         Returns:
             Whether there was room; an empty batch takes every group.
         """
-        count = max(waiting, len(self.groups)) + 1
+        alike = [other for other in waiting if group.shared * ALIKE <= other.shared <= group.shared]
+        count = 1 + len(alike if waiting else self.groups)
         placed = self._place(group, budget, answer, count, must=False)
         if not placed and not self.groups:
             placed = self._place(group, budget, 1, count, must=True)
