@@ -13,20 +13,16 @@ where it was stopped. The prompts are the templates in data_utils/grow/prompts; 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from data_utils.endpoint import Endpoint
 from data_utils.errors import MMRoleError, run_main
-from data_utils.grow.client import Client, Settings
 from data_utils.grow.plan import Plan, Record, plan_dialogues, plan_people, plan_profile
-from data_utils.grow.run import grow
+from data_utils.grow.run import Settings, grow
 from data_utils.grow.templates import PROMPTS, Templates
 from data_utils.layout import KINDS, SPLITS
-
-INTERRUPTED = 130  # the status of `run_main` after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,10 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if value is not None and value < 1:
             raise MMRoleError("a number must be at least 1", value, f"--{name}", "give a larger number")
     templates = Templates(options.prompts)
-    settings = Settings(
-        options.model, options.base_url, options.max_tokens, options.temperature, options.max_requests,
-        options.max_tokens_total,
-    )  # fmt: skip
+    settings = Settings(options.temperature, options.max_tokens, options.tries, options.workers)
 
     def plan(grown: Mapping[str, Record]) -> list[Plan]:
         if options.command == "profile":
@@ -55,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             most=options.images_per_character, seed=options.seed, overwrite=options.overwrite,
         )  # fmt: skip
 
-    client = Client(settings)
-    by = {"model": options.model, "temperature": options.temperature, "templates": templates.hash}
-    outcome = grow(options.root, plan, client, templates, by, tries=options.tries, workers=options.workers)
-    print(f"{outcome.summary()}; {client.requests:,} requests, {client.tokens:,} tokens")
+    budget = {"max_requests": options.max_requests, "max_tokens_total": options.max_tokens_total}
+    with Endpoint([options.base_url], options.model, **budget) as endpoint:
+        outcome = grow(options.root, plan, endpoint, templates, settings)
+        print(f"{outcome.summary()}; {endpoint.summary()}")
     return 1 if outcome.failed or outcome.left else 0
 
 
@@ -98,9 +91,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
-        status = run_main(main)
-        if status == INTERRUPTED:
-            sys.stdout.flush()
-            os._exit(status)  # an exit would wait for the requests that were given up
-        sys.exit(status)
+    sys.exit(run_main(main))

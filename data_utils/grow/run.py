@@ -13,12 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_utils.endpoint import BudgetSpentError, ChatRequest, Endpoint
 from data_utils.errors import raise_problems
 from data_utils.files import make_folder, write_json, write_text
-from data_utils.grow.client import BudgetSpentError, Client, NoAnswerError
 from data_utils.grow.plan import Plan, Record, check_images, dialogue_number
 from data_utils.grow.templates import Templates
-from data_utils.grow.validation import UnusableError, without_thinking
+from data_utils.grow.validation import UnusableError
 from data_utils.journal import Journal, read_journal
 from data_utils.layout import COCO, dialogues_folder, file_name, profiles_folder
 from data_utils.paths import is_file
@@ -29,6 +29,27 @@ from data_utils.schema import Dialogue, read_rows
 JOURNAL = "grown.jsonl"  # of the data root
 _WRITTEN = "written"  # the key under which stands how many records are in files; keys of plans have a slash
 _SHOWN = 10  # failures that are printed
+
+
+class _NoAnswerError(Exception):
+    """The endpoint gave no answer after all retries."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is asked.
+
+    Attributes:
+        temperature: None is the model's own.
+        max_tokens: Limit of an answer.
+        tries: Answers asked for until one is usable.
+        workers: Requests at once.
+    """
+
+    temperature: float | None = None
+    max_tokens: int = 4096
+    tries: int = 3
+    workers: int = 4
 
 
 @dataclass
@@ -52,23 +73,18 @@ class Outcome:
 def grow(
     root: Path,
     plan: Callable[[Mapping[str, Record]], list[Plan]],
-    client: Client,
+    endpoint: Endpoint,
     templates: Templates,
-    by: Mapping[str, Any],
-    *,
-    tries: int,
-    workers: int,
+    settings: Settings,
 ) -> Outcome:
     """Plan, ask, validate, journal and write.
 
     Args:
         root: The data root to write to.
         plan: Makes the plans, given everything that was grown before by key.
-        client: The model.
+        endpoint: The model.
         templates: The prompts.
-        by: What it is grown with; recorded with each record.
-        tries: Answers asked for until one is usable.
-        workers: Requests at once.
+        settings: How it is asked.
 
     Raises:
         MMRoleError: A plan cannot work, the endpoint refuses all requests, or a file cannot be written.
@@ -80,7 +96,7 @@ def grow(
     make_folder(root, "nothing was started")
     with Journal.open(root / JOURNAL, {}, {}) as journal:
         try:
-            return _Growth(journal, client, templates, by, tries).run(plans, workers)
+            return _Growth(journal, endpoint, templates, settings).run(plans)
         finally:
             _write_files(root, journal)
 
@@ -92,24 +108,24 @@ def _records(entries: Mapping[str, Any]) -> dict[str, Record]:
 class _Growth:
     """Asks in several threads; each journals what passes as soon as it has."""
 
-    def __init__(
-        self, journal: Journal, client: Client, templates: Templates, by: Mapping[str, Any], tries: int
-    ) -> None:
-        self._journal, self._client, self._templates, self._by, self._tries = journal, client, templates, by, tries
+    def __init__(self, journal: Journal, endpoint: Endpoint, templates: Templates, settings: Settings) -> None:
+        self._journal, self._endpoint, self._templates, self._settings = journal, endpoint, templates, settings
+        # Recorded with each record.
+        self._by = {"model": endpoint.model, "temperature": settings.temperature, "templates": templates.hash}
         self._outcome = Outcome()
         self._lock = threading.Lock()
         self._number = max((entry["number"] for entry in journal.entries.values()), default=0)
         self._answers = {_last_words(record): key for key, record in _records(journal.entries).items()}
 
-    def run(self, plans: Sequence[Plan], workers: int) -> Outcome:
+    def run(self, plans: Sequence[Plan]) -> Outcome:
         """Ask for all; see `grow`."""
-        pool = ThreadPoolExecutor(workers)
+        pool = ThreadPoolExecutor(self._settings.workers)
         futures = [pool.submit(self._grow, plan) for plan in plans]
         try:
             for future in tqdm(as_completed(futures), "growing", len(futures), disable=None):
                 future.result()
         except BaseException as error:
-            self._client.stop()
+            self._endpoint.end()
             pool.shutdown(wait=False, cancel_futures=True)
             running = sum(not future.done() for future in futures)
             if isinstance(error, KeyboardInterrupt) and running:
@@ -123,31 +139,36 @@ class _Growth:
     def _grow(self, plan: Plan) -> None:
         problem = ""
         try:
-            for number in range(self._tries):
-                if number and self._client.stopped:
-                    break
+            for _ in range(self._settings.tries):
                 try:
                     return self._keep(plan.key, plan.write(self._ask, self._templates.fill))
                 except UnusableError as error:
-                    problem = str(error)
-        except NoAnswerError as error:  # it was asked often enough
+                    problem = self._endpoint.scrub(str(error))
+        except _NoAnswerError as error:  # the endpoint was asked often enough
             problem = str(error)
         except BudgetSpentError as error:
             with self._lock:
                 self._outcome.left += 1
-                self._outcome.left_because = self._outcome.left_because or self._client.without_key(
-                    str(error) or problem
-                )
+                self._outcome.left_because = self._outcome.left_because or problem or str(error)
             return None
         with self._lock:
-            self._outcome.failed[plan.key] = self._client.without_key(problem)
+            self._outcome.failed[plan.key] = problem
         return None
 
     def _ask(self, system: str, user: str, image: str | None) -> str:
-        return without_thinking(self._client.ask(system, user, image))
+        temperature, max_tokens = self._settings.temperature, self._settings.max_tokens
+        request = ChatRequest(user, system, image, temperature=temperature, max_tokens=max_tokens)
+        reply = self._endpoint.submit(request).result()
+        if reply.error is not None:
+            raise _NoAnswerError(reply.error)
+        if reply.refusal is not None:
+            raise UnusableError(f"the model refused: {reply.refusal}")
+        if reply.cut:
+            raise UnusableError("the answer was cut off at --max_tokens")
+        return reply.text
 
     def _keep(self, key: str, record: Record) -> None:
-        if self._client.holds_key(repr(record)):
+        if self._endpoint.holds_key(repr(record)):
             raise UnusableError("the answer holds the key for the endpoint")
         with self._lock:
             words = _last_words(record)

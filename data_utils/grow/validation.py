@@ -54,12 +54,6 @@ class DetailedProfile(BaseModel):
 _TURNS = TypeAdapter(Annotated[list[SaidTurn], Field(min_length=2)])
 
 
-def without_thinking(answer: str) -> str:
-    """Return what follows a reasoning model's thoughts, up to `</think>`; nothing if these were cut off."""
-    rest = answer.rpartition("</think>")[2]
-    return "" if rest.lstrip().startswith("<think>") else rest
-
-
 def read_turns(answer: str, speakers: Sequence[str]) -> list[dict[str, str]]:
     """Return the turns of a dialogue, in the published form.
 

@@ -35,7 +35,7 @@ class Site:
 
 def text_of(request: dict[str, Any]) -> str:
     content = request["messages"][1]["content"]
-    return content if isinstance(content, str) else content[0]["text"]
+    return content if isinstance(content, str) else next(part["text"] for part in content if part["type"] == "text")
 
 
 def good_answer(request: dict[str, Any], number: int) -> str:

@@ -18,12 +18,11 @@ import pytest
 from PIL import Image
 
 from data_utils.check.roots import check_roots
+from data_utils.endpoint import Endpoint
 from data_utils.errors import MMRoleError, ProblemsError, run_main
 from data_utils.files import read_json
-from data_utils.grow import client as client_module
 from data_utils.grow import run as run_module
 from data_utils.grow.__main__ import main
-from data_utils.grow.client import Client, NoAnswerError, Settings
 from data_utils.grow.plan import image_url
 from data_utils.grow.templates import PROMPTS, Templates
 from data_utils.grow.validation import (
@@ -33,7 +32,6 @@ from data_utils.grow.validation import (
     read_detailed_profile,
     read_summary,
     read_turns,
-    without_thinking,
 )
 from data_utils.network import PROXIES
 from data_utils.roots import Characters, read_profiles
@@ -43,7 +41,6 @@ from tests.data_utils.scripted_endpoint import (
     PARTS,
     SECRET,
     SUMMARY,
-    Handler,
     Site,
     good_answer,
     serving,
@@ -61,7 +58,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(client_module, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("data_utils.endpoint.random.uniform", lambda *_: 0.01)  # the wait before a retry
     with serving() as found:
         yield found
 
@@ -111,14 +108,14 @@ def test_dialogues_of_the_three_kinds(site: Site, demo: Path, tmp_path: Path, ca
     assert len(samples) == sum(1 if "from" in t else t["role"] != "human" for r in rows for t in r["conversations"]) - 2
     assert "6 grown, 0 failed, 0 left" in capsys.readouterr().out
     request = site.asked[0]
-    url = request["messages"][1]["content"][1]["image_url"]["url"]
+    url = next(part["image_url"]["url"] for part in request["messages"][1]["content"] if "image_url" in part)
     sent = base64.b64decode(url.partition(",")[2])
     assert sent in {(demo / "images" / image).read_bytes() for image in images}
     assert any(cast.profiles[name] in text_of(request) for request in site.asked)
 
 
 FAULTS = [
-    'say <think>[{"speaker": "x"}]',
+    'say <think>Maybe [{"speaker": "x"}]',
     "429",
     "500",
     "503",
@@ -266,7 +263,8 @@ def test_key_in_an_answer_is_nowhere(
     site.faults = [LEAKS[leak]] * times
     kind = "comment" if leak == "comment" else "human-role"
     flags = ["--characters", min(cast.profiles), "--images_per_character", "1", "--kinds", kind]
-    for status in [0] if times == 1 else [1, 1]:  # the second time a journal's reasons are there already
+    # What is escaped comes to light when the answer is read, which asks again; the rest waits for the next run.
+    for status in [1, 1] if times > 1 else [0] if leak == "escaped" else [1, 0]:
         assert grow_dialogues(site, demo, tmp_path, *flags) == status
     told = capfd.readouterr()
     assert SECRET not in told.out + told.err
@@ -286,18 +284,13 @@ def test_escaped_key_in_a_dialogue_is_nowhere(site: Site, demo: Path, tmp_path: 
     assert SECRET not in (tmp_path / "grown.jsonl").read_text(encoding="utf-8")
 
 
-def test_a_word_for_a_key_may_be_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "picture")  # of a server that asks for none
-    assert "picture" in Client(Settings("m", site.url)).ask("s", "u")
-
-
 def interrupt_after(
     site: Site, count: int, answer: Callable[[dict[str, Any]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C when so many requests have come, which are answered only after it."""
     arrived, lock, stopped = [], threading.Lock(), threading.Event()
-    stop = Client.stop
-    monkeypatch.setattr(Client, "stop", lambda client: (stop(client), stopped.set()))
+    end = Endpoint.end
+    monkeypatch.setattr(Endpoint, "end", lambda endpoint: (end(endpoint), stopped.set()))
 
     def wait_and_answer(request: dict[str, Any]) -> str:
         with lock:
@@ -337,40 +330,6 @@ def test_interrupt_asks_for_nothing_again(
     assert dialogues_of(tmp_path) == []
 
 
-def test_nothing_is_asked_again_after_a_stop(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_WAIT", 600.0)
-    site.faults = ["500"] * 9
-    client = Client(Settings("m", site.url))
-    client.stop()
-    with pytest.raises(NoAnswerError, match="500"):
-        client.ask("s", "u")
-    assert len(site.asked) == 1
-
-
-def test_endpoint_that_stays_broken(site: Site) -> None:
-    site.faults = ["500"] * 20
-    client = Client(Settings("m", site.url, attempts=3))
-    with pytest.raises(NoAnswerError, match="500"):
-        client.ask("s", "u")
-    assert (client.requests, client.tokens) == (3, 0)
-
-
-def test_newer_name_of_the_limit(site: Site) -> None:
-    client = Client(Settings("new-model", site.url, max_tokens=77))
-    assert "picture" in client.ask("s", "u")
-    assert "picture" in client.ask("s", "u")
-    limits = [("max_tokens" in r, r.get("max_completion_tokens")) for r in site.asked]
-    assert limits == [(True, None), (False, 77), (False, 77)]
-
-
-def test_a_socks_proxy_without_its_package_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_utils.network.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
-    with pytest.raises(MMRoleError, match="SOCKS proxy") as caught:
-        Client(Settings("m", site.url))
-    assert "ALL_PROXY" in str(caught.value) and "httpx[socks]" in str(caught.value)
-
-
 def test_second_interrupt_gives_up(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
     come, over = threading.Event(), threading.Event()
 
@@ -395,22 +354,6 @@ def test_second_interrupt_gives_up(site: Site, demo: Path, tmp_path: Path, cast:
     finally:
         over.set()
         run.kill()
-
-
-@pytest.mark.parametrize(
-    ("key", "url", "words"),
-    [
-        ("", "", "no key"),
-        ("ключ", "", "characters"),
-        (SECRET, "ftp://x", "address"),
-        (SECRET, "http://x:y/", "address"),
-    ],
-)
-def test_endpoint_that_cannot_be(monkeypatch: pytest.MonkeyPatch, key: str, url: str, words: str) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(MMRoleError, match=words) as error:
-        Client(Settings("m", url or None))
-    assert not key or key not in str(error.value)
 
 
 def test_profile_from_a_text(site: Site, tmp_path: Path) -> None:
@@ -625,13 +568,6 @@ def test_turns_are_read_whatever_surrounds_them() -> None:
     for answer in ("", "nothing", "[1, 2", "[" * 100_000):
         with pytest.raises(UnusableError):
             read_turns(answer, ["human", "Ada"])
-
-
-def test_thinking_is_no_part_of_an_answer() -> None:
-    said = json.dumps([turn("human", "a [1]"), turn("Ada", "b")])
-    for thoughts in ('<think>Maybe [{"speaker": "x"}].</think>\n', "Maybe [1, 2].\n</think>\n\n", ""):
-        assert len(read_turns(without_thinking(thoughts + said), ["human", "Ada"])) == 2
-    assert without_thinking("<think>Maybe [1, 2], and then") == ""
 
 
 def dialogue(*said: tuple[str, str]) -> dict[str, Any]:
@@ -849,14 +785,6 @@ def test_templates_with_faults_are_told_at_once(tmp_path: Path) -> None:
     assert "no line ---" not in told
 
 
-@pytest.mark.parametrize("choices", [["x"], None])
-def test_choices_of_another_form(site: Site, choices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    reply = {"id": "1", "object": "chat.completion", "choices": choices}
-    monkeypatch.setattr(Handler, "reply", lambda *_: (200, reply))
-    with pytest.raises(NoAnswerError, match="no chat completion"):
-        Client(Settings("m", site.url, attempts=1)).ask("s", "u")
-
-
 def test_broken_images_are_told_before_any_request(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
     source = Path(shutil.copytree(demo, tmp_path / "source"))
     names = [f"COCO/train2017/{path.name}" for path in sorted((source / "images/COCO/train2017").glob("*.jpg"))[:3]]
@@ -873,11 +801,9 @@ def test_why_the_budget_was_spent(site: Site, demo: Path, tmp_path: Path, cast: 
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
     site.faults = ["not json"] * 9
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_requests", "2") == 1
-    assert "left after this: the endpoint's answer is not JSON" in capsys.readouterr().out
+    assert "left after this: the budget of 2 requests is spent" in capsys.readouterr().out
     site.faults = ["say As an AI, I see nothing."]
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_requests", "1") == 1
     assert "left after this: the model speaks as itself" in capsys.readouterr().out
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_tokens_total", "50") == 1
-    told = capsys.readouterr().out
-    assert "a request reserves" in told
-    assert "more than --max_tokens_total 50" in told
+    assert "the budget of 50 tokens is spent: 0 used" in capsys.readouterr().out
