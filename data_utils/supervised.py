@@ -12,7 +12,7 @@ from data_utils.prompts import TRAINING_SYSTEM as DEFAULT_SYSTEM
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.chat import make_context
 from qwen_vl.loss import IGNORED
-from qwen_vl.tokenization import IMAGE_SPAN
+from qwen_vl.special_tokens import IMAGE_SPAN
 
 _NEXT_LINE = re.compile(r"(?<=\n)(?=\S)")
 

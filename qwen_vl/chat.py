@@ -10,7 +10,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from qwen_vl.images import QwenVLImageProcessor
 from qwen_vl.sampling_params import MAX_NEW_TOKENS, first
-from qwen_vl.tokenization import IMAGE_TAGS, VISION_TAGS, QwenVLTokenizer, picture_label
+from qwen_vl.special_tokens import IMAGE_TAGS, VISION_TAGS
+from qwen_vl.tokenization import QwenVLTokenizer, picture_label
 
 MAX_WINDOW_SIZE = 6144  # tokens
 DEFAULT_SYSTEM = "You are a helpful assistant."

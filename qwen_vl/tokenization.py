@@ -23,6 +23,7 @@ from qwen_vl.checkpoint import (
     read_json_file,
 )
 from qwen_vl.configuration import QwenVLConfig
+from qwen_vl.special_tokens import IMAGE_SPAN, SPECIAL_TOKENS
 
 CONFIG_FILE = "tokenizer_config.json"
 RELEASED_CLASS = "QWenTokenizer"  # what the released tokenizer_config.json calls its class
@@ -31,16 +32,6 @@ RELEASED_CLASS = "QWenTokenizer"  # what the released tokenizer_config.json call
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-VISION_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
-IMAGE_TAGS = ("<img>", "</img>", "<imgpad>")
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *(f"<|extra_{i}|>" for i in range(205)),
-    *VISION_TAGS,
-)
-IMAGE_SPAN = 256  # ids between <img> and </img>, one for each output of the resampler
 
 _LIST_FORMAT = re.compile(r"<(img|ref|box|quad)>(.*?)</\1>", re.DOTALL)
 _LIST_KEYS = {"img": "image", "ref": "ref", "box": "box", "quad": "quad"}

@@ -22,7 +22,7 @@ import qwen_vl
 from data_utils.errors import MMRoleError, run_main
 from data_utils.supervised import preprocess
 from qwen_vl.chat import make_context
-from qwen_vl.tokenization import VISION_TAGS
+from qwen_vl.special_tokens import VISION_TAGS
 
 Case = Mapping[str, Any]
 

@@ -25,7 +25,7 @@ from data_utils.images import file_name_problem
 from data_utils.layout import SPLITS, card_path, file_name
 from data_utils.prompts import HYPOTHETICAL_CHARACTERS
 from data_utils.roots import read_annotations, read_profiles
-from qwen_vl.tokenization import SPECIAL_TOKENS
+from qwen_vl.special_tokens import SPECIAL_TOKENS
 
 # A profile's headings, as the published ones have them, and the fields that they come from.
 SECTIONS = {

@@ -26,8 +26,7 @@ from data_utils.roots import (
     write_annotations,
 )
 from data_utils.samples import build_sample
-from qwen_vl import QwenVLImageProcessor
-from qwen_vl.tokenization import SPECIAL_TOKENS
+from qwen_vl.special_tokens import SPECIAL_TOKENS
 
 QUESTIONS = {
     "English": ("Please tell me what you think of this picture.", "What does this picture remind you of?"),
@@ -197,15 +196,13 @@ def stored_picture(picture: Picture) -> tuple[bytes, str]:
         OSError: The file cannot be read.
         ValueError: It is no picture, is cut short, or has more pixels than Pillow thinks safe.
     """
-    if picture.content is None:
-        QwenVLImageProcessor().load(picture.path)
-        return upright_rgb(picture.path.read_bytes())
+    content = picture.path.read_bytes() if picture.content is None else picture.content
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(picture.content)) as image:
+            with Image.open(io.BytesIO(content)) as image:
                 image.load()
-            return upright_rgb(picture.content)
+            return upright_rgb(content)
     except Exception as error:  # one image's boundary: each of Pillow's decoders fails in its own way
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

@@ -21,7 +21,6 @@ from data_utils.check.roots import as_json, as_text, check_roots, exit_status
 from data_utils.check.samples import LengthMeter
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import write_text
-from qwen_vl import QwenVLTokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +66,8 @@ def _show(text: str) -> None:
 
 
 def _meter(checkpoint: Path, max_length: int) -> LengthMeter:
+    from qwen_vl import QwenVLTokenizer
+
     try:
         return LengthMeter(QwenVLTokenizer.from_pretrained(checkpoint), max_length)
     except (FileNotFoundError, ValueError) as error:

@@ -14,7 +14,7 @@ from data_utils.images import find_image, leads_outside
 from data_utils.paths import UnreadableError, listed
 from data_utils.roots import Characters
 from data_utils.schema import Record, validate_row
-from qwen_vl.tokenization import SPECIAL_TOKENS
+from qwen_vl.special_tokens import SPECIAL_TOKENS
 
 SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 _LEFTOVER = re.compile(r"\{[A-Za-z_]+\}")

@@ -16,7 +16,6 @@ from data_utils.errors import MMRoleError, raise_problems
 from data_utils.images import clashing_images, image_forms, images_below
 from data_utils.layout import COCO, SPLITS
 from data_utils.roots import Characters, root_problems
-from qwen_vl import QwenVLImageProcessor
 
 PARTS = ("dialogues", "profiles", "data", "RM_data")
 
@@ -91,7 +90,10 @@ def _add_characters(checker: Checker, new: Characters) -> None:
 def _check_images(checker: Checker, decode: bool) -> None:
     """Find images that are referred to and missing or broken, and those that nothing refers to."""
     report = checker.report
-    processor = QwenVLImageProcessor()
+    if decode:
+        from qwen_vl import QwenVLImageProcessor
+
+        processor = QwenVLImageProcessor()
     for image, (file, name) in sorted(checker.images.items()):
         report.checked["images referred to"] += 1
         try:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_utils.check.checker import Checker
 from data_utils.errors import MMRoleError
@@ -16,7 +17,10 @@ from data_utils.prompts import picture_line
 from data_utils.roots import dialogue_id
 from data_utils.samples import build_sample
 from data_utils.schema import Named, RewardSample, TestSample, TrainSample, validate_row
-from qwen_vl.tokenization import IMAGE_SPAN, QwenVLTokenizer
+from qwen_vl.special_tokens import IMAGE_SPAN
+
+if TYPE_CHECKING:
+    from qwen_vl import QwenVLTokenizer
 
 _PICTURE_LINE = re.compile(r"Picture 1: <img>images/([^<>\n]*)</img>\n")
 _TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)

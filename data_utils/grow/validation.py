@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from data_utils.prompts import HUMAN
-from qwen_vl.tokenization import SPECIAL_TOKENS
+from qwen_vl.special_tokens import SPECIAL_TOKENS
 
 PARTS = ("introduction", "personality", "experience", "relationship", "catchphrase")
 _LEAST_SUMMARY, _MOST_SUMMARY = 200, 12_000  # characters; published ones have 400 to 5,000

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qwen_vl.chat import DEFAULT_SYSTEM, Query, Turn, cut_answer
-from qwen_vl.tokenization import IMAGE_SPAN, QwenVLTokenizer
+from qwen_vl.special_tokens import IMAGE_SPAN
+from qwen_vl.tokenization import QwenVLTokenizer
 
 
 @dataclass(frozen=True)

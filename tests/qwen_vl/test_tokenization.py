@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_vl.tokenization import SPECIAL_TOKENS, VISION_TAGS, QwenVLTokenizer
+from qwen_vl.special_tokens import SPECIAL_TOKENS, VISION_TAGS
+from qwen_vl.tokenization import QwenVLTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 import qwen_vl
 from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError
-from qwen_vl.tokenization import SPECIAL_TOKENS
+from qwen_vl.special_tokens import SPECIAL_TOKENS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_checkpoint.py"
 SMALL = ["--hidden_size", "128", "--layers", "1", "--vision_layers", "1", "--ranks", "1200"]

@@ -47,3 +47,10 @@ def test_no_file_of_a_tool_hides_a_package() -> None:
     """The tools are started by path, so that Python looks into their folder first."""
     names = {path.stem for path in ROOT.glob("data_utils/*/*.py") if not path.stem.startswith("__")}
     assert not names & (sys.stdlib_module_names | packages_distributions().keys())
+
+
+def test_tools_of_the_data_start_without_torch() -> None:
+    """It takes seconds to import, and few of their settings need it."""
+    tools = ["build", "characters", "check", "download", "export", "grow"]
+    code = f"import sys, importlib\nfor tool in {tools}: importlib.import_module(f'data_utils.{{tool}}.__main__')\n"
+    subprocess.run([sys.executable, "-c", f"{code}assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
