@@ -13,6 +13,12 @@ HUMAN = "human"
 CURIOUS_HUMAN = "a curious human"
 HYPOTHETICAL_CHARACTERS = "Hypothetical Characters"
 CHINESE_SCRIPTS = frozenset({"西游记", "成龙历险记", "中国唐代"})
+HISTORICAL = {"the Renaissance period", "the modern times", "the Ancient Greece period", "中国唐代"}
+FICTIONAL = {
+    *("The Avengers", "X-Men", "Harry Potter", "Toy Story", "Friends", "The Big Bang Theory"),
+    *("西游记", "成龙历险记"),
+}
+CATEGORIES = ("fictional", "historical or public", "hypothetical", "other")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,15 @@ class ImageInformation:
 def prompt_language(script: str) -> str:
     """Return the language that a character of a script must answer in."""
     return "Chinese" if script in CHINESE_SCRIPTS else "English"
+
+
+def category(script: str) -> str:
+    """Return the category of a script's characters in the paper's table; "other" for scripts that it does not have."""
+    if script == HYPOTHETICAL_CHARACTERS:
+        return "hypothetical"
+    if script in HISTORICAL:
+        return "historical or public"
+    return "fictional" if script in FICTIONAL else "other"
 
 
 def picture_line(image: str) -> str:

@@ -15,9 +15,9 @@ from data_utils.errors import MMRoleError
 from finetune.arguments import LoraArguments, Options, TrainingArguments
 from qwen_vl import QwenVLForCausalLM
 from qwen_vl.checkpoint import read_json_file
+from qwen_vl.loading import NOT_QUANTIZED
 
 # Prefixes of modules that a base in four bits keeps whole: the tower with its resampler, and the head.
-NOT_QUANTIZED = ["transformer.visual", "lm_head"]
 
 
 def load_model(options: Options) -> nn.Module:

@@ -9,14 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_utils.layout import KINDS, SPLITS
-from data_utils.prompts import HYPOTHETICAL_CHARACTERS
+from data_utils.prompts import CATEGORIES
 
-HISTORICAL = {"the Renaissance period", "the modern times", "the Ancient Greece period", "中国唐代"}
-FICTIONAL = {
-    *("The Avengers", "X-Men", "Harry Potter", "Toy Story", "Friends", "The Big Bang Theory"),
-    *("西游记", "成龙历险记"),
-}
-CATEGORIES = ("fictional", "historical or public", "hypothetical", "other")
 LONG = 2048  # tokens from which rotary base and log-n attention change
 
 
@@ -57,15 +51,6 @@ class Card:
     images: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
     unit: str = "characters"
     notes: list[str] = field(default_factory=list)
-
-
-def category(script: str) -> str:
-    """Return the category of a script's characters in the paper's table; "other" for scripts that it does not have."""
-    if script == HYPOTHETICAL_CHARACTERS:
-        return "hypothetical"
-    if script in HISTORICAL:
-        return "historical or public"
-    return "fictional" if script in FICTIONAL else "other"
 
 
 def markdown(card: Card, name: str, plots: Mapping[str, bytes]) -> str:

@@ -13,10 +13,11 @@ from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import write_bytes, write_text
 from data_utils.images import find_image, images_below
 from data_utils.layout import KINDS, SPLITS, file_of_tests, paths_of_tests
+from data_utils.prompts import category
 from data_utils.roots import Characters, DataRoots, dialogue_files
 from data_utils.samples import iterate_samples
 from data_utils.schema import TestSample
-from data_utils.stats.card import Card, Dialogues, Lengths, category, markdown
+from data_utils.stats.card import Card, Dialogues, Lengths, markdown
 from data_utils.supervised import LengthCounter
 from qwen_vl import QwenVLTokenizer
 

@@ -25,8 +25,7 @@ from data_utils.layout import (
     reviews_folder,
 )
 from data_utils.paths import UnreadableError, is_folder, is_there, listed
-from data_utils.prompts import prompt_language
-from data_utils.stats.card import category
+from data_utils.prompts import category, prompt_language
 from eval.judging.metrics import METRIC_NAMES
 from eval.judging.prompt import is_reviewable
 from eval.judging.scores import read_record

@@ -17,12 +17,12 @@ from PIL import Image
 from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError, ProblemsError
 from data_utils.layout import KINDS
-from data_utils.prompts import SYSTEM_MESSAGE
+from data_utils.prompts import CATEGORIES, SYSTEM_MESSAGE, category
 from data_utils.roots import DataRoots
 from data_utils.samples import training_samples
 from data_utils.stats import __main__ as stats
 from data_utils.stats import plots as stats_plots
-from data_utils.stats.card import CATEGORIES, Card, Lengths, category, markdown
+from data_utils.stats.card import Card, Lengths, markdown
 from data_utils.stats.measure import collect, write_card
 from data_utils.supervised import LengthCounter
 from qwen_vl import QwenVLTokenizer
