@@ -17,8 +17,6 @@ from qwen_vl import QwenVLForCausalLM
 from qwen_vl.checkpoint import read_json_file
 from qwen_vl.loading import NOT_QUANTIZED
 
-# Prefixes of modules that a base in four bits keeps whole: the tower with its resampler, and the head.
-
 
 def load_model(options: Options) -> nn.Module:
     """Loads the base in training precision, marks what trains, and puts adapters on it if that is asked for.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from finetune.arguments import LoraArguments
-from finetune.model import NOT_QUANTIZED, adapter_weights, add_adapters, placement, target_problems
-from qwen_vl import QwenVLForCausalLM
+from finetune.model import adapter_weights, add_adapters, freeze, placement, target_problems, trainable_names
+from qwen_vl import QwenVLConfig, QwenVLForCausalLM
+from qwen_vl.loading import NOT_QUANTIZED
+from tests.golden_checkpoint import GOLDEN
 from tests.qwen_vl.conftest import small_config
 
 
@@ -33,6 +37,18 @@ def bare() -> QwenVLForCausalLM:
     """A model without weights."""
     with torch.device("meta"):
         return QwenVLForCausalLM(small_config())
+
+
+def test_what_trains_is_the_published_set(tmp_path: Path) -> None:
+    expected = json.loads((GOLDEN / "trainable.json").read_text())
+    (tmp_path / "generation_config.json").write_text('{"chat_format": "chatml"}')
+    config = QwenVLConfig.from_dict(json.loads((GOLDEN / "tiny_a.json").read_text())["config"])
+    with torch.device("meta"):
+        full, base = QwenVLForCausalLM(config), QwenVLForCausalLM(config)
+        freeze(full, SimpleNamespace(fix_vit=True))
+        adapted = add_adapters(base, LoraArguments(), base=tmp_path)
+    assert trainable_names(full) == expected["full"]
+    assert trainable_names(adapted) == expected["lora"]
 
 
 def test_four_bits_are_for_the_decoder_alone(bare: QwenVLForCausalLM) -> None:

@@ -23,14 +23,15 @@ from finetune.finetune import main
 from finetune.trainer import WarmupRate
 from tests.conftest import ROOT
 from tests.finetune.conftest import SECONDS, Data, losses, report
+from tests.golden_checkpoint import GOLDEN
 from tests.processes import run_group
 
 Flags = Callable[..., list[str]]
 SAME = {"rel": 1e-5}
 
 
-def published_schedule(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "golden" / "train" / "published_schedule.json").read_text())
+def published_schedule() -> dict[str, Any]:
+    return json.loads((GOLDEN / "published_schedule.json").read_text())
 
 
 def script(name: str, base: Path, data: Data, out: Path, *flags: str, **settings: str) -> str:
@@ -60,8 +61,8 @@ def group_mean(base: Path, data: Data, group: int) -> float:
 
 
 @pytest.mark.parametrize("kind", ["agent", "reward_model", "small"])
-def test_the_schedule_is_the_published_one(shared: Path, kind: str) -> None:
-    expected = published_schedule(shared)[kind]
+def test_the_schedule_is_the_published_one(kind: str) -> None:
+    expected = published_schedule()[kind]
     rate = WarmupRate(expected["warmup_updates"])
     found = [expected["peak"] * rate(update) for update in range(expected["updates"])]
     used = expected.get("used") or expected["used_first_40"]
@@ -70,9 +71,9 @@ def test_the_schedule_is_the_published_one(shared: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "updates"), [("agent", 1002), ("reward_model", 900)])
-def test_the_warm_up_is_a_hundredth_of_the_updates(flags: Flags, shared: Path, recipe: str, updates: int) -> None:
+def test_the_warm_up_is_a_hundredth_of_the_updates(flags: Flags, recipe: str, updates: int) -> None:
     training = parse_arguments(flags(recipe=recipe, global_batch_size=8))[0].training
-    assert training.get_warmup_steps(updates) == published_schedule(shared)[recipe]["warmup_updates"]
+    assert training.get_warmup_steps(updates) == published_schedule()[recipe]["warmup_updates"]
 
 
 @pytest.mark.slow
