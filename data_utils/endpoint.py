@@ -140,7 +140,7 @@ class Endpoint:
         self._key = _key(key_env, self._urls)
         self._key_env, self._timeout, self._attempts, self._first_wait = key_env, timeout, attempts, first_wait
         self._max_requests, self._max_tokens = max_requests, max_tokens_total
-        self._limit = float(_START)
+        self.concurrency = float(_START)
         self._active = self._reserved = self._episode = 0
         self._resume_at = 0.0
         self._fatal: Exception | None = None
@@ -162,7 +162,7 @@ class Endpoint:
     @property
     def limit(self) -> int:
         """How many requests may be under way at present."""
-        return int(self._limit)
+        return int(self.concurrency)
 
     def submit(self, request: ChatRequest) -> Future[ChatReply]:
         """Sends a request as soon as there is room for it.
@@ -219,7 +219,7 @@ class Endpoint:
                 used = reply.tokens
                 if not reply.error:
                     self.answered += 1
-                    self._limit = min(self._limit + 1 / self._limit, _MOST)
+                    self.concurrency = min(self.concurrency + 1 / self.concurrency, _MOST)
                 return reply
             except _RetryError as error:
                 problem = self.scrub(str(error))
@@ -229,7 +229,7 @@ class Endpoint:
                     busy += 1
                     if episode == self._episode:  # sent since the last fall: what was under way then tells nothing new
                         self._episode += 1
-                        self._limit = max(self._limit * 0.8, 1.0)
+                        self.concurrency = max(self.concurrency * 0.8, 1.0)
                 else:
                     failures += 1
                 wait = error.wait
@@ -244,7 +244,7 @@ class Endpoint:
             if self._ending:
                 break
             if failures < self._attempts and busy < _MOST_BUSY:
-                await self._pause(wait)
+                await self.pause(wait)
         if not self.answered and failures and not connected:
             fix = "start the server, or check the URL; run the same command again to go on"
             self._fatal = MMRoleError("the endpoint cannot be reached", problem, self._place(request), fix)
@@ -255,7 +255,7 @@ class Endpoint:
     async def _enter(self, estimate: int, problem: str) -> None:
         """Waits until a request may be sent, and counts it."""
         while (pause := self._resume_at - time.monotonic()) > 0 and not self._ending and self._fatal is None:
-            await self._pause(pause)
+            await self.pause(pause)
         async with self._changed:
             await self._changed.wait_for(
                 lambda: (
@@ -287,7 +287,7 @@ class Endpoint:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _pause(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> None:
         """Sleeps, but not beyond the end of everything."""
         end = time.monotonic() + seconds
         while not self._ending and self._fatal is None and (left := end - time.monotonic()) > 0:
@@ -362,7 +362,7 @@ class Endpoint:
             await self._fail(MMRoleError(f"the endpoint refuses (status {status})", text, self._place(request), fix))
         if status in _RETRY or status >= 500:
             headers = error.response.headers
-            raise _RetryError(f"status {status}: {text}", wait=_wait_of(headers), busy=status == 429)
+            raise _RetryError(f"status {status}: {text}", wait=wait_of(headers), busy=status == 429)
         return ChatReply(error=f"status {status}: {text}")
 
     async def _fail(self, error: MMRoleError) -> None:
@@ -457,7 +457,7 @@ class _RetryError(Exception):
         self.wait, self.busy, self.learned, self.connected = wait, busy, learned, connected
 
 
-def _wait_of(headers: Mapping[str, str]) -> float | None:
+def wait_of(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that an error's headers ask for, within reason, or None if they do not say."""
     found = [_number(headers.get("retry-after-ms"), 0.001), _after(headers.get("retry-after"))]
     spent = [kind for kind in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{kind}") == "0"]

@@ -328,7 +328,7 @@ class SupervisedTrainer(Trainer):
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if grad_norm is not None and not math.isfinite(grad_norm):
             self._overflows += 1
-            if not self._step_was_skipped() or self._overflows > MOST_OVERFLOWS:
+            if not self.step_was_skipped() or self._overflows > MOST_OVERFLOWS:
                 raise _not_finite("gradient norm", float(grad_norm), self._step_ids, self.state.global_step)
             grad_norm = None  # nothing was updated with it, and JSON knows no infinity
         else:
@@ -337,7 +337,7 @@ class SupervisedTrainer(Trainer):
         kwargs["learning_rate"] = None
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
-    def _step_was_skipped(self) -> bool:
+    def step_was_skipped(self) -> bool:
         """Whether float16's loss scale was too large and is now halved: normal in the first steps."""
         return self.args.fp16 and self.accelerator.optimizer_step_was_skipped
 

@@ -81,7 +81,7 @@ class _InOrder(Sampler[list[int]]):
 def _train(options: argparse.Namespace) -> dict[str, Any]:
     released = options.way == "released"
     model, tokenizer = load_or_draw(options)
-    _prepare(model, options)
+    prepare(model, options)
     rows = read_json(options.rows_file)
     data = SupervisedDataset(rows, tokenizer, data_root=options.data_root, max_length=options.max_length)
     collate = PaddedCollator(tokenizer.pad_token_id, options.max_length) if released else PackedCollator()
@@ -112,7 +112,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
     return _figures(model, options, counts, waited, total, losses)
 
 
-def _prepare(model: Any, options: argparse.Namespace) -> None:
+def prepare(model: Any, options: argparse.Namespace) -> None:
     """What trains, as the released scripts say: the decoder and the resampler, or LoRA."""
     model.train()
     if options.layers:

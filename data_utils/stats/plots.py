@@ -41,12 +41,12 @@ def draw_plots(card: Card) -> dict[str, bytes]:
         "lengths.png": _lengths(card),
         "images.png": _images(card),
     }
-    return {name: _png(figure) for name, figure in plots.items() if figure is not None}
+    return {name: png(figure) for name, figure in plots.items() if figure is not None}
 
 
 def label(name: str, number: int) -> str:
     """Return a name as it can be drawn: shortened, and in Latin letters if no installed font has its characters."""
-    fonts = [get_font(fontManager.findfont(FontProperties(family=family))) for family in _families()]
+    fonts = [get_font(fontManager.findfont(FontProperties(family=family))) for family in font_families()]
     if not all(any(font.get_char_index(ord(c)) for font in fonts) for c in name):
         name = _ENGLISH.get(name, f"row {number} of the table")
     name = name.replace("_", " ")
@@ -176,16 +176,18 @@ def _finish_bars(axes: Axes, unit: str) -> None:
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     for text in axes.get_yticklabels():
-        text.set_fontfamily(_families())
+        text.set_fontfamily(font_families())
         text.set_parse_math(False)
 
 
-def _families() -> Sequence[str]:
+def font_families() -> Sequence[str]:
+    """Return the fonts to draw with: the default, then installed ones with Chinese characters."""
     installed = {font.name for font in fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in _CJK_FONTS if name in installed)]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file)
     return file.getvalue()

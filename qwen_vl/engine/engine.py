@@ -48,6 +48,12 @@ class BatchGenerator:
         window: Requests that `run` looks at at once to find common prefixes; no more than that are held in memory.
         share_prefixes: False computes every prompt alone.
 
+    Attributes:
+        batch: What is in flight.
+        forward: The decoder's passes over the batch.
+        images: Features of the latest images.
+        statistics: Counts since the engine was made.
+
     Raises:
         ValueError: The checkpoint's generation settings ask for something that the engine does not support.
     """
@@ -77,15 +83,15 @@ class BatchGenerator:
         self.window, self.share_prefixes = window, share_prefixes
         config = model.config
         shape = config.num_hidden_layers, config.num_attention_heads, config.kv_channels, model.dtype, model.device
-        self._batch = Batch(Cache(*shape), Cache(*shape))
+        self.batch = Batch(Cache(*shape), Cache(*shape))
         self.max_batch_tokens = max_batch_tokens or self._tokens_that_fit()
         self.statistics = Statistics()
         self._incoming: list[Sequence] = []  # not in groups yet
         self._waiting: list[Group] = []
         self._memory_limit = math.inf  # tokens; what out-of-memory errors have left of the budget
         self._added = 0
-        self._forward = BatchForward(model)
-        self._images = ImageCache(self._forward.encode_images, QwenVLImageProcessor(config.visual["image_size"]))
+        self.forward = BatchForward(model)
+        self.images = ImageCache(self.forward.encode_images, QwenVLImageProcessor(config.visual["image_size"]))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Yields one result per request, as they finish; a request that cannot be answered fails alone.
@@ -128,7 +134,7 @@ class BatchGenerator:
     @property
     def unfinished(self) -> int:
         """Requests that wait or are in flight."""
-        return self._waiting_requests + len(self._batch.sequences)
+        return self._waiting_requests + len(self.batch.sequences)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -146,7 +152,7 @@ class BatchGenerator:
             self._admit(admitted, events)
             if admitted:
                 self._prefill(admitted, events)
-            elif self._batch.groups:
+            elif self.batch.groups:
                 self._decode(events)
             if self.statistics.out_of_memory:
                 self._memory_limit *= 1 + RECOVERY / self.statistics.out_of_memory
@@ -158,7 +164,7 @@ class BatchGenerator:
         return events
 
     @property
-    def _budget(self) -> int:
+    def budget(self) -> int:
         """Tokens whose keys and values may be held now."""
         return int(min(self.max_batch_tokens, self._memory_limit))
 
@@ -208,7 +214,7 @@ class BatchGenerator:
 
     def _admit(self, admitted: list[Group], events: list[Event]) -> None:
         """Moves waiting groups into the batch, as many as one prefill takes; those without their images fail."""
-        batch, tokens = self._batch, 0
+        batch, tokens = self.batch, 0
         while self._waiting and not (batch.crowded and batch.groups):
             group = self._waiting[0]
             rows = len(batch.sequences)
@@ -218,9 +224,7 @@ class BatchGenerator:
                 return
             try:
                 group.features, broken = self._features(group)
-                placed = not broken and batch.add(
-                    group, self._budget, self._answer_length(), self._waiting[1:LOOKAHEAD]
-                )
+                placed = not broken and batch.add(group, self.budget, self._answer_length(), self._waiting[1:LOOKAHEAD])
             except RuntimeError as error:
                 if not batch.groups or not is_out_of_memory(error):
                     raise
@@ -247,11 +251,11 @@ class BatchGenerator:
         images = [image for member in group.members for image in member.images]
         upcoming = (i for g in self._waiting[: image_cache.AT_ONCE] for member in g.members for i in member.images)
         try:
-            return self._images.of(images, upcoming)
+            return self.images.of(images, upcoming)
         except RuntimeError as error:
-            if self._batch.groups or not is_out_of_memory(error):
+            if self.batch.groups or not is_out_of_memory(error):
                 raise
-        return self._images.of(images, one_by_one=True)
+        return self.images.of(images, one_by_one=True)
 
     def _answer_length(self) -> int:
         """Tokens that an answer is expected to have: somewhat more than the mean so far."""
@@ -260,25 +264,25 @@ class BatchGenerator:
         return max(-(-int(mean * 1.25) // ROOM_STEP), 1) * ROOM_STEP
 
     def _prefill(self, groups: list[Group], events: list[Event]) -> None:
-        rows, logits = self._forward.prefill(groups)
+        rows, logits = self.forward.prefill(groups)
         stats = self.statistics
         stats.prompt_tokens += sum(len(member) for _, member in rows)
         stats.prefilled_tokens += sum(group.prefill_tokens for group in groups)
-        stats.images = self._images.encoded
-        stats.peak_rows = max(stats.peak_rows, len(self._batch.sequences))
-        stats.peak_cache_tokens = max(stats.peak_cache_tokens, self._batch.tokens)
+        stats.images = self.images.encoded
+        stats.peak_rows = max(stats.peak_rows, len(self.batch.sequences))
+        stats.peak_cache_tokens = max(stats.peak_cache_tokens, self.batch.tokens)
         self._take_tokens(rows, logits, events)
         for group in groups:
             group.features = {}
 
     def _decode(self, events: list[Event]) -> None:
-        batch, stats = self._batch, self.statistics
+        batch, stats = self.batch, self.statistics
         back: list[Sequence] = []
         try:
-            batch.make_room(self._budget, back)
+            batch.make_room(self.budget, back)
         finally:
             self._waiting[:0] = self._grouped(back)
-        logits = self._forward.step(batch)
+        logits = self.forward.step(batch)
         rows = [(group, member) for group in batch.groups for member in group.members]
         stats.steps += 1
         stats.read_tokens += sum(group.shared for group in batch.groups)
@@ -298,13 +302,13 @@ class BatchGenerator:
             event = _failure(member, NO_NUMBERS) if token is None else _event(member, token)
             events.append(event)
             if event.result:
-                self._batch.finish(group, member)
+                self.batch.finish(group, member)
 
     def _recover(self, admitted: list[Group], events: list[Event]) -> None:
         """After an out-of-memory error: what was to be prefilled, else the younger half, waits again."""
         self.statistics.out_of_memory += 1
-        batch = self._batch
-        self._memory_limit = max((batch.tokens or self._budget) // 2, 1)
+        batch = self.batch
+        self._memory_limit = max((batch.tokens or self.budget) // 2, 1)
         logger.warning(
             "out of memory with %d requests in flight: going on with at most %d tokens",
             len(batch.sequences),
@@ -334,9 +338,9 @@ class BatchGenerator:
         """Takes out the sequences that `unwanted` is true for; returns whether there were any."""
         before = self.unfinished
         self._incoming = [sequence for sequence in self._incoming if not unwanted(sequence)]
-        for group in self._batch.groups[:]:
+        for group in self.batch.groups[:]:
             for member in [member for member in group.members if unwanted(member)]:
-                self._batch.finish(group, member)
+                self.batch.finish(group, member)
         for group in [group for group in self._waiting if any(map(unwanted, group.members))]:
             place = self._waiting.index(group)
             self._waiting[place : place + 1] = self._grouped([m for m in group.members if not unwanted(m)])
@@ -348,9 +352,9 @@ class BatchGenerator:
         activations = self.prefill_tokens * (8 * config.hidden_size + 2 * config.intermediate_size) * max(item, 4)
         logits = 4 * self.max_rows * config.vocab_size * 4
         left = free_bytes(self.model.device) - activations - logits
-        if left < self._batch.own.token_bytes * config.seq_length:
+        if left < self.batch.own.token_bytes * config.seq_length:
             logger.warning("little memory is left beside the model: requests are answered one at a time")
-        return max(int(left / self._batch.own.token_bytes), 1)
+        return max(int(left / self.batch.own.token_bytes), 1)
 
 
 def _event(member: Sequence, token: int) -> Event:

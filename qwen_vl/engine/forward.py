@@ -81,7 +81,7 @@ class BatchForward:
         features = {key: feature for group in groups for key, feature in group.features.items()}
         hidden = self._spans(spans, features, attend)
         last = np.cumsum([end - start for _, start, end in spans])[ends] - 1
-        return rows, self._head(hidden[torch.from_numpy(last).to(self.device)])
+        return rows, self.head(hidden[torch.from_numpy(last).to(self.device)])
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Feeds the last token of every sequence in the batch.
@@ -104,13 +104,13 @@ class BatchForward:
         positions = torch.tensor([len(member) - 1 for member in members], device=self.device)
         embeds = self.model.transformer.wte(tokens)[None]  # (1, n, C)
         rows = torch.tensor([self._frequency_row(member.alpha) for member in members], device=self.device)
-        return self._head(self._layers(embeds, positions, rows, attend)[0])
+        return self.head(self._layers(embeds, positions, rows, attend)[0])
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Features (N, 256, C) of images (N, 3, size, size)."""
         return self.model.transformer.visual(pixels.to(self.device)).to(self.model.dtype)
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) of (n, C), in memory that is kept: on a CPU, fresh pages cost nearly as much as the product."""
         head = self.model.lm_head
         if self.device.type != "cpu" or type(head) is not LanguageHead:

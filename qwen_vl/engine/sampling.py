@@ -35,7 +35,7 @@ class RequestGenerator:
         while self._drawn < draw:
             _skip(self._generator, size)
             self._drawn += 1
-        if not _skips_by_uniform(self._device):
+        if not skips_by_uniform(self._device):
             count = size
         values = torch.empty(count, device=self._device).exponential_(1, generator=self._generator)
         _skip(self._generator, size - count)
@@ -45,14 +45,14 @@ class RequestGenerator:
 
 def _skip(generator: torch.Generator, size: int) -> None:
     """Puts a generator where drawing `size` exponential variates would put it."""
-    if size and _skips_by_uniform(generator.device):
+    if size and skips_by_uniform(generator.device):
         torch.empty(size, dtype=torch.float64).uniform_(generator=generator)  # a quarter of the time
     elif size:
         torch.empty(size, device=generator.device).exponential_(1, generator=generator)
 
 
 @lru_cache
-def _skips_by_uniform(device: torch.device) -> bool:
+def skips_by_uniform(device: torch.device) -> bool:
     """Whether uniform doubles use as much of a generator as exponential variates do, one by one: so it is on a CPU."""
     if device.type != "cpu":
         return False
@@ -109,7 +109,7 @@ def choose(
         row = sampled[places[place]]
         generator, draw = draws[row]
         if exact:
-            tokens[row] = _exact_choice(logits[row], settings[row], generator.variates(draw, size, size), used)
+            tokens[row] = exact_choice(logits[row], settings[row], generator.variates(draw, size, size), used)
         elif count == 1:
             tokens[row] = first
         else:
@@ -190,7 +190,7 @@ def _largest_ratio(scores: torch.Tensor, variates: torch.Tensor) -> torch.Tensor
     return (scores.softmax(-1) / variates).masked_fill_(scores == -torch.inf, -1).argmax(-1)
 
 
-def _exact_choice(logits: torch.Tensor, setting: SamplingSettings, variates: torch.Tensor, used: int) -> int:
+def exact_choice(logits: torch.Tensor, setting: SamplingSettings, variates: torch.Tensor, used: int) -> int:
     """The draw of one row (V,), by the arithmetic of transformers' temperature, top-k and top-p, step by step."""
     scores = logits.float()[None] / setting.temperature
     scores[:, used:] = -torch.inf

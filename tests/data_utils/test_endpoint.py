@@ -181,7 +181,7 @@ def test_the_number_of_requests_under_way_falls_once_an_episode_and_grows_again(
 
     site.chat = chat
     assert {reply.text for reply in ask(site, *[ChatRequest("hello")] * 20)} == {"fine"}
-    limit = site.endpoint._limit
+    limit = site.endpoint.concurrency
     assert 16 < limit < 18
     assert len(site.chats) == 40
 
@@ -193,7 +193,7 @@ def test_retry_after_is_waited_for_by_all(site: Site, monkeypatch: pytest.Monkey
         pauses.append(seconds)
         self._resume_at = 0.0
 
-    monkeypatch.setattr(Endpoint, "_pause", pause)
+    monkeypatch.setattr(Endpoint, "pause", pause)
     site.chat = scripted(refusal(429, "slow down", headers={"Retry-After": "40"}), "fine")
     ask(site)
     assert 39 < pauses[0] <= 40
@@ -213,7 +213,7 @@ def test_retry_after_is_waited_for_by_all(site: Site, monkeypatch: pytest.Monkey
     ],
 )
 def test_waits_that_headers_ask_for(headers: dict[str, str], seconds: float | None) -> None:
-    assert module._wait_of(headers) == seconds
+    assert module.wait_of(headers) == seconds
 
 
 def test_budgets_stop_before_the_next_request(site: Site) -> None:

@@ -244,7 +244,7 @@ def test_longest_samples_are_not_piled_up_in_the_last_bin(monkeypatch: pytest.Mo
     card = Card(unit="tokens", scripts=[("in-distribution", "x", "other", ["a"])])
     card.samples["training", "comment"] = Lengths([*range(1000), *[90_000] * 3], [10] * 1003)
     figures = []
-    monkeypatch.setattr(stats_plots, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(stats_plots, "png", lambda figure: figures.append(figure) or b"")
     stats_plots.draw_plots(card)
     prompts, answers = next(figure.axes for figure in figures if len(figure.axes) == 2)
     assert prompts.get_xlabel() == "tokens (4 longer ones not shown)"
@@ -257,7 +257,7 @@ def test_all_of_few_samples_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(unit="tokens", scripts=[("in-distribution", "x", "other", ["a"])])
     card.samples["training", "comment"] = Lengths([*range(100), 5_000], [10] * 101)
     figures = []
-    monkeypatch.setattr(stats_plots, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(stats_plots, "png", lambda figure: figures.append(figure) or b"")
     stats_plots.draw_plots(card)
     prompts, _ = next(figure.axes for figure in figures if len(figure.axes) == 2)
     assert prompts.get_xlabel() == "tokens"
@@ -268,7 +268,7 @@ def test_sources_whose_short_names_are_the_same_have_bars_of_their_own(monkeypat
     card = Card(unit="tokens", scripts=[("in-distribution", "x", "other", ["a"])])
     card.images = {name: (5 - place, 3, 0, 5) for place, name in enumerate(names)}
     figures = []
-    monkeypatch.setattr(stats_plots, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(stats_plots, "png", lambda figure: figures.append(figure) or b"")
     stats_plots.draw_plots(card)
     (axes,) = figures[-1].axes
     assert [text.get_text() for text in axes.get_yticklabels()] == [f"{'a' * 27}…"] * 2
@@ -276,7 +276,7 @@ def test_sources_whose_short_names_are_the_same_have_bars_of_their_own(monkeypat
 
 
 def test_names_that_no_font_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats_plots, "_families", lambda: ["DejaVu Sans"])
+    monkeypatch.setattr(stats_plots, "font_families", lambda: ["DejaVu Sans"])
     assert stats_plots.label("西游记", 4) == "Journey to the West"
     assert stats_plots.label("我的世界", 4) == "row 4 of the table"
     assert stats_plots.label("the_modern_times", 4) == "the modern times"

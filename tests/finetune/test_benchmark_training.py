@@ -16,5 +16,5 @@ def test_recomputation_can_be_left_out(monkeypatch: pytest.MonkeyPatch, lora: bo
     for flag, expected in (([], True), (["--no_gradient_checkpointing"], False)):
         options = benchmark.parse_arguments([*words, *flag])
         model = small_model()
-        benchmark_training._prepare(model, options)
+        benchmark_training.prepare(model, options)
         assert model.is_gradient_checkpointing is expected

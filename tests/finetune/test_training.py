@@ -199,7 +199,7 @@ def test_a_loss_scale_that_is_too_large_is_no_reason_to_stop(
 ) -> None:
     norms = iter([float("inf"), float("nan"), 1.0, float("inf")])
     monkeypatch.setattr(SupervisedTrainer, "_get_grad_norm", lambda *_, **__: next(norms))
-    monkeypatch.setattr(SupervisedTrainer, "_step_was_skipped", lambda _: True)  # float16 needs a GPU
+    monkeypatch.setattr(SupervisedTrainer, "step_was_skipped", lambda _: True)  # float16 needs a GPU
     main(flags(max_steps=4))
     log = report(tmp_path / "out")["log"]
     assert [entry.get("grad_norm") for entry in log] == [None, None, 1.0, None]
@@ -209,7 +209,7 @@ def test_a_loss_scale_that_is_too_large_is_no_reason_to_stop(
 def test_only_so_many_skipped_steps_in_a_row(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.trainer.MOST_OVERFLOWS", 2)
     monkeypatch.setattr(SupervisedTrainer, "_get_grad_norm", lambda *_, **__: float("inf"))
-    monkeypatch.setattr(SupervisedTrainer, "_step_was_skipped", lambda _: True)
+    monkeypatch.setattr(SupervisedTrainer, "step_was_skipped", lambda _: True)
     with pytest.raises(MMRoleError, match="gradient norm is not finite") as caught:
         main(flags(max_steps=5))
     assert "at step 3" in str(caught.value)

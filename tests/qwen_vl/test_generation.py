@@ -178,7 +178,7 @@ def test_bad_requests_fail_alone(sampler, tokenizer, requests, expected, picture
 @pytest.mark.parametrize("failures", [1, 3])
 def test_out_of_memory_halves_and_goes_on(sampler, tokenizer, requests, expected, monkeypatch, failures: int) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
-    step, left = engine._forward.step, [failures]
+    step, left = engine.forward.step, [failures]
 
     def failing(batch):
         if len(batch.sequences) > 3 and left[0]:
@@ -186,22 +186,22 @@ def test_out_of_memory_halves_and_goes_on(sampler, tokenizer, requests, expected
             raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
         return step(batch)
 
-    monkeypatch.setattr(engine._forward, "step", failing)
+    monkeypatch.setattr(engine.forward, "step", failing)
     assert _answers(list(engine.run(requests))) == expected
     assert engine.statistics.out_of_memory == failures
-    assert engine._budget < 100_000
+    assert engine.budget < 100_000
 
 
 def test_out_of_memory_even_alone_is_one_failure(sampler, tokenizer, requests, monkeypatch) -> None:
     engine = BatchGenerator(sampler, tokenizer)
-    prefill = engine._forward.prefill
+    prefill = engine.forward.prefill
 
     def failing(groups):
         if any(member.request.id == "long" for group in groups for member in group.members):
             raise torch.OutOfMemoryError("pretended")
         return prefill(groups)
 
-    monkeypatch.setattr(engine._forward, "prefill", failing)
+    monkeypatch.setattr(engine.forward, "prefill", failing)
     results = {r.id: r for r in engine.run(requests)}
     assert results["long"].error == "out of memory, even alone"
     assert [r.id for r in results.values() if r.error] == ["long"]
@@ -214,7 +214,7 @@ def test_out_of_memory_with_nothing_in_flight_ends(sampler, tokenizer, requests,
     def failing(pixels):
         raise torch.OutOfMemoryError("pretended")
 
-    monkeypatch.setattr(engine._images, "encode", failing)
+    monkeypatch.setattr(engine.images, "encode", failing)
     results = {r.id: r for r in engine.run(requests)}
     assert {name for name, r in results.items() if r.error == "out of memory, even alone"} == {
         r.id for r in requests if not isinstance(r.query, str)
@@ -224,7 +224,7 @@ def test_out_of_memory_with_nothing_in_flight_ends(sampler, tokenizer, requests,
 
 def test_failures_are_not_lost_to_an_out_of_memory_error(sampler, tokenizer, requests, expected, monkeypatch) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
-    prefill, left = engine._forward.prefill, [1]
+    prefill, left = engine.forward.prefill, [1]
 
     def failing(groups):
         if left[0]:
@@ -232,7 +232,7 @@ def test_failures_are_not_lost_to_an_out_of_memory_error(sampler, tokenizer, req
             raise torch.OutOfMemoryError("pretended")
         return prefill(groups)
 
-    monkeypatch.setattr(engine._forward, "prefill", failing)
+    monkeypatch.setattr(engine.forward, "prefill", failing)
     gone = Request(id="gone", query=[{"image": "gone.png"}, {"text": _text(300, 1)}])
     results = {r.id: r for r in engine.run([gone, *requests])}
     assert "gone.png" in results.pop("gone").error
@@ -243,7 +243,7 @@ def test_failures_are_not_lost_to_an_out_of_memory_error(sampler, tokenizer, req
 def test_out_of_memory_after_the_layers_doubles_no_token(sampler, tokenizer, requests, expected, monkeypatch, fails_at):
     """The keys and values of a step are there when its head fails; the step is made again."""
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
-    head, calls = engine._forward._head, [0]
+    head, calls = engine.forward.head, [0]
 
     def failing(hidden):
         calls[0] += 1
@@ -251,7 +251,7 @@ def test_out_of_memory_after_the_layers_doubles_no_token(sampler, tokenizer, req
             raise torch.OutOfMemoryError("pretended")
         return head(hidden)
 
-    monkeypatch.setattr(engine._forward, "_head", failing)
+    monkeypatch.setattr(engine.forward, "head", failing)
     assert _answers(list(engine.run(requests))) == expected
     assert engine.statistics.out_of_memory == 1
 
@@ -295,7 +295,7 @@ def test_logits_that_are_no_numbers_fail_their_request(sampler, tokenizer, monke
     requests = [Request(id=i, query=f"Hello {i}", do_sample=do_sample, max_new_tokens=6, seed=i) for i in range(3)]
     expected = {r.id: r.text for r in BatchGenerator(sampler, tokenizer).run(requests)}
     engine = BatchGenerator(sampler, tokenizer)
-    step = engine._forward.step
+    step = engine.forward.step
 
     def damaged(batch):
         logits = step(batch).clone()
@@ -304,7 +304,7 @@ def test_logits_that_are_no_numbers_fail_their_request(sampler, tokenizer, monke
             logits[rows.index(1), 7] = torch.nan
         return logits
 
-    monkeypatch.setattr(engine._forward, "step", damaged)
+    monkeypatch.setattr(engine.forward, "step", damaged)
     results = {r.id: r for r in engine.run(requests)}
     assert "NaN" in results.pop(1).error
     assert {r.id: (r.text, r.error) for r in results.values()} == {i: (expected[i], None) for i in (0, 2)}
@@ -312,7 +312,7 @@ def test_logits_that_are_no_numbers_fail_their_request(sampler, tokenizer, monke
 
 def test_other_runtime_errors_are_not_swallowed(sampler, tokenizer, requests, monkeypatch) -> None:
     engine = BatchGenerator(sampler, tokenizer)
-    monkeypatch.setattr(engine._forward, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(engine.forward, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         list(engine.run(requests))
 
@@ -351,7 +351,7 @@ def test_images_of_many_groups_at_once(sampler, tokenizer, tmp_path: Path) -> No
         r.id: r.text for r in BatchGenerator(sampler, tokenizer, share_prefixes=False, max_rows=1).run(requests)
     }
     engine = BatchGenerator(sampler, tokenizer)
-    engine._images.kept = 3
+    engine.images.kept = 3
     assert _answers(list(engine.run(requests))) == expected
 
 

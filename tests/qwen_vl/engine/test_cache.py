@@ -71,13 +71,13 @@ def test_memory_is_what_is_counted(sampler, tokenizer, words, monkeypatch: pytes
     results = list(engine.run(requests))
     assert [r.error for r in results] == [None] * 8
     assert len(most) > 4
-    assert max(most) <= 2000 * engine._batch.own.token_bytes
+    assert max(most) <= 2000 * engine.batch.own.token_bytes
     assert engine.statistics.mean_rows > 3
 
 
 def test_the_budget_recovers_from_an_out_of_memory_error(sampler, tokenizer, words, monkeypatch) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=4000)
-    step, left = engine._forward.step, [1]
+    step, left = engine.forward.step, [1]
 
     def failing(batch):
         if len(batch.sequences) == 8 and left[0]:
@@ -85,19 +85,19 @@ def test_the_budget_recovers_from_an_out_of_memory_error(sampler, tokenizer, wor
             raise torch.OutOfMemoryError("pretended")
         return step(batch)
 
-    monkeypatch.setattr(engine._forward, "step", failing)
+    monkeypatch.setattr(engine.forward, "step", failing)
     requests = [Request(id=i, query=words(8 + i, i), max_new_tokens=60, stop_ids=(), seed=i) for i in range(8)]
     budgets = []
     for request in requests:
         engine.add_request(request)
     while engine.unfinished:
         engine.step()
-        budgets.append(engine._budget)
+        budgets.append(engine.budget)
     assert engine.statistics.out_of_memory == 1
     assert min(budgets) < 3000
     for _ in range(3):
         list(engine.run(requests))
-    assert engine._budget == 4000
+    assert engine.budget == 4000
     assert engine.statistics.out_of_memory == 1
 
 
@@ -106,7 +106,7 @@ def test_tokens_of_who_had_to_leave_are_kept(sampler, tokenizer, words, monkeypa
     requests = [Request(id=i, query=words(8 + i, i), max_new_tokens=30, stop_ids=(), seed=i) for i in range(6)]
     expected = {r.id: r.token_ids for r in BatchGenerator(sampler, tokenizer).run(requests)}
     engine = BatchGenerator(sampler, tokenizer)
-    step, calls = engine._forward.step, [0]
+    step, calls = engine.forward.step, [0]
 
     def failing(batch):
         calls[0] += 1
@@ -114,7 +114,7 @@ def test_tokens_of_who_had_to_leave_are_kept(sampler, tokenizer, words, monkeypa
             raise torch.OutOfMemoryError("pretended")
         return step(batch)
 
-    monkeypatch.setattr(engine._forward, "step", failing)
+    monkeypatch.setattr(engine.forward, "step", failing)
     for request in requests:
         engine.add_request(request)
     tokens = {r.id: [] for r in requests}

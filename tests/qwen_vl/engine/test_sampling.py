@@ -74,8 +74,8 @@ def test_rows_of_different_settings() -> None:
 def test_common_settings_do_not_need_the_way_of_single_rows(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """top-k 50 is what a checkpoint without `top_k` gets."""
     rows, exact = 100, []
-    found = sampling._exact_choice
-    monkeypatch.setattr(sampling, "_exact_choice", lambda *arguments: exact.append(1) or found(*arguments))
+    found = sampling.exact_choice
+    monkeypatch.setattr(sampling, "exact_choice", lambda *arguments: exact.append(1) or found(*arguments))
     draws = [(RequestGenerator(seed, CPU), 0) for seed in range(rows)]
     choose(_logits(rows, 3.0), [SamplingSettings(**settings)] * rows, draws, USED)
     assert len(exact) < rows / 20
@@ -103,8 +103,8 @@ def test_ids_without_a_token_are_never_chosen() -> None:
 @pytest.mark.parametrize("uniform", [True, False])
 def test_any_draw_can_be_asked_for(uniform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Certain draws are passed over, and after an error one may be repeated; of each only a part may be needed."""
-    assert sampling._skips_by_uniform(CPU)  # else every draw that is passed over costs four times as much
-    monkeypatch.setattr(sampling, "_skips_by_uniform", lambda _: uniform)
+    assert sampling.skips_by_uniform(CPU)  # else every draw that is passed over costs four times as much
+    monkeypatch.setattr(sampling, "skips_by_uniform", lambda _: uniform)
     whole = torch.Generator().manual_seed(9)
     expected = [torch.empty(V).exponential_(1, generator=whole) for _ in range(6)]
     source = RequestGenerator(9, CPU)

@@ -95,7 +95,7 @@ def test_abort_before_during_and_after(sampler, tokenizer, requests, expected) -
     assert {event.id for event in rest} == {r.id for r in long} - {"s3", gone, waiting}
     assert not engine.abort(gone)
     assert not engine.abort("never there")
-    assert engine._batch.tokens == 0  # all memory is given back
+    assert engine.batch.tokens == 0  # all memory is given back
     for name, result in _results(rest).items():
         assert result == expected[name]
 
@@ -133,7 +133,7 @@ def test_run_leaves_nothing_behind_and_wants_the_engine_alone(sampler, tokenizer
     with pytest.raises(RuntimeError, match="without other requests"):
         next(engine.run(requests))
     running.close()
-    assert engine.unfinished == engine._batch.tokens == 0
+    assert engine.unfinished == engine.batch.tokens == 0
     assert {r.id: r for r in engine.run(requests)} == expected
 
 
@@ -206,7 +206,7 @@ def test_image_features_keep_no_other_image_alive(sampler, tokenizer) -> None:
             Request(id=i, query=[{"image": p}, {"text": "Who?"}], max_new_tokens=2) for i, p in enumerate(pictures)
         )
     )
-    features, _ = engine._images.of(pictures)
-    assert engine._images.encoded == 4
+    features, _ = engine.images.of(pictures)
+    assert engine.images.encoded == 4
     for feature in features.values():
         assert feature.untyped_storage().nbytes() == feature.nbytes
