@@ -267,6 +267,7 @@ def base_problems(base: Path) -> list[MMRoleError]:
     from qwen_vl import QwenVLTokenizer
     from qwen_vl.checkpoint import checkpoint_problems, is_adapter, weight_problems
     from qwen_vl.loading import check_fit
+    from qwen_vl.tokenization import VOCAB_FILE, read_ranks
 
     flag = "--model_name_or_path"
     if is_adapter(base):
@@ -281,6 +282,7 @@ def base_problems(base: Path) -> list[MMRoleError]:
         fix = "give the base in bfloat16 with --model_name_or_path (MODEL_PATH); --q_lora True quantizes it on loading"
         method = quantized.get("quant_method", quantized) if isinstance(quantized, dict) else quantized
         return [*found, MMRoleError("a base with quantized weights cannot be trained", method, base, fix)]
+    _read(lambda: read_ranks(base / VOCAB_FILE), base / VOCAB_FILE, found)  # whatever else is wrong with the folder
     tokenizer = _read(lambda: QwenVLTokenizer.from_pretrained(base), base, found)
     _read(lambda: [_settings(base / name) for name in ("generation_config.json", "tokenizer_config.json")], base, found)
     if config is not None and tokenizer is not None:

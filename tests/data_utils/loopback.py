@@ -78,6 +78,10 @@ class Site:
         return [byte_range for method, asked, byte_range in self.asked if method == "GET" and asked == path]
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256  # as many connections at once as a client makes; beyond it they would be refused, by luck
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     site: Site
@@ -176,7 +180,7 @@ def hub_id(content: bytes) -> str:
 def serving() -> Iterator[Site]:
     """A site that is being served."""
     found = Site()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": found}))
+    server = Server(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": found}))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -8,8 +8,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.data_utils.loopback import Server
 
 SECRET = "top-secret-0123456789"
 PIECE = "sk-abcd********wxyz"  # as OpenAI quotes a key
@@ -113,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
 def serving() -> Iterator[Site]:
     """Serve on a free port of loopback."""
     found = Site()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": found}))
+    server = Server(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": found}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     found.url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -21,7 +21,7 @@ from tests.fake_backend import FakeBackend, write_rows
 SETTINGS = Settings({"model": "abc"}, {"names": {"model": "/a"}})
 TASK = Task("texts", "text", TestSample, prompts=None, fill=None, notes=None, advice="")
 FLAGS = {"no_random": False, "temperature": None, "top_p": None, "max_new_tokens": None, "seed": 0}
-FLAGS |= {"processes": None, "device": "cpu", "model_path": "x"}
+FLAGS |= {"processes": None, "device": "cpu", "device_map": None, "model_path": "x"}
 
 
 def rows_of(tmp_path, names, input_ids, *, text="ask"):
