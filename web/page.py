@@ -144,12 +144,16 @@ class Page:
         prompt = self.prompt(turns, scene, sampling)
         said = Turn(by_assistant, "")
         visit.turns.append(said)
-        async with aclosing(self.service.stream(prompt, sampling)) as pieces:
-            async for piece in pieces:
-                if not visit.turns or visit.turns[-1] is not said:
-                    return  # taken back or cleared while it was written
-                visit.turns[-1] = said = replace(said, text=said.text + piece.text)
-                yield
+        try:
+            async with aclosing(self.service.stream(prompt, sampling)) as pieces:
+                async for piece in pieces:
+                    if not visit.turns or visit.turns[-1] is not said:
+                        return  # taken back or cleared while it was written
+                    visit.turns[-1] = said = replace(said, text=said.text + piece.text)
+                    yield
+        finally:
+            if visit.turns and visit.turns[-1] is said and not said.text:
+                visit.turns.pop()  # stopped before the first word
 
 
 def _swapped(turn: Turn) -> Turn:
@@ -223,8 +227,6 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
                             yield drawn(state, who, other)
                 yield drawn(state, who, other)
             except ChatError as error:
-                if state.turns and not state.turns[-1].text:
-                    state.turns.pop()
                 yield drawn(state, who, other, f"That did not work: {error.message}")
 
         async def send(
@@ -251,9 +253,13 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
 
         async def repeat(state: Visit, *given: Any) -> AsyncIterator[tuple[Any, ...]]:
             if state.turns and state.turns[-1].by_assistant:
-                state.turns.pop()
-                async for seen in spoken(state, *given):
-                    yield seen
+                before, rest = state.turns.pop(), list(state.turns)
+                try:
+                    async for seen in spoken(state, *given):
+                        yield seen
+                finally:
+                    if state.turns == rest:
+                        state.turns.append(before)  # stopped before the first word
             else:
                 yield drawn(state, *given[:2], "There is no answer to write again.")
 
