@@ -73,7 +73,8 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     page.get_by_text("Brief Introduction").wait_for()
     yield page
     page.close()
-    assert faults == []
+    # What Gradio's client says of a stream that leaving the page has cut off.
+    assert [fault for fault in faults if not re.search("AbortError|errored out", fault)] == []
 
 
 def message_box(page: Any) -> Any:
