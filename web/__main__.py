@@ -61,7 +61,9 @@ def _problems(options: argparse.Namespace) -> list[MMRoleError]:
     problems = []
     if (options.model_path is None) == (options.endpoint is None):
         fix = "give --model_path, or --endpoint with --model"
-        problems.append(MMRoleError("who answers is not clear", None, "--model_path and --endpoint", fix))
+        problems.append(
+            MMRoleError("neither --model_path nor --endpoint, or both", None, "--model_path and --endpoint", fix)
+        )
     if options.endpoint and not options.model:
         problems.append(MMRoleError("the endpoint's model is missing", None, "--model", "give the model's name there"))
     if options.endpoint and not options.endpoint.startswith(("http://", "https://")):

@@ -25,7 +25,7 @@ from eval.backends.backend import Completion, Prompt, another_model
 from eval.running.task import Task
 
 FILE_KEY = ""  # a journal's lines about the result file itself; no prompt has an empty key
-_GENERATION = "times_begun_anew"  # how often a file was begun anew; only the earlier version counted it
+_GENERATION = "times_begun_anew"  # generation number of the file, which only the earlier version counted
 _NAMED = 10  # prompts or rows that an error names; more are counted
 
 

@@ -45,7 +45,7 @@ class BatchGenerator:
             out-of-memory error halves it for a while, and what was in flight beyond that waits again.
         max_rows: Requests decoded at once; by default 512 on a GPU, 256 on a CPU.
         prefill_tokens: Prompt tokens computed in one pass; by default 8,192 on a GPU, 4,096 on a CPU.
-        window: Requests that `run` looks at at once to find common prefixes; no more than that are held in memory.
+        window: Requests that `run` looks at at once to find common prefixes; the most that memory holds.
         share_prefixes: False computes every prompt alone.
 
     Attributes:

@@ -59,7 +59,7 @@ def prepare(request: EngineCoreRequest, config: QwenVLServingConfig) -> None:
 
 
 def check_prompt(ids: Sequence[int], pictures: int, config: QwenVLServingConfig) -> None:
-    """Sees to it that a prompt ends where an answer begins, and has a span of ids for each picture.
+    """Checks that a prompt ends where an answer begins, and has a span of ids for each picture.
 
     Raises:
         ValueError: It does not. Where an answer was begun already, dynamic NTK cannot tell it from the prompt.

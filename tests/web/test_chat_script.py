@@ -67,7 +67,7 @@ def test_an_endpoint_in_place_of_a_checkpoint(served: Served) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "who answers is not clear"),
+        ([], "neither --model_path nor --endpoint, or both"),
         (["--endpoint", "http://127.0.0.1:9/v1"], "model is missing"),
         (["--endpoint", "localhost", "--model", "m"], "not a URL"),
         (["--model_path", "nowhere"], "no such checkpoint folder"),
