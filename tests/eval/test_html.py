@@ -190,7 +190,10 @@ def test_browsing_eleven_agents_in_chromium(browser: Any, tmp_path: Path) -> Non
     assert page.locator("#row h4").all_inner_texts()[0] == "Reference" and page.locator("#row .card").count() == 3
     page.get_by_role("checkbox", name="agent 9").check()
     assert "answer 7 of 9" in page.inner_text("#row") and page.locator("#row .card details").count() == 3 * 8
-    again, _ = opened(browser, path)
+    again, _ = opened(browser, path, viewport={"width": 1000, "height": 700})
+    assert (
+        again.evaluate("(box => box.scrollWidth - box.clientWidth)(document.getElementById('rows').parentElement)") == 0
+    )
     again.goto(page.url)  # the link to this row
     again.wait_for_selector("#row .card")
     assert again.locator("#row .none").first.inner_text().startswith("row_7")
