@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,9 @@ class _Growth:
     def run(self, plans: Sequence[Plan]) -> Outcome:
         """Ask for all; see `grow`."""
         pool = ThreadPoolExecutor(self._settings.workers)
-        futures = [pool.submit(self._grow, plan) for plan in plans]
+        futures: list[Future[None]] = []
         try:
+            futures += (pool.submit(self._grow, plan) for plan in plans)
             for future in tqdm(as_completed(futures), "growing", len(futures), disable=None):
                 future.result()
         except BaseException as error:
@@ -131,9 +132,8 @@ class _Growth:
             if isinstance(error, KeyboardInterrupt) and running:
                 text = f"waiting for {running} answer(s) under way, which are kept; Ctrl-C again gives them up"
                 print(text, file=sys.stderr, flush=True)
+            pool.shutdown()  # requests under way are paid for; not in `finally`, so that a second Ctrl-C skips it
             raise
-        finally:
-            pool.shutdown()  # requests under way are paid for
         return self._outcome
 
     def _grow(self, plan: Plan) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -330,30 +329,35 @@ def test_interrupt_asks_for_nothing_again(
     assert dialogues_of(tmp_path) == []
 
 
-def test_second_interrupt_gives_up(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
-    come, over = threading.Event(), threading.Event()
+def test_second_interrupt_gives_up(
+    site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second Ctrl-C arrives while the message about the first one is printed."""
+    over, messages = threading.Event(), []
+
+    class InterruptedStderr(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("waiting for 1 answer"):
+                messages.append(text)
+                raise KeyboardInterrupt
+            return len(text)
 
     def answer(_: dict[str, Any]) -> str:
-        come.set()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         over.wait(240)
         return "Too late."
 
     site.answer = answer
-    command = ["dialogues", str(tmp_path), "--source", str(demo), "--model", "m", "--base_url", site.url]
-    command += ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "data_utils.grow", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    monkeypatch.setattr(sys, "stderr", InterruptedStderr())
+    flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
     try:
-        assert come.wait(240)
-        run.send_signal(signal.SIGINT)
-        assert "waiting for 1 answer(s)" in next(line for line in run.stderr if "waiting" in line)
-        run.send_signal(signal.SIGINT)
-        assert run.wait(60) == 130
-        assert "interrupted" in run.stderr.read()
+        with pytest.raises(KeyboardInterrupt):
+            grow_dialogues(site, demo, tmp_path, *flags)
+        assert messages
+        assert not over.is_set()
+        assert dialogues_of(tmp_path) == []
     finally:
         over.set()
-        run.kill()
 
 
 def test_profile_from_a_text(site: Site, tmp_path: Path) -> None:
