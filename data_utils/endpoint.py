@@ -152,8 +152,8 @@ class Endpoint:
             fix = "pip install -r requirements.txt"
             raise MMRoleError("the openai package is not installed", None, "the active environment", fix) from None
         # Its own retries would be counted by no budget.
-        settings = {"api_key": self._key, "max_retries": 0, "timeout": timeout}
-        self._clients = [openai.AsyncOpenAI(base_url=url, **settings) for url in self._urls]
+        self._settings = {"api_key": self._key, "max_retries": 0, "timeout": timeout}
+        self._clients = [openai.AsyncOpenAI(base_url=url, **self._settings) for url in self._urls]
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Condition()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
@@ -172,6 +172,12 @@ class Endpoint:
             `MMRoleError` if the endpoint will answer no request at all: a wrong key, no such model, no pictures.
         """
         return asyncio.run_coroutine_threadsafe(self._ask(request), self._loop)
+
+    def client(self) -> Any:
+        """Returns an `openai.AsyncOpenAI` of the first URL, for who streams in an event loop; the caller closes it."""
+        import openai
+
+        return openai.AsyncOpenAI(base_url=self._urls[0], **self._settings)
 
     def end(self) -> None:
         """From now on nothing is sent (again); what is under way still gets its answer."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TOP_K = 50  # what generate() takes where neither request nor checkpoint says
+LEAST_TEMPERATURE = 1e-5  # below, logits divided by it are no numbers any more
 MAX_NEW_TOKENS = 512  # the released checkpoints' limit, for one that names none
 # What else a checkpoint's settings may ask of generate(): it would change the texts, and the engine does not know it.
 UNKNOWN = ("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "num_beams", "min_p")
@@ -21,7 +22,7 @@ class SamplingSettings:
 
     Attributes:
         do_sample: False takes the most likely token, whatever the others say.
-        temperature: Divides the logits, above 0.
+        temperature: Divides the logits, at least `LEAST_TEMPERATURE`.
         top_k: Keep so many tokens; 0 keeps all.
         top_p: Keep the most likely tokens up to this mass; 1 keeps all.
 
@@ -38,8 +39,9 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not self.do_sample:
             return
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (for greedy use do_sample=False)")
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            what = f"it must be at least {LEAST_TEMPERATURE:.5f} (for greedy use do_sample=False)"
+            raise ValueError(f"temperature is {self.temperature}; {what}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if type(self.top_k) is not int or self.top_k < 0:

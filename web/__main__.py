@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import json
 import os
+import shlex
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from data_utils.endpoint import checked_url
 from data_utils.errors import MMRoleError, four_parts, raise_problems, run_main
+from data_utils.flag_types import positive
 from web.cast import Cast, read_cast
 from web.chats import Limits
 
@@ -39,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda:1, … (%(default)s)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=Limits.new_tokens, help="longest answer (%(default)s)")
+    parser.add_argument("--quantization", choices=["4bit", "8bit"], help="weights in bitsandbytes' 4 or 8 bits")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=positive,
+        help=f"longest answer (the checkpoint's own; clients of the API may ask for up to {Limits.new_tokens})",
+    )
     parser.add_argument("--no_page", action="store_true", help="the API alone; needs no gradio")
     parser.add_argument("--terminal", action="store_true", help="talk here instead of in a browser")
     parser.add_argument("--character", help="--terminal: who to talk with")
@@ -52,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from web.terminal import check_terminal, talk
 
         check_terminal(options, cast)
-        return talk(_service(options), cast, options)
+        return talk(_service(options), cast, options, limits_of(options))
     return _serve(options, cast)
 
 
@@ -66,20 +77,41 @@ def _problems(options: argparse.Namespace) -> list[MMRoleError]:
         )
     if options.endpoint and not options.model:
         problems.append(MMRoleError("the endpoint's model is missing", None, "--model", "give the model's name there"))
-    if options.endpoint and not options.endpoint.startswith(("http://", "https://")):
-        problems.append(MMRoleError("not a URL", options.endpoint, "--endpoint", "give http(s)://…/v1"))
+    if options.endpoint:
+        try:
+            checked_url(options.endpoint)
+        except MMRoleError as error:
+            problems.append(error)
     if options.model_path is not None:
         from qwen_vl.checkpoint import checkpoint_problems
 
         problems += four_parts(checkpoint_problems(options.model_path))
     if options.data_root is not None and not options.data_root.is_dir():
         problems.append(MMRoleError("there is no such data root", options.data_root, "--data_root", "check the path"))
+    if options.quantization and not find_spec("bitsandbytes"):
+        what, fix = "--quantization needs a package that is not installed", "pip install bitsandbytes, or leave it away"
+        problems.append(MMRoleError(what, "bitsandbytes", "--quantization", fix))
     if not 0 < options.port < 65536:
         problems.append(MMRoleError("not a port", options.port, "--port", "choose one from 1 to 65535"))
+    elif not options.terminal and (reason := listen_problem(options.host, options.port)):
+        where, fix = f"{options.host}:{options.port}", "choose another --port, or end the program that has it"
+        problems.append(MMRoleError(f"the server cannot listen there: {reason}", where, "--host and --port", fix))
     if not is_loopback(options.host) and not os.environ.get(KEY_VARIABLE) and not options.terminal:
         fix = f"set {KEY_VARIABLE} to a long random text, or leave --host away"
         problems.append(MMRoleError("other machines could talk without a key", options.host, "--host", fix))
     return problems
+
+
+def listen_problem(host: str, port: int) -> str | None:
+    """Why a server cannot have this address, before a model is loaded for it; or None."""
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:1]:
+            with socket.socket(family, kind) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _service(options: argparse.Namespace) -> Any:
@@ -90,7 +122,9 @@ def _service(options: argparse.Namespace) -> Any:
     import qwen_vl
 
     try:
-        model, tokenizer = qwen_vl.load(options.model_path, dtype=options.dtype, device=options.device)
+        model, tokenizer = qwen_vl.load(
+            options.model_path, dtype=options.dtype, device=options.device, quantization=options.quantization
+        )
     except (ValueError, OSError, RuntimeError) as error:
         fix = "check the folder, --device and --dtype"
         raise MMRoleError(f"the checkpoint cannot be loaded: {error}", None, options.model_path, fix) from None
@@ -104,7 +138,7 @@ def _serve(options: argparse.Namespace, cast: Cast) -> int:
         raise _missing("uvicorn") from None
     from web.server import LOOPBACK, build_app
 
-    limits = Limits(new_tokens=options.max_new_tokens)
+    limits = limits_of(options)
     hosts = frozenset({*LOOPBACK, options.host, *os.environ.get("MMROLE_HOSTS", "").split()})
     key = os.environ.get(KEY_VARIABLE) or None
     with tempfile.TemporaryDirectory(prefix="mmrole-chat-") as uploads:
@@ -126,14 +160,21 @@ def _serve(options: argparse.Namespace, cast: Cast) -> int:
     return 0
 
 
+def limits_of(options: argparse.Namespace) -> Limits:
+    """What one request may hold."""
+    most = options.max_new_tokens
+    return Limits() if most is None else Limits(new_tokens=most, usual_tokens=most)
+
+
 def _tell(address: str, name: str, cast: Cast, *, page: bool) -> None:
     if page:
         print(f"The page: {address}/")
     characters = f", mmrole/<one of {len(cast.roles)} characters>" if cast.roles else ""
     print(f"The API:  {address}/v1 (models: {name}{characters})")
     model = f"mmrole/{next(iter(cast.roles))}" if cast.roles else name
-    print(f"""  curl {address}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Who are you?"}}]}}'""")
+    body = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}]}
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    print(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d {data}")
     print("Ctrl-C ends it.", flush=True)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +63,20 @@ class Cast:
         return self.roles[name]
 
     def pictures_of(self, name: str) -> list[CastPicture]:
-        """The pictures of a character's script."""
-        return self.pictures.get(self.roles[name].script, []) if name in self.roles else []
+        """The pictures of a character's script; those that show the character come first, alone before in company."""
+        if name not in self.roles:
+            return []
+        found = self.pictures.get(self.roles[name].script, [])
+        texts = [picture.information.role for picture in found]
+        order = sorted(range(len(found)), key=lambda i: len(texts[i]) if name in texts[i] else sys.maxsize)
+        return [found[i] for i in order[:_MOST_PICTURES]]
+
+    def first_picture(self, name: str) -> tuple[Image.Image, ImageInformation] | None:
+        """The first of a character's pictures that can be read, and what is known about it."""
+        for picture in self.pictures_of(name):
+            with suppress(ChatError):
+                return picture.open(), picture.information
+        return None
 
 
 def read_cast(data_root: Path | None) -> Cast:
@@ -82,10 +96,8 @@ def read_cast(data_root: Path | None) -> Cast:
     for row in rows:
         name = row["image"]
         script = folders.get(name.partition("/")[0])
-        if script is None or len(pictures.get(script, ())) >= _MOST_PICTURES:
-            continue
-        path = find_image(data_root / "images", name)
-        if path is not None:
+        path = None if script is None else find_image(data_root / "images", name)
+        if script is not None and path is not None:
             known = ImageInformation(*(row.get(key) or "" for key in ("role_info", "place_info", "scene_info")))
             pictures.setdefault(script, []).append(CastPicture(name, path, known))
     return Cast(dict(sorted(roles.items())), pictures)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_utils.prompts import HUMAN, SYSTEM_MESSAGE, ImageInformation, Role, role_play_prompt
 
@@ -50,6 +50,7 @@ class Limits:
         pixels: Pixels of one picture.
         messages: Number of messages.
         new_tokens: Tokens of an answer, at the most.
+        usual_tokens: Tokens of an answer for which nobody names a number; None leaves it to the model.
     """
 
     body: int = 32 * 2**20
@@ -57,6 +58,7 @@ class Limits:
     pixels: int = 50_000_000
     messages: int = 1_000
     new_tokens: int = 2_048
+    usual_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,9 @@ def role_play(scene: Scene, chat: Chat, picture: Image.Image | None = None) -> P
     return Prompt([{"image": shown}, {"text": text}], system)
 
 
-def without_oldest_turns(chat: Chat) -> Chat | None:
-    """The chat without its oldest turn of each side, but with its latest picture; None if nothing can be left out."""
-    if len(chat.turns) < 3:
-        return None
-    rest = chat.turns[2:]
+def without_oldest_turns(chat: Chat, pairs: int) -> Chat:
+    """The chat without its oldest turns of each side, but with its latest picture."""
+    rest = chat.turns[2 * pairs :]
     if chat.picture is not None and not any(turn.pictures for turn in rest):
         rest = (replace(rest[0], pictures=(chat.picture,)), *rest[1:])
     return replace(chat, turns=rest)
@@ -204,8 +204,10 @@ def read_picture(content: bytes, limits: Limits, where: str) -> Image.Image:
                     raise ChatError(f"a picture has more than {limits.pixels:,} pixels: make it smaller", where)
                 image.load()
                 return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ChatError("a picture cannot be read: send PNG, JPEG, WebP or GIF", where) from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ChatError(f"a picture cannot be read ({error}): send PNG, JPEG, WebP or GIF", where) from None
+        raise ChatError(f"a picture cannot be read ({error}): send it whole", where) from None
 
 
 def _content(content: Any, where: str, limits: Limits) -> tuple[str, list[Image.Image]]:

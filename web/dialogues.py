@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from data_utils.errors import MMRoleError, raise_problems
-from data_utils.files import make_folder, read_json, write_bytes, write_json
+from data_utils.files import make_folder, write_bytes, write_json
 from data_utils.layout import SPLITS, profiles_folder
+from data_utils.paths import is_file
 from data_utils.prompts import HUMAN, Role
 from data_utils.roots import add_profile, read_annotations, read_profiles, write_annotations
-from web.chats import PLAIN_PICTURE, Scene, Turn
+from data_utils.schema import Dialogue, read_rows
+from web.chats import PLAIN_PICTURE, Chat, Scene, Turn
 
 _KEPT = "files written before are kept"
 _SPLIT = SPLITS[0]
+_WRITING = threading.Lock()  # two visits may save at once
 
 
-def save_dialogue(root: Path, scene: Scene, turns: Sequence[Turn]) -> Path:
+def save_dialogue(root: Path, scene: Scene, turns: Sequence[Turn], picture: Image.Image = PLAIN_PICTURE) -> Path:
     """Adds a chat, its picture and its characters to a data root; a chat that is there already is not added again.
 
     Args:
         root: A data root, or a folder that is to be one.
         scene: Who talked with whom, and what is known about the picture.
         turns: At least one of them by the character. A dialogue has one picture: the latest.
+        picture: What the character saw if the turns show none.
 
     Returns:
         The file of dialogues.
@@ -36,9 +44,13 @@ def save_dialogue(root: Path, scene: Scene, turns: Sequence[Turn]) -> Path:
     said = [turn for turn in turns if turn.text]
     if not any(turn.by_assistant for turn in said):
         raise MMRoleError("the chat has no answer of the character yet", None, None, "let it say something first")
+    with _WRITING:
+        return _save(root, scene, said, Chat("", tuple(turns)).picture or picture)
+
+
+def _save(root: Path, scene: Scene, said: Sequence[Turn], picture: Image.Image) -> Path:
     for role in filter(None, (scene.role, scene.partner)):
         _add_character(root, role)
-    picture = next((p for turn in reversed(turns) for p in reversed(turn.pictures)), PLAIN_PICTURE)
     stem, script = scene.role.name.replace(" ", "_"), scene.role.script.replace(" ", "_")
     content = io.BytesIO()
     picture.save(content, "PNG")
@@ -52,16 +64,19 @@ def save_dialogue(root: Path, scene: Scene, turns: Sequence[Turn]) -> Path:
     conversation = [{"role": scene.role.name if turn.by_assistant else partner, "value": turn.text} for turn in said]
     kind, word = ("human-role", "human-role") if scene.partner is None else ("inter-role", "role-role")
     path = root / "dialogues" / _SPLIT / kind / f"{stem}_chat.json"
-    dialogues: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    dialogues, problems = read_rows(path, Dialogue) if is_file(path) else ([], [])
+    raise_problems(problems)
     dialogue = {"image": image, **information, "conversations": conversation}
     if any({**dialogue, "id": known["id"]} == known for known in dialogues):
         return path
+    ids = {known["id"] for known in dialogues}
+    number = next(n for n in count(len(dialogues)) if f"{stem}_{word}-dialogue_chat_{n}" not in ids)
     _write(root / "images" / image, content.getvalue())
     annotations, problems = read_annotations(root)
     raise_problems(problems)
     if not any(row["image"] == image for row in annotations):
         write_annotations(root, [*annotations, {"image": image, **information}])
-    _write(path, [*dialogues, {"id": f"{stem}_{word}-dialogue_chat_{len(dialogues)}", **dialogue}])
+    _write(path, [*dialogues, {"id": f"{stem}_{word}-dialogue_chat_{number}", **dialogue}])
     return path
 
 

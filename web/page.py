@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from PIL import Image
 
 from data_utils.errors import MMRoleError
 from data_utils.prompts import CURIOUS_HUMAN, ImageInformation
 from web.cast import Cast
-from web.chats import Chat, ChatError, Limits, Prompt, Scene, Turn, read_picture, role_play
+from web.chats import PLAIN_PICTURE, Chat, ChatError, Limits, Prompt, Scene, Turn, read_picture, role_play
 from web.dialogues import save_dialogue
 from web.server import fitting_prompt
 from web.service import Sampling, Service
@@ -24,14 +26,17 @@ from web.service import Sampling, Service
 HUMAN = CURIOUS_HUMAN
 _TITLE = "MMRole"
 _LONGEST_PROFILE = 1_500  # characters that are shown at first
+_KNOWN = ("who is in it", "where it is", "what happens")
 _MOST_TALK = 12  # turns that two characters speak by themselves
 _CSS = """
 #chat { min-height: 55vh; }
 #chat img { max-height: 260px; width: auto; }
 #chat button[title="Share"], #chat button[aria-label="Share"] { display: none; }
 .status { color: var(--error-text-color, #b91c1c); font-weight: 600; }
-@media (max-width: 640px) { .gradio-container { padding: 6px !important; } #chat { min-height: 45vh; } }
+@media (max-width: 640px) { #chat { min-height: 45vh; } button.sm { min-height: 2.5rem; } }
 """
+# The page's own margin: Gradio applies the styles above to what is inside it.
+_HEAD = "<style>@media (max-width: 640px) { .gradio-container .app { padding: 8px !important; } }</style>"
 
 
 class Visit:
@@ -39,30 +44,39 @@ class Visit:
 
     Attributes:
         turns: What was said, the chosen character's turns as the assistant's.
-        files: The file that shows a picture, by the picture's id.
+        files: The pictures by their ids, each with the file that shows it. It holds them, so that no other gets the id.
         folder: Where these files are; it goes with the visit.
     """
 
     def __init__(self) -> None:
         self.turns: list[Turn] = []
-        self.files: dict[int, str] = {}
+        self.files: dict[int, tuple[Image.Image, str]] = {}
         self.folder: Path | None = None
+
+    def file_of(self, picture: Image.Image, people: Path) -> str:
+        """The file that shows a picture."""
+        if id(picture) not in self.files:
+            self.folder = self.folder or people / secrets.token_hex(16)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{secrets.token_hex(8)}.png"
+            picture.save(path)
+            self.files[id(picture)] = picture, str(path)
+        return self.files[id(picture)][1]
 
     def show(self, turn: Turn, by: str, people: Path) -> list[dict[str, Any]]:
         """A turn as the messages of the chat window."""
-        role = "assistant" if turn.by_assistant else "user"
-        shown = []
-        for picture in turn.pictures:
-            if id(picture) not in self.files:
-                self.folder = self.folder or people / secrets.token_hex(16)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path = self.folder / f"{len(self.files)}.png"
-                picture.save(path)
-                self.files[id(picture)] = str(path)
-            shown.append({"role": role, "content": {"path": self.files[id(picture)], "alt_text": f"shown by {by}"}})
+        files = [self.file_of(picture, people) for picture in turn.pictures]
+        contents: list[Any] = [{"path": file, "alt_text": f"shown by {by}"} for file in files]
         if turn.text:
-            shown.append({"role": role, "content": turn.text})
-        return shown
+            contents.append(turn.text)
+        return [{"role": "assistant" if turn.by_assistant else "user", "content": content} for content in contents]
+
+    def clear(self) -> None:
+        """Begins a new chat; the pictures of this one go."""
+        self.turns.clear()
+        self.files.clear()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Page:
@@ -87,10 +101,10 @@ class Page:
         self.service, self.cast, self.uploads, self.limits = service, cast, uploads, limits
         self.save_to = save_to
 
-    def scene(self, character: str, partner: str, scene_info: str) -> Scene:
-        """Who talks with whom; `scene_info` is what is known about the picture."""
+    def scene(self, character: str, partner: str, *information: str) -> Scene:
+        """Who talks with whom; `information` is what is known about the picture: who, where, and what happens."""
         other = None if partner == HUMAN else self.cast.role(partner)
-        return Scene(self.cast.role(character), other, ImageInformation("", "", scene_info or ""))
+        return Scene(self.cast.role(character), other, ImageInformation(*(text or "" for text in information)))
 
     def window(self, visit: Visit, character: str, partner: str) -> list[dict[str, Any]]:
         """The messages of the chat window."""
@@ -102,15 +116,26 @@ class Page:
 
     def prompt(self, turns: Sequence[Turn], scene: Scene, sampling: Sampling | None = None) -> Prompt:
         """The prompt of the next answer."""
-        picture = self._own_picture(scene.role.name)
+        picture = self.first_picture(scene)
         chat = Chat("", tuple(turns))
         return fitting_prompt(
             self.service, lambda shorter: role_play(scene, shorter, picture), chat, sampling or Sampling()
         )
 
-    def _own_picture(self, character: str) -> Any:
-        pictures = self.cast.pictures_of(character)
-        return pictures[0].open() if pictures else None
+    def first_picture(self, scene: Scene) -> Image.Image:
+        """What the character sees until the chat shows a picture."""
+        found = self.cast.first_picture(scene.role.name)
+        return found[0] if found else PLAIN_PICTURE
+
+    def gallery(self, character: str) -> list[tuple[Image.Image, str]]:
+        """A character's pictures with their names; a grey one for each that cannot be read."""
+        shown = []
+        for picture in self.cast.pictures_of(character):
+            try:
+                shown.append((picture.open(), picture.name))
+            except ChatError as error:
+                shown.append((PLAIN_PICTURE, error.message))
+        return shown
 
     def take(self, visit: Visit, message: dict[str, Any], picture: Any) -> None:
         """Adds what a person wrote, with uploaded pictures and a chosen one.
@@ -140,8 +165,8 @@ class Page:
         turns = visit.turns if by_assistant else [_swapped(turn) for turn in visit.turns]
         if turns and turns[-1].by_assistant:
             turns = [*turns, Turn(False, "")]
-        sampling = Sampling(seed=secrets.randbits(31))
-        prompt = self.prompt(turns, scene, sampling)
+        sampling = Sampling(max_tokens=self.limits.usual_tokens)
+        prompt = await asyncio.to_thread(self.prompt, turns, scene, sampling)
         said = Turn(by_assistant, "")
         visit.turns.append(said)
         try:
@@ -166,8 +191,9 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
     first = names[0] if names else None
 
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        visit = gr.State(Visit(), time_to_live=24 * 3600, delete_callback=_forget)
+        visit = gr.State(Visit(), time_to_live=24 * 3600, delete_callback=Visit.clear)
         chosen = gr.State(None)  # number of a picture of the character's own, shown with the next message
+        filled = gr.State(("", "", ""))  # what is known about a picture of its own, as long as nobody changes it
         with gr.Row():
             character = gr.Dropdown(names, value=first, label="Character", filterable=True, min_width=240)
             partner = gr.Dropdown([HUMAN, *names], value=HUMAN, label="talks with", filterable=True, min_width=240)
@@ -199,7 +225,7 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
                         interactive=False, type="pil",
                     )  # fmt: skip
                     next_picture = gr.Markdown()
-                    known = gr.Textbox(label="What is known about the picture", lines=2)
+                    known = [gr.Textbox(label=f"Known about the picture: {what}") for what in _KNOWN]
                 about = gr.Markdown()
                 with gr.Accordion("The exact prompt", open=False):
                     look = gr.Button("Show the prompt of the next answer", size="sm")
@@ -208,18 +234,18 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
                     save = gr.Button("Save this chat", size="sm")
                     saved = gr.Markdown()
 
-        people = [visit, character, partner, known]
+        people = [visit, character, partner, *known]
         window = [chat, status]
 
         def drawn(state: Visit, who: str, other: str, error: str = "") -> tuple[Any, Any]:
             return page.window(state, who, other), gr.Markdown(error, visible=bool(error))
 
         async def spoken(
-            state: Visit, who: str, other: str, about_picture: str, *, turns: Sequence[bool] = (True,)
+            state: Visit, who: str, other: str, *about_picture: str, turns: Sequence[bool] = (True,)
         ) -> AsyncIterator[tuple[Any, Any]]:
             """The chat window while one answer, or several in turn, are written."""
             try:
-                scene = page.scene(who, other, about_picture)
+                scene = page.scene(who, other, *about_picture)
                 for by_assistant in turns:
                     side = scene if by_assistant else scene.swapped()
                     async with aclosing(page.answer(state, side, by_assistant=by_assistant)) as steps:
@@ -229,25 +255,26 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
             except ChatError as error:
                 yield drawn(state, who, other, f"That did not work: {error.message}")
 
-        async def send(
-            state: Visit, who: str, other: str, about_picture: str, said: dict[str, Any], number: int | None
-        ) -> AsyncIterator[tuple[Any, ...]]:
-            empty = gr.MultimodalTextbox(value=None)
+        async def send(state: Visit, who: str, other: str, *given: Any) -> AsyncIterator[tuple[Any, ...]]:
+            *about_picture, said, number, known_of_own = given
+            same = (gr.skip(),) * (3 + len(known))
             if not (said.get("text") or "").strip() and not said.get("files") and number is None:
-                yield *drawn(state, who, other, "The message is empty."), gr.skip(), gr.skip(), gr.skip()
+                yield *drawn(state, who, other, "The message is empty."), *same
                 return
+            if said.get("files") and number is None and tuple(about_picture) == tuple(known_of_own):
+                about_picture = [""] * len(known)  # that was another picture
             try:
                 picture = None if number is None else page.cast.pictures_of(who)[number].open()
-                page.take(state, said, picture)
+                await asyncio.to_thread(page.take, state, said, picture)
             except ChatError as error:
-                yield *drawn(state, who, other, error.message), gr.skip(), gr.skip(), gr.skip()
+                yield *drawn(state, who, other, error.message), *same
                 return
-            yield *drawn(state, who, other), empty, None, ""
-            async for seen in spoken(state, who, other, about_picture):
-                yield *seen, gr.skip(), gr.skip(), gr.skip()
+            yield *drawn(state, who, other), gr.MultimodalTextbox(value=None), None, "", *about_picture
+            async for seen in spoken(state, who, other, *about_picture):
+                yield *seen, *same
 
         async def start(*given: Any) -> AsyncIterator[tuple[Any, ...]]:
-            given[0].turns.clear()
+            given[0].clear()
             async for seen in spoken(*given):
                 yield seen
 
@@ -269,49 +296,51 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
             async for seen in spoken(state, *given, turns=turns):
                 yield seen
 
-        def take_back(state: Visit, who: str, other: str, _: str) -> tuple[Any, ...]:
+        def take_back(state: Visit, who: str, other: str, *_: str) -> tuple[Any, ...]:
             while state.turns and state.turns[-1].by_assistant:
                 state.turns.pop()
-            text = state.turns.pop().text if state.turns else ""
-            return *drawn(state, who, other), gr.MultimodalTextbox(value={"text": text, "files": []})
+            last = state.turns.pop() if state.turns else Turn(False, "")
+            files = [state.file_of(picture, page.uploads) for picture in last.pictures]
+            return *drawn(state, who, other), gr.MultimodalTextbox(value={"text": last.text, "files": files})
 
-        def choose(state: Visit, who: str, other: str, _: str) -> tuple[Any, ...]:
-            state.turns.clear()
-            pictures = page.cast.pictures_of(who) if who else []
-            shown = [(picture.open(), picture.name) for picture in pictures]
+        def choose(state: Visit, who: str, other: str, *_: str) -> tuple[Any, ...]:
+            state.clear()
+            first = page.cast.first_picture(who) if who else None
+            texts = _texts(first[1]) if first else ("", "", "")
             return (
-                *drawn(state, who, other), shown[0][0] if shown else None, _about(page, who), shown, "", None,
-                gr.Button(visible=other != HUMAN), "", "",
+                *drawn(state, who, other), first[0] if first else None, _about(page, who), page.gallery(who),
+                None, gr.Button(visible=other != HUMAN), "", "", texts, *texts,
             )  # fmt: skip
 
-        def choose_picture(who: str, event: gr.SelectData) -> tuple[str, int, str]:
-            information = page.cast.pictures_of(who)[event.index].information
-            texts = (information.role, information.place, information.scene)
-            known_of_it = " ".join(text for text in texts if text)
-            return known_of_it, event.index, "This picture is shown with your next message."
+        def choose_picture(who: str, event: gr.SelectData) -> tuple[Any, ...]:
+            texts = _texts(page.cast.pictures_of(who)[event.index].information)
+            return event.index, "This picture is shown with your next message.", texts, *texts
 
-        def show_prompt(state: Visit, who: str, other: str, about_picture: str) -> str:
+        def show_prompt(state: Visit, who: str, other: str, *about_picture: str) -> str:
             try:
-                prompt = page.prompt(state.turns, page.scene(who, other, about_picture))
+                prompt = page.prompt(state.turns, page.scene(who, other, *about_picture))
             except ChatError as error:
                 return error.message
             words = "\n".join(element.get("text", "Picture 1: (the picture)") for element in prompt.query)
             return f"{prompt.system}\n\n{words}"
 
-        def keep(state: Visit, who: str, other: str, about_picture: str) -> str:
+        def keep(state: Visit, who: str, other: str, *about_picture: str) -> str:
             assert page.save_to is not None
             try:
-                scene = page.scene(who, other, about_picture)
-                path = save_dialogue(page.save_to, scene, state.turns)
+                scene = page.scene(who, other, *about_picture)
+                path = save_dialogue(page.save_to, scene, state.turns, page.first_picture(scene))
             except (ChatError, MMRoleError) as error:
                 return f"Not saved: {error}"
             return f"Saved to `{path}`. `python -m data_utils.check {page.save_to}` looks it over."
 
-        chosen_outputs = [*window, portrait, about, gallery, known, chosen, talk, exact, next_picture]
+        of_picture = [chosen, next_picture, filled, *known]
+        chosen_outputs = [*window, portrait, about, gallery, chosen, talk, exact, next_picture, filled, *known]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([character.change, partner.change, blocks.load], choose, people, chosen_outputs, **quiet)
         writing = [
-            message.submit(send, [*people, message, chosen], [*window, message, chosen, next_picture], **quiet),
+            message.submit(
+                send, [*people, message, chosen, filled], [*window, message, chosen, next_picture, *known], **quiet
+            ),
             begin.click(start, people, window, **quiet),
             again.click(repeat, people, window, **quiet),
             talk.click(both, people, window, **quiet),
@@ -319,14 +348,14 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
         stop.click(None, cancels=writing, **quiet)
         edit.click(take_back, people, [*window, message], cancels=writing, **quiet)
         gr.on([clear.click, chat.clear], choose, people, chosen_outputs, cancels=writing, **quiet)
-        gallery.select(choose_picture, [character], [known, chosen, next_picture], **quiet)
+        gallery.select(choose_picture, [character], of_picture, **quiet)
         look.click(show_prompt, people, exact, **quiet)
         save.click(keep, people, saved, **quiet)
     blocks.queue(default_concurrency_limit=None)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(
-        app, blocks, path="/", footer_links=[], theme=theme, css=_CSS, ssr_mode=False, enable_monitoring=False,
-        max_file_size=page.limits.body, show_error=True, pwa=False,
+        app, blocks, path="/", footer_links=[], theme=theme, css=_CSS, head=_HEAD, ssr_mode=False,
+        enable_monitoring=False, max_file_size=page.limits.body, show_error=True, pwa=False,
     )  # fmt: skip
 
 
@@ -338,12 +367,10 @@ def _about(page: Page, who: str | None) -> str:
     return f"**{_escaped(role.name)}** · {_escaped(role.script)}\n\n{_escaped(profile)}"
 
 
+def _texts(information: ImageInformation) -> tuple[str, str, str]:
+    return information.role, information.place, information.scene
+
+
 def _escaped(text: str) -> str:
     """Profiles are data: HTML in them is text."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _forget(visit: Visit) -> None:
-    """Removes the pictures of a visit that has ended."""
-    if visit.folder is not None:
-        shutil.rmtree(visit.folder, ignore_errors=True)

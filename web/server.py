@@ -5,12 +5,14 @@ Nothing of a chat is stored or logged, no URL is fetched and no path is read.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
 import json
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from typing import Any
@@ -20,6 +22,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from data_utils.prompts import ImageInformation
+from qwen_vl.sampling_params import LEAST_TEMPERATURE, MAX_NEW_TOKENS
 from web.cast import PREFIX, Cast
 from web.chats import Chat, ChatError, Limits, Prompt, Scene, parse_chat, plain_prompt, role_play, without_oldest_turns
 from web.service import Piece, Sampling, Service
@@ -39,11 +42,16 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
+_INFORMATION = ("role_info", "place_info", "scene_info")
 _REFUSED = {  # what would change the answer and cannot be done
     "n": (None, 1),
     "tool_choice": (None, "none", "auto"),  # tools that are only offered are never called; front ends offer theirs
     "function_call": (None, "none", "auto"),
     "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0),
+    "repetition_penalty": (None, 1),
     "logit_bias": (None, {}),
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
@@ -85,7 +93,7 @@ class Guard:
         if host not in self.hosts:
             return ChatError(f"this server does not answer to the host {host!r}", status=403, code="host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and origin.partition("://")[2] != headers.get("host"):
             return ChatError("requests from other pages are refused", status=403, code="origin")
         if self.key is not None and not _has_key(headers.get("authorization", ""), self.key):
             return ChatError("the key is missing or wrong: send it as a bearer token", status=401, code="key")
@@ -159,12 +167,14 @@ def build_app(service: Service, cast: Cast, *, hosts: frozenset[str], key: str |
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
         body = _json_object(await request.body())
-        name, chat = body.get("model"), parse_chat(body.get("messages"), limits)
-        sampling = _sampling(body, limits)
-        prompt = fitting_prompt(service, _maker(name, body, service, cast), chat, sampling)
+        name, sampling, streams = body.get("model"), _sampling(body, limits), _streams(body)
+        make = _maker(name, body, service, cast)
+        # Pictures and long texts take their time: the others' answers go on meanwhile.
+        chat = await asyncio.to_thread(parse_chat, body.get("messages"), limits)
+        prompt = await asyncio.to_thread(fitting_prompt, service, make, chat, sampling)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         answer = service.stream(prompt, sampling)
-        if body.get("stream"):
+        if streams:
             first = await anext(answer)  # what is wrong with the request is an error of HTTP
             options = body.get("stream_options")
             usage = isinstance(options, dict) and bool(options.get("include_usage"))
@@ -179,6 +189,10 @@ def build_app(service: Service, cast: Cast, *, hosts: frozenset[str], key: str |
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish_reason}
         return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(last)}
 
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
+    async def nothing(path: str) -> None:
+        raise ChatError(f"there is no /v1/{path}: ask /v1/models or /v1/chat/completions", status=404)
+
     return app
 
 
@@ -188,16 +202,19 @@ def fitting_prompt(service: Service, make: Any, chat: Chat, sampling: Sampling) 
     Raises:
         ChatError: Not even the last message fits.
     """
-    prompt = make(chat)
     longest = getattr(service, "longest", None)
-    while longest is not None and (service.prompt_tokens(prompt) or 0) + (sampling.max_tokens or 512) > longest:
-        shorter = without_oldest_turns(chat)
-        if shorter is None:
-            what = f"the prompt and an answer of {sampling.max_tokens or 512} tokens have room for {longest:,} tokens"
-            raise ChatError(f"{what}: shorten the message", "messages", code="context_length_exceeded")
-        chat = shorter
-        prompt = make(chat)
-    return prompt
+    answer = sampling.max_tokens or MAX_NEW_TOKENS
+
+    def fits(pairs: int) -> bool:
+        prompt = make(without_oldest_turns(chat, pairs))
+        return longest is None or (service.prompt_tokens(prompt) or 0) + answer <= longest
+
+    pairs = range((len(chat.turns) + 1) // 2 or 1)  # that can be left out
+    fewest = 0 if fits(0) else bisect_left(pairs, True, lo=1, key=fits)
+    if fewest == len(pairs):
+        what = f"the prompt and an answer of {answer} tokens have room for {longest:,} tokens"
+        raise ChatError(f"{what}: shorten the message", "messages", code="context_length_exceeded")
+    return make(without_oldest_turns(chat, fewest))
 
 
 def _maker(name: Any, body: Mapping[str, Any], service: Service, cast: Cast) -> Any:
@@ -210,10 +227,14 @@ def _maker(name: Any, body: Mapping[str, Any], service: Service, cast: Cast) -> 
     character = name.removeprefix(PREFIX)
     role = cast.role(character)
     own = body.get("mmrole") or {}
-    if not isinstance(own, dict) or not all(isinstance(value, str) for value in own.values()):
-        raise ChatError("mmrole must be an object of texts: partner, role_info, place_info, scene_info", "mmrole")
+    if (
+        not isinstance(own, dict)
+        or not own.keys() <= {"partner", *_INFORMATION}
+        or not all(isinstance(value, str) for value in own.values())
+    ):
+        raise ChatError(f"mmrole must be an object of texts: partner, {', '.join(_INFORMATION)}", "mmrole")
     partner = cast.role(own["partner"]) if own.get("partner") else None
-    known = ImageInformation(*(own.get(key, "") for key in ("role_info", "place_info", "scene_info")))
+    known = ImageInformation(*(own.get(key, "") for key in _INFORMATION))
     scene = Scene(role, partner, known)
     return lambda chat: role_play(scene, chat)
 
@@ -226,19 +247,24 @@ def _sampling(body: Mapping[str, Any], limits: Limits) -> Sampling:
     most = body.get("max_tokens") if most is None else most
     if most is not None and (not isinstance(most, int) or isinstance(most, bool) or not 0 < most <= limits.new_tokens):
         raise ChatError(f"max_tokens must be a whole number from 1 to {limits.new_tokens}", "max_tokens")
+    most = limits.usual_tokens if most is None else most
     temperature, top_p = _number(body, "temperature", 0, 2), _number(body, "top_p", 0, 1)
-    if top_p == 0:
+    if top_p == 0 or (temperature is not None and temperature < LEAST_TEMPERATURE):
         temperature, top_p = 0.0, None  # the likeliest token alone
     seed = body.get("seed")
-    if seed is None:
-        seed = secrets.randbits(31)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63):
         raise ChatError("seed must be a whole number of 64 bits", "seed")
     stop = body.get("stop")
     stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(text, str) and text for text in stop):
         raise ChatError("stop must be a text, or up to 16 texts, none of them empty", "stop")
     return Sampling(temperature, top_p, seed, most, tuple(stop))
+
+
+def _streams(body: Mapping[str, Any]) -> bool:
+    if body.get("stream") not in (None, True, False):
+        raise ChatError("stream must be true or false", "stream")
+    return bool(body.get("stream"))
 
 
 def _number(body: Mapping[str, Any], field: str, least: float, most: float) -> float | None:
@@ -273,7 +299,7 @@ async def _events(
             yield _event(error.body())
             return
         yield event({}, piece.finish_reason)
-        if usage:
+        if usage and _usage(piece):
             yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(piece)})
         yield "data: [DONE]\n\n"
 
@@ -290,13 +316,12 @@ async def _until_gone(answer: AsyncIterator[Piece], request: Request) -> AsyncIt
         yield piece
 
 
-def _usage(piece: Piece) -> dict[str, int]:
-    total = piece.prompt_tokens + piece.completion_tokens
-    return {
-        "prompt_tokens": piece.prompt_tokens,
-        "completion_tokens": piece.completion_tokens,
-        "total_tokens": total,
-    }
+def _usage(piece: Piece) -> dict[str, int] | None:
+    """The tokens that an answer took, or None where an endpoint does not say."""
+    prompt, completion = piece.prompt_tokens, piece.completion_tokens
+    if prompt is None or completion is None:
+        return None
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import queue
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn; None for the checkpoint's own settings. A temperature of 0 is greedy."""
+    """How an answer is drawn; None for the model's own settings. A temperature of 0 is greedy."""
 
     temperature: float | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of an answer; the last piece has a reason (`stop` or `length`) and the tokens that were used."""
+    """New text of an answer; the last has a reason (`stop` or `length`) and, where they are known, the tokens used."""
 
     text: str
     finish_reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class Service(Protocol):
@@ -116,7 +116,7 @@ class EngineService:
             query=prompt.query,
             system=[{"text": prompt.system}],  # an element: tags in it are text
             history=prompt.history,
-            seed=sampling.seed,
+            seed=secrets.randbits(31) if sampling.seed is None else sampling.seed,
             do_sample=None if sampling.temperature is None else sampling.temperature > 0,
             temperature=sampling.temperature or None,
             top_p=sampling.top_p,
@@ -206,16 +206,19 @@ class EndpointService:
     """A model behind an OpenAI-compatible endpoint plays the characters.
 
     Args:
-        url: Its base URL, with `/v1`.
+        url: Its base URL, with `/v1`; the key is in OPENAI_API_KEY, if it needs one.
         model: The model's name there.
-        key_variable: The environment variable with the key, if it needs one.
+
+    Raises:
+        MMRoleError: As `data_utils.endpoint.Endpoint` does; nothing is sent.
     """
 
     longest: int | None = None
 
-    def __init__(self, url: str, model: str, key_variable: str = "OPENAI_API_KEY") -> None:
-        self.name, self._url = model, url
-        self._key = os.environ.get(key_variable) or "none"
+    def __init__(self, url: str, model: str) -> None:
+        from data_utils.endpoint import Endpoint
+
+        self.name, self._endpoint = model, Endpoint([url], model)
 
     def prompt_tokens(self, prompt: Prompt) -> None:
         """Only the endpoint knows."""
@@ -223,27 +226,30 @@ class EndpointService:
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
         """See `Service`."""
-        from openai import APIError, AsyncOpenAI
-
-        settings: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        settings: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
         settings |= {"max_tokens": sampling.max_tokens, "stop": list(sampling.stop) or None}
         settings = {name: value for name, value in settings.items() if value is not None}
-        reason = None
+        reason = usage = None
         try:
-            async with AsyncOpenAI(base_url=self._url, api_key=self._key, max_retries=0) as client:
+            async with self._endpoint.client() as client:
                 chunks = await client.chat.completions.create(
                     model=self.name, messages=openai_messages(prompt), stream=True, **settings
                 )
                 async with chunks:
                     async for chunk in chunks:
+                        usage = chunk.usage or usage
                         for choice in chunk.choices[:1]:
                             reason = choice.finish_reason or reason
                             if choice.delta.content:
                                 yield Piece(choice.delta.content)
-        except APIError as error:
-            what = f"the endpoint failed: {type(error).__name__}: {error}".replace(self._key, "(the key)")
-            raise ChatError(what, status=502, code="endpoint") from None
-        yield Piece("", "length" if reason == "length" else "stop")
+        except Exception as error:  # noqa: BLE001 - one answer fails; a broken stream raises the HTTP library's own errors
+            what = self._endpoint.scrub(f"{type(error).__name__}: {error}")
+            raise ChatError(f"the endpoint failed: {what}", status=502, code="endpoint") from None
+        if reason is None:
+            raise ChatError("the endpoint broke off in the middle of its answer", status=502, code="endpoint")
+        used = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+        yield Piece("", "length" if reason == "length" else "stop", *used)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Ends the connections."""
+        self._endpoint.close()

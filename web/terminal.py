@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import secrets
 import sys
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from data_utils.errors import MMRoleError
@@ -26,16 +26,15 @@ def check_terminal(options: argparse.Namespace, cast: Cast) -> None:
             raise MMRoleError("there is no such character", name, flag, f"choose one of: {names}")
 
 
-def talk(service: Service, cast: Cast, options: argparse.Namespace) -> int:
+def talk(service: Service, cast: Cast, options: argparse.Namespace, limits: Limits) -> int:
     """Reads lines and writes answers until the input ends."""
     partner = cast.role(options.partner) if options.partner else None
-    scene = Scene(cast.role(options.character), partner)
+    scene, picture = Scene(cast.role(options.character), partner), None
     try:
         if options.image:
-            picture = read_picture(options.image.read_bytes(), Limits(), str(options.image))
-        else:
-            own = cast.pictures_of(options.character)
-            picture = own[0].open() if own else None
+            picture = read_picture(options.image.read_bytes(), limits, str(options.image))
+        elif own := cast.first_picture(options.character):
+            picture, scene = own[0], replace(scene, information=own[1])
     except (OSError, ChatError) as error:
         raise MMRoleError(f"the picture cannot be used: {error}", options.image, "--image", "give another") from None
     print(f"{options.character} listens. {_COMMANDS}.", file=sys.stderr)
@@ -47,23 +46,29 @@ def talk(service: Service, cast: Cast, options: argparse.Namespace) -> int:
             return 0
         if line == "/quit":
             return 0
-        if line == "/again" and turns and turns[-1].by_assistant:
-            turns.pop()
-        elif line == "/begin":
-            turns.clear()
-        elif line not in ("", "/prompt"):
-            turns.append(Turn(False, line))
-        elif line == "":
-            continue
         if line == "/prompt":
             print(role_play(scene, Chat("", tuple(turns))).query[-1]["text"])
             continue
-        asyncio.run(_answer(service, scene, turns, picture))
+        if line == "/begin":
+            turns.clear()
+        elif line == "/again":
+            if not turns:
+                print("there is no answer yet", file=sys.stderr)
+                continue
+            if turns[-1].by_assistant:
+                turns.pop()
+        elif line.startswith("/"):
+            print(f"there is no command {line}: {_COMMANDS}", file=sys.stderr)
+            continue
+        elif line:
+            turns.append(Turn(False, line))
+        else:
+            continue
+        asyncio.run(_answer(service, scene, turns, picture, Sampling(max_tokens=limits.usual_tokens)))
 
 
-async def _answer(service: Service, scene: Scene, turns: list[Turn], picture: Any) -> None:
+async def _answer(service: Service, scene: Scene, turns: list[Turn], picture: Any, sampling: Sampling) -> None:
     text = ""
-    sampling = Sampling(seed=secrets.randbits(31))
     try:
         prompt = fitting_prompt(service, lambda chat: role_play(scene, chat, picture), Chat("", tuple(turns)), sampling)
         print(f"{scene.role.name}: ", end="", flush=True)

@@ -61,7 +61,9 @@ def served(chat_model, world: Path) -> Iterator[Served]:
     from web.service import EngineService
 
     service = EngineService(*chat_model, "tiny", most_waiting=40)
-    app = build_app(service, read_cast(world), hosts=frozenset(LOOPBACK), key=None, limits=Limits(body=4_000_000))
+    app = build_app(
+        service, read_cast(world), hosts=frozenset(LOOPBACK), key=None, limits=Limits(body=4_000_000, pixels=1_000_000)
+    )
     with Served(app) as running:
         running.service = service
         yield running

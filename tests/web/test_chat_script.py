@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from data_utils.errors import MMRoleError
 from tests.conftest import ROOT
 from tests.web.conftest import Served
 from web.__main__ import main
+from web.cast import read_cast
 from web.chats import ChatError, Prompt
 from web.service import EndpointService, Piece, Sampling
 
@@ -42,12 +44,18 @@ def run_chat(settings: dict[str, Any], said: str, *flags: str, cwd: Path) -> sub
 
 def test_the_terminal(checkpoint: Path, world: Path, tmp_path: Path) -> None:
     name = name_of(world)
-    said = "Hello\n/again\n/prompt\n/begin\n/quit\n"
+    said = "/again\n/agian\nHello\n/again\n/prompt\n/begin\n/quit\n"
     settings = {"MODEL_PATH": checkpoint, "DATA_ROOT": world}
     done = run_chat(settings, said, "--terminal", "--character", name, "--max_new_tokens", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{name}: ") >= 3
     assert "[human]: Hello" in done.stdout or "the curious human about the image" in done.stdout
+    assert "there is no answer yet" in done.stderr
+    assert "there is no command /agian" in done.stderr
+    own = read_cast(world).pictures_of(name)
+    assert name in own[0].information.role
+    assert name not in json.loads((world / "images" / "annotations.json").read_text(encoding="utf-8"))[0]["role_info"]
+    assert f" - Scene information: {own[0].information.scene}\n" in done.stdout
 
 
 def test_an_endpoint_in_place_of_a_checkpoint(served: Served) -> None:
@@ -62,6 +70,34 @@ def test_an_endpoint_in_place_of_a_checkpoint(served: Served) -> None:
     assert pieces[-1].finish_reason == "length"
     with pytest.raises(ChatError, match="the endpoint failed"):
         asyncio.run(answer(Sampling(temperature=9.0)))
+    service.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (b'data: {"choices": [{"delta": {"content": "Half"}}]}\n\n', "broke off"),
+        (b'data: {"choices": [{"delta": {"content": "Half"}}]}\n\ndata: {"cho\n\n', "the endpoint failed"),
+        (b'data: {"error": {"message": "no such key: a-long-secret-0815"}}\n\n', r"no such key: \*\*\*"),
+    ],
+)
+def test_an_endpoint_that_breaks(sent: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-long-secret-0815")
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": sent})
+
+    async def answer(service: EndpointService) -> list[Piece]:
+        return [piece async for piece in service.stream(Prompt([{"text": "Hi"}], ""), Sampling())]
+
+    with Served(broken) as served:
+        service = EndpointService(f"{served.url}/v1", "tiny")
+        with pytest.raises(ChatError, match=message):
+            asyncio.run(answer(service))
+        service.close()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +105,8 @@ def test_an_endpoint_in_place_of_a_checkpoint(served: Served) -> None:
     [
         ([], "neither --model_path nor --endpoint, or both"),
         (["--endpoint", "http://127.0.0.1:9/v1"], "model is missing"),
-        (["--endpoint", "localhost", "--model", "m"], "not a URL"),
+        (["--endpoint", "localhost", "--model", "m"], "not the address of an endpoint"),
+        (["--endpoint", "https://example.org/v1", "--model", "m", "--no_page"], "no key for the endpoint"),
         (["--model_path", "nowhere"], "no such checkpoint folder"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--data_root", "nowhere"], "no such data root"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--host", "0.0.0.0"], "without a key"),
@@ -78,8 +115,19 @@ def test_an_endpoint_in_place_of_a_checkpoint(served: Served) -> None:
 )
 def test_what_is_refused_early(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MMROLE_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("web.__main__.listen_problem", lambda *_: None)  # whoever has port 8000 here
     with pytest.raises(MMRoleError, match=message):
         main(flags)
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_loads() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        flags = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--port", str(other.getsockname()[1])]
+        with pytest.raises(MMRoleError, match="cannot listen there"):
+            main(flags)
 
 
 def test_a_character_that_is_not_there(world: Path) -> None:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.golden_checkpoint import GOLDEN
 from tests.web.conftest import Served
+from web.cast import read_cast
 
 pytest.importorskip("gradio", reason="the web extra is not installed (scripts/test.sh --all runs this beside it)")
+from web.page import Visit
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -30,7 +34,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(chat_model: Any, world: Path, saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from web.cast import read_cast
     from web.chats import Limits
     from web.page import Page, mount_page
     from web.server import LOOPBACK, build_app
@@ -114,6 +117,7 @@ def test_a_whole_visit(page: Any, saved: Path, world: Path) -> None:
 
     press(page, "Edit last")
     expect(message_box(page)).to_have_value("What is this?")
+    expect(page.locator(".thumbnail-item img")).to_have_count(1)
     expect(answers(page)).to_have_count(0)
 
     page.get_by_label("Character", exact=True).click()
@@ -125,6 +129,36 @@ def test_a_whole_visit(page: Any, saved: Path, world: Path) -> None:
     expect(answers(page).first).not_to_be_empty()
     press(page, "New chat")
     expect(answers(page)).to_have_count(0)
+
+
+def test_what_is_known_belongs_to_the_picture_that_is_shown(page: Any, world: Path) -> None:
+    own = read_cast(world).pictures_of(page.get_by_label("Character", exact=True).input_value())
+    page.get_by_text("Pictures of this character").click()
+    happens = page.get_by_label("Known about the picture: what happens")
+    expect(happens).to_have_value(own[0].information.scene)
+    page.get_by_role("button", name="Thumbnail 3").click()
+    page.get_by_text("This picture is shown with your next message").wait_for()
+    expect(happens).to_have_value(own[2].information.scene)
+    message_box(page).fill("And this?")
+    message_box(page).press("Enter")
+    expect(page.locator("#chat img")).to_have_count(1)
+    press(page, "Stop")
+    page.set_input_files("input[type=file]", PICTURE)
+    page.locator(".thumbnail-item img").first.wait_for()
+    message_box(page).press("Enter")
+    expect(page.locator("#chat img")).to_have_count(2)
+    press(page, "Stop")
+    expect(happens).to_have_value("")
+
+
+def test_a_new_chat_takes_its_pictures_away(tmp_path: Path) -> None:
+    visit, picture = Visit(), Image.new("RGB", (8, 8), "red")
+    file = Path(visit.file_of(picture, tmp_path))
+    assert visit.file_of(picture, tmp_path) == str(file)
+    assert file.is_file()
+    visit.clear()
+    assert not file.exists()
+    assert visit.file_of(picture, tmp_path) != str(file)  # a browser keeps what it has seen at an address
 
 
 def test_an_upload_that_is_no_picture(page: Any, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.web.conftest import Served
 from web.__main__ import is_loopback
 from web.cast import Cast
 from web.chats import Chat, ChatError, Limits, Prompt, Turn, parse_chat, plain_prompt, without_oldest_turns
-from web.server import build_app
+from web.server import build_app, fitting_prompt
 from web.service import Piece, Sampling
 
 openai = pytest.importorskip("openai", reason="the endpoint extra is not installed")
@@ -33,9 +33,9 @@ def client(served: Served):
         yield client
 
 
-def data_url(colour: str = "red", kind: str = "PNG") -> str:
+def data_url(colour: str = "red", kind: str = "PNG", size: tuple[int, int] = (30, 20)) -> str:
     out = io.BytesIO()
-    Image.new("RGB", (30, 20), colour).save(out, kind)
+    Image.new("RGB", size, colour).save(out, kind)
     return f"data:image/{kind.lower()};base64," + base64.b64encode(out.getvalue()).decode()
 
 
@@ -132,6 +132,10 @@ def test_stop_texts(client: Any) -> None:
     assert (answer.message.content, answer.finish_reason) == (text[: text.index(middle)].rstrip(), "stop")
 
 
+def test_a_temperature_near_0_is_greedy(client: Any) -> None:
+    assert ask(client, [user("Hi")], temperature=1e-300).choices == ask(client, [user("Hi")]).choices
+
+
 def test_sampling_depends_on_the_seed(client: Any) -> None:
     def drawn(seed: int) -> str:
         return ask(client, [user("Hi")], temperature=2, top_p=1, seed=seed).choices[0].message.content
@@ -187,6 +191,7 @@ def test_who_leaves_frees_the_place(served: Served, client: Any) -> None:
         ({"messages": [shown("data:image/png;base64,=", "?")]}, "not valid base64"),
         ({"messages": [shown(data_url(), "?")] * 9}, "more than 8 pictures"),
         ({"messages": [user("long " * 9_000)]}, "shorten the message"),
+        ({"messages": [shown(data_url(size=(1_001, 1_000)), "?")]}, "more than 1,000,000 pixels"),
         ({"model": "gpt-4"}, "no model 'gpt-4'"),
         ({"model": "mmrole/Nobody"}, "no character 'Nobody'"),
         ({"n": 2}, "not supported"),
@@ -196,19 +201,23 @@ def test_who_leaves_frees_the_place(served: Served, client: Any) -> None:
         ({"max_tokens": 0}, "max_tokens must be"),
         ({"seed": 0.5}, "seed must be"),
         ({"stop": [""]}, "stop must be"),
+        ({"top_k": 1}, "not supported"),
+        ({"repetition_penalty": 1.2}, "not supported"),
+        ({"stream": "no"}, "stream must be"),
+        ({"model": "mmrole/Bram Tolliver", "mmrole": {"scene": "A sea."}}, "mmrole must be"),
     ],
 )
 def test_what_cannot_be_answered(client: Any, change: dict[str, Any], message: str) -> None:
     body = {"model": "tiny", "messages": [user("Hi")], **GREEDY, **change}
     for stream in (False, True):
         with pytest.raises(openai.APIStatusError, match=message) as error:
-            client.post("/chat/completions", body={**body, "stream": stream}, cast_to=object)
+            client.post("/chat/completions", body={"stream": stream, **body}, cast_to=object)
         assert error.value.status_code in (400, 404)
 
 
-def raw(served: Served, headers: dict[str, str], body: bytes | None = None) -> tuple[int, dict[str, Any]]:
+def raw(served: Served, headers: dict[str, str], body: Any = None, path: str = "") -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=60)
-    path = "/v1/models" if body is None else "/v1/chat/completions"
+    path = path or ("/v1/models" if body is None else "/v1/chat/completions")
     connection.request("GET" if body is None else "POST", path, body, headers)
     response = connection.getresponse()
     content = json.loads(response.read())
@@ -222,7 +231,8 @@ def test_other_hosts_and_pages_are_refused(served: Served) -> None:
     assert raw(served, {"Origin": served.url})[0] == 200
     assert raw(served, {"Host": "evil.example"})[0] == 403
     assert raw(served, {"Origin": "http://evil.example"})[0] == 403
-    assert raw(served, {"Origin": "null", "Host": own})[0] == 403
+    for odd in ("null", "http://[", own):
+        assert raw(served, {"Origin": odd, "Host": own})[0] == 403
 
 
 def test_size_and_form_of_a_request(served: Served) -> None:
@@ -231,6 +241,28 @@ def test_size_and_form_of_a_request(served: Served) -> None:
     assert raw(served, {}, b"{")[0] == 400
     assert raw(served, {}, b"[" * 100_000)[0] == 400
     assert raw(served, {}, b"[]")[0] == 400
+
+
+def test_a_body_without_a_length_is_counted() -> None:
+    app = build_app(Echo(), Cast({}, {}), hosts=frozenset(["here"]), key=None, limits=Limits(body=100))
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+    scope["headers"] = [(b"host", b"here"), (b"transfer-encoding", b"chunked")]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b" " * 60, "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 413
+
+
+def test_other_addresses_are_answered_in_openais_shape(served: Served) -> None:
+    status, content = raw(served, {}, b"{}", "/v1/embeddings")
+    assert (status, content["error"]["type"]) == (404, "invalid_request_error")
+    assert raw(served, {}, None, "/v1/chat/completions")[0] == 404
 
 
 class Echo:
@@ -261,6 +293,30 @@ def test_a_key() -> None:
                 ask(client, [user("busy")], "echo", stream=True)
 
 
+def test_the_length_of_an_answer_and_what_an_endpoint_leaves_unsaid() -> None:
+    asked: list[Sampling] = []
+
+    class Noting(Echo):
+        async def stream(self, prompt: Prompt, sampling: Sampling):
+            asked.append(sampling)
+            yield Piece("", "stop")
+
+    limits = Limits(new_tokens=40, usual_tokens=40)
+    app = build_app(Noting(), Cast({}, {}), hosts=frozenset(["127.0.0.1"]), key=None, limits=limits)
+    with (
+        Served(app) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        whole = client.chat.completions.create(model="echo", messages=[user("Hi")])
+        usage = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = list(client.chat.completions.create(model="echo", messages=[user("Hi")], **usage))
+        assert whole.usage is None
+        assert all(chunk.usage is None for chunk in chunks)
+        assert [sampling.max_tokens for sampling in asked] == [40, 40]
+        with pytest.raises(openai.BadRequestError, match="from 1 to 40"):
+            ask(client, [user("Hi")], "echo", max_tokens=41)
+
+
 def test_alternation_is_mended() -> None:
     say = {"role": "assistant", "content": "Hm."}
     chat = parse_chat([say, user("a"), user("b"), say, say], Limits())
@@ -277,10 +333,25 @@ def test_alternation_is_mended() -> None:
 def test_the_picture_outlives_its_turn() -> None:
     picture = Image.new("RGB", (2, 2))
     chat = Chat("", (Turn(False, "a", (picture,)), Turn(True, "b"), Turn(False, "c")))
-    shorter = without_oldest_turns(chat)
-    assert shorter is not None
-    assert shorter.picture is picture
-    assert without_oldest_turns(shorter) is None
+    assert without_oldest_turns(chat, 1) == Chat("", (Turn(False, "c", (picture,)),))
+    assert without_oldest_turns(chat, 0) == chat
+
+
+def test_as_few_turns_as_possible_are_left_out() -> None:
+    class Counting(Echo):
+        longest = 1_000
+
+        def prompt_tokens(self, prompt: Prompt) -> int:
+            return sum(len(query[-1]["text"]) + len(answer) for query, answer in prompt.history) + 10
+
+    chat = Chat("", (*(Turn(bool(number % 2), "x" * 30) for number in range(40)), Turn(False, "c")))
+    for room, pairs in ((1_210, 20), (1_209, 19), (610, 10), (70, 1), (69, 0), (10, 0)):
+        service = Counting()
+        service.longest = 1 + room
+        assert len(fitting_prompt(service, plain_prompt, chat, Sampling(max_tokens=1)).history) == pairs
+    service.longest = 10
+    with pytest.raises(ChatError, match="shorten"):
+        fitting_prompt(service, plain_prompt, chat, Sampling(max_tokens=1))
 
 
 def test_loopback() -> None:
