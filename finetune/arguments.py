@@ -506,16 +506,22 @@ def _ways_out(global_batch: int, micro_batch: int, processes: int) -> list[str]:
     """Returns what could be changed so that it divides, one change a line."""
     if min(global_batch, micro_batch, processes) <= 0:
         return ["give whole numbers above 0"]
-    ways = []
-    if global_batch % processes == 0:
-        ways.append(f"micro-batch {_listed(_divisors(global_batch // processes))} with these {processes} process(es)")
-    if global_batch % micro_batch == 0:
-        ways.append(f"{_listed(_divisors(global_batch // micro_batch))} process(es) with this micro-batch")
+    ways = dividing(global_batch, micro_batch, processes)
     at_once = micro_batch * processes
     below = global_batch // at_once * at_once
     near = [str(size) for size in (below, below + at_once) if size > 0]
     ways.append(f"global batch {' or '.join(near)} with both as they are (no longer the paper's)")
     return ["any one of these divides:", *(f"  {way}" for way in ways)]
+
+
+def dividing(global_batch: int, micro_batch: int, processes: int) -> list[str]:
+    """Returns the micro-batches and the numbers of processes that divide a global batch; see `accumulation_steps`."""
+    ways = []
+    if global_batch % processes == 0:
+        ways.append(f"micro-batch {_listed(_divisors(global_batch // processes))} with these {processes} process(es)")
+    if global_batch % micro_batch == 0:
+        ways.append(f"{_listed(_divisors(global_batch // micro_batch))} process(es) with this micro-batch")
+    return ways or [f"{_listed(_divisors(global_batch))} process(es) and another micro-batch"]
 
 
 def _divisors(number: int) -> list[int]:

@@ -22,7 +22,7 @@ from transformers import TrainerState
 
 from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import read_json, write_text
-from finetune.arguments import Options, resumes
+from finetune.arguments import Options, dividing, resumes
 from finetune.distributed import from_first
 from finetune.report import TRAINING
 from qwen_vl import QwenVLTokenizer
@@ -37,11 +37,13 @@ _SHARD_SIZE = "5GB"
 _ENTRANCES = ("config.json", "adapter_config.json")
 _WEIGHTS = ("model*.safetensors*", "adapter_model*.safetensors*", "pytorch_model*.bin*")
 # What only a resume reads: DeepSpeed's shards and its note of them, optimizer, schedule and random states.
-_RESUME_STATE = (LATEST, "global_step*", "zero_to_fp32.py", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_RESUME_STATE = ("latest*", "global_step*", "zero_to_*.py", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "unexpected pos")  # parts of what torch.save says
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
 # What decides the course of the learning rate and may change on the way, if the user knows.
 _SCHEDULE = ("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay")
+# What decides the stream of samples and can be kept with another number of processes, and the flags that keep it.
+_STREAM = {"samples a step": "--global_batch_size", "loss group": "--loss_group", "epochs filled to": "--fill_to"}
 
 Expected = Mapping[str, tuple[list[int], str]]
 
@@ -290,8 +292,7 @@ def verify(folder: Path, processes: int) -> list[str]:
 
     Args:
         folder: The checkpoint.
-        processes: The present number of processes. If another number wrote it, the processes' own files are not looked
-            for: it cannot be resumed from in any case.
+        processes: The present number of processes. If another number wrote it, its random states are not used.
     """
     if not folder.is_dir():
         return ["there is no such folder"]
@@ -302,10 +303,10 @@ def verify(folder: Path, processes: int) -> list[str]:
     except (MMRoleError, ValueError) as error:
         where = str(getattr(error, "where", None) or STATE).partition(",")[0]  # a JSON error has the line behind it
         return [f"{Path(where).name}: {getattr(error, 'what', error)}"]
-    written_by = identity.get("processes", 1)
-    ranks = range(processes if written_by == processes else 0)
+    ranks = range(identity.get("processes", 1))
     files = [*sorted(path.name for path in folder.glob("*.safetensors")), "scheduler.pt"]
-    files += ["rng_state.pth"] if list(ranks) == [0] else [f"rng_state_{rank}.pth" for rank in ranks]
+    if len(ranks) == processes:
+        files += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     stage = identity.get("ZeRO stage", 0)
     if not stage:
         files.append("optimizer.pt")
@@ -340,6 +341,16 @@ def report_of(folder: Path) -> dict[str, Any]:
             if all(isinstance(number, int) for number in numbers):
                 return content
     raise MMRoleError("the report of the run is not as it was written", type(content).__name__, folder / TRAINING)
+
+
+def processes_of(folder: Path, default: int) -> int:
+    """Returns the number of processes that wrote a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        default: What to return if it does not say.
+    """
+    return report_of(folder).get("identity", {}).get("processes", default)
 
 
 def steps_done(folder: Path) -> int:
@@ -411,7 +422,7 @@ def _chosen(options: Options) -> Path | None:
 
 
 def identity(options: Options) -> dict[str, Any]:
-    """Returns what must be equal to resume from a checkpoint: what lays out the optimizer's state, or is learned."""
+    """Returns what must be equal to resume from a checkpoint (but for the processes): what decides what is learned."""
     training, lora, data = options.training, options.lora, options.data
     adapters = {"LoRA alpha": lora.lora_alpha, "LoRA dropout": lora.lora_dropout, "LoRA bias": lora.lora_bias}
     adapters["LoRA base"] = "four bits" if lora.q_lora else "as it is"
@@ -434,21 +445,29 @@ def identity(options: Options) -> dict[str, Any]:
     }
 
 
-def resume_problems(folder: Path, now: Mapping[str, Any]) -> list[MMRoleError]:
+def resume_problems(folder: Path, options: Options) -> list[MMRoleError]:
     """Returns what keeps a run from being resumed from a checkpoint.
 
     Args:
         folder: The checkpoint.
-        now: The present run's `identity`.
+        options: The command line.
     """
+    now = identity(options)
     if found := verify(folder, now["processes"]):
         fix = "every node needs the checkpoint's files: put the output folder on a file system that they share"
         return [MMRoleError("this checkpoint is damaged", found, folder, fix)]
     there = report_of(folder).get("identity", {})
-    lines = [f"{key}: {there[key]} there, {now[key]} now" for key in now if key in there and there[key] != now[key]]
-    if not lines:
+    changed = [key for key in now if key != "processes" and key in there and there[key] != now[key]]
+    if not changed:
         return []
-    fix = "run with the same settings as before (PROCESSES and NNODES give the number of processes)"
+    fix = "run with the same settings as before"
+    if flags := [f"{flag} {there[key]}" for key, flag in _STREAM.items() if key in changed]:
+        fix = f"run with the same samples a step as before: {' '.join(flags)}"
+        micro = options.training.per_device_train_batch_size
+        batch = there.get("samples a step", now["samples a step"])
+        if batch % (micro * now["processes"]):
+            fix += f"; that divides with {' or '.join(dividing(batch, micro, now['processes']))}"
+    lines = [f"{key}: {there[key]} there, {now[key]} now" for key in changed]
     ways = _ways_out(fix, folder, adapter=now["LoRA"] != "no")
     return [MMRoleError("the checkpoint was written under other settings", lines, folder, ways)]
 

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore", FutureWarning)  # torch warns DeepSpeed, and transformers peft, at every step
     check_command_line(words)
     # What follows takes seconds to import, and the check above must not wait for it.
+    from finetune import universal
     from finetune.arguments import parse_arguments
     from finetune.checkpoints import checkpoint_to_resume, is_finished, lock, schedule_notice
     from finetune.preflight import check, write_cache
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if first and output.is_dir():
                 stack.enter_context(lock(output))
             resume = checkpoint_to_resume(options)
+            if first and resume:
+                universal.remove(resume)
             checked = check(options, resume)
         if first:
             _print_plan(options, checked, resume)
@@ -67,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if first:
                 print(f"finished already, nothing is left to train: {output}", flush=True)
             return 0
+        if resume and universal.is_needed(resume, training):
+            with report_once(), end_with_the_first():
+                universal.convert(resume, training)
         return train(options, checked, resume)
 
 

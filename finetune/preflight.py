@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_utils.errors import MMRoleError, four_parts, raise_problems, shown
+from finetune.report import size
 
 if TYPE_CHECKING:
     from data_utils.schema import Row
@@ -141,7 +142,8 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     """
     from data_utils.paths import sha256_of
     from data_utils.schema import TrainSample, read_rows
-    from finetune.checkpoints import identity, origin_problems, resume_problems
+    from finetune import universal
+    from finetune.checkpoints import origin_problems, resume_problems
     from finetune.distributed import from_first, raise_together
     from finetune.model import q_lora_problems, target_problems
     from qwen_vl import QwenVLTokenizer
@@ -170,7 +172,10 @@ def check(options: Options, resume: Path | None = None) -> Checked:
         if rows:
             space = disk_space(options, model, len(rows))
             found += space.problems(training.output_dir) if training.process_index == 0 else []
-    found += resume_problems(resume, identity(options)) if resume else []
+    wrong = resume_problems(resume, options) if resume else []
+    if resume and not wrong and universal.is_needed(resume, training) and training.process_index == 0:
+        wrong = universal.problems(resume, training)
+    found += wrong
     found += _batch_problems(training, len(rows))
     if training.eval_strategy != "no" and not eval_data:
         fix = "give --eval_data_path, --eval_split, or --eval_strategy no"
@@ -239,7 +244,7 @@ def _memory_problems(training: TrainingArguments, image_size: int) -> list[MMRol
     if needed <= free:
         return []
     value = (
-        f"{_size(needed)} are needed for {processes} process(es) with {workers} worker(s) each, {_size(free)} are free"
+        f"{size(needed)} are needed for {processes} process(es) with {workers} worker(s) each, {size(free)} are free"
     )
     fix = "start the container with --shm-size=16g or --ipc=host, or give --dataloader_num_workers 0"
     return [MMRoleError("shared memory has no room for the loader's batches", value, place, fix)]
@@ -388,9 +393,9 @@ class DiskSpace:
 
     def summary(self) -> str:
         """Returns one line for people."""
-        saves = f"a checkpoint takes about {_size(self.checkpoint)}, " if self.checkpoint else ""
-        text = f"{saves}the finished model {_size(self.finished)}, all together up to {_size(self.peak)}"
-        return f"{text}; {_size(self.free)} are free"
+        saves = f"a checkpoint takes about {size(self.checkpoint)}, " if self.checkpoint else ""
+        text = f"{saves}the finished model {size(self.finished)}, all together up to {size(self.peak)}"
+        return f"{text}; {size(self.free)} are free"
 
     def problems(self, output_dir: str) -> list[MMRoleError]:
         """Returns a problem if the saves do not fit."""
@@ -467,10 +472,6 @@ def output_problems(training: TrainingArguments) -> list[MMRoleError]:
         fix = "give --resume_from_checkpoint auto to resume it, another --output_dir, or --overwrite_output_dir"
         problems.append(MMRoleError("the output folder has a run in it already", there[-1].name, folder, fix))
     return problems
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
 
 
 def _existing(folder: Path) -> Path:

@@ -106,6 +106,11 @@ def model_flops(
     return float(decoder + attention + head + 2 * tower * patches * images)
 
 
+def size(number: int) -> str:
+    """Returns a number of bytes for people."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
+
+
 def versions() -> dict[str, str | None]:
     """Returns the versions of Python and of the packages that decide numbers; None for what is not installed."""
     return {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES}

@@ -15,16 +15,18 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from data_utils.errors import MMRoleError
+from finetune import universal
 from finetune.arguments import WARMUP_LR, TrainingArguments
 from finetune.checkpoints import (
     STAGING,
     check_saved,
     copy_model,
     expected_tensors,
+    processes_of,
     prune,
     publish_files,
     publish_folder,
@@ -340,6 +342,22 @@ class SupervisedTrainer(Trainer):
     def step_was_skipped(self) -> bool:
         """Whether float16's loss scale was too large and is now halved: normal in the first steps."""
         return self.args.fp16 and self.accelerator.optimizer_step_was_skipped
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads them, and removes what was made of a checkpoint for another number of processes."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and universal.is_needed(Path(checkpoint), self.args):
+            universal.mend(self.model_wrapped.optimizer.optimizer)
+            self.accelerator.wait_for_everyone()  # all have loaded it
+            if self.args.should_save:
+                universal.remove(Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restores the random states (of LoRA's dropout); for another number of processes makes new ones."""
+        if checkpoint and processes_of(Path(checkpoint), self.args.world_size) != self.args.world_size:
+            set_seed(self.args.seed + self.state.global_step)
+        else:
+            super()._load_rng_state(checkpoint)
 
     @property
     def output_dir(self) -> Path:
