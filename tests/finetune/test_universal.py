@@ -67,29 +67,29 @@ def test_sharded_runs_go_on_with_fewer_and_more_processes(flags: Flags, tmp_path
 
     train([words(name, 2) for name in kinds], 2, tmp_path)
     undisturbed = {name: losses(tmp_path / name) for name in kinds}
-    for name in kinds:
+    for name in ("zero2", "zero3"):
         shutil.copytree(tmp_path / name / "checkpoint-4", tmp_path / f"{name} again" / "checkpoint-4")
-    for step, processes in ((2, 1), (4, 2)):
-        for name in kinds:
+    for step, processes, names in ((2, 1, ("zero2", "zero3", "lora")), (4, 2, ("zero2", "zero3"))):
+        for name in names:
             forget_after(tmp_path / name, step)
             checkpoint = tmp_path / name / f"checkpoint-{step}"
             # What a conversion leaves that is killed on its way, and one whose training is killed before it loads.
             for left in (f"global_step{step}.abc", f"global_step{step}.universal"):
                 (checkpoint / left / "zero").mkdir(parents=True)
             (checkpoint / "latest_universal").write_text(f"global_step{step}.universal")
-        runs = [words(name, processes, resume_from_checkpoint="auto") for name in kinds]
-        if processes == 2:
-            runs += [words(name, 2, again=True, resume_from_checkpoint="auto") for name in kinds]
+        runs = [words(name, processes, resume_from_checkpoint="auto") for name in names]
+        if processes == 2:  # as many as wrote it
+            runs += [words(name, 2, again=True, resume_from_checkpoint="auto") for name in names]
         printed = train(runs, processes, tmp_path)
-        assert printed.count(f"from {3 - processes} to {processes} process(es)") == len(kinds)
-        for name in kinds:
+        assert printed.count(f"from {3 - processes} to {processes} process(es)") == len(names)
+        for name in names:
             out = tmp_path / name
             assert losses(out) == pytest.approx(undisturbed[name], **SAME), name
             assert report(out)["throughput"]["steps"] == 6 - step
             assert [processes_of(out / f"checkpoint-{at}", 0) for at in (step, 6)] == [3 - processes, processes]
             assert not list(out.glob("checkpoint-*/*universal*"))
             assert not list(out.glob("checkpoint-*/global_step*.*"))
-    for name in kinds:
+    for name in ("zero2", "zero3"):
         assert losses(tmp_path / f"{name} again") == pytest.approx(undisturbed[name], **SAME), name
 
 
