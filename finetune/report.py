@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from data_utils.files import write_json
 
 if TYPE_CHECKING:
+    import torch
+
     from qwen_vl import QwenVLConfig
 
 TRAINING = "training.json"
@@ -109,6 +112,20 @@ def model_flops(
 def size(number: int) -> str:
     """Returns a number of bytes for people."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Returns the most memory that was taken at once: of a GPU by tensors, otherwise by this process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def versions() -> dict[str, str | None]:

@@ -44,7 +44,7 @@ from finetune.data import (
     loss_divisors,
 )
 from finetune.distributed import report_once
-from finetune.report import Throughput, model_flops, write_report
+from finetune.report import Throughput, model_flops, peak_bytes, write_report
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 
@@ -439,7 +439,8 @@ class SupervisedTrainer(Trainer):
 
     def _facts(self, state: str, throughput: Throughput) -> dict[str, Any]:
         """Returns what the report says; the throughput is the checkpoint's if the run had nothing left to train."""
-        facts = {**self.facts, "state": state}
+        peak = round(peak_bytes(self.args.device) / 2**30, 3)  # of the first process
+        facts = {**self.facts, "state": state, "peak_memory_gib": peak}
         if self.best_checkpoint:
             facts |= {"best_step": self.state.best_global_step, "best_loss": self.state.best_metric}
         if state == "finished" and self.state.global_step < self.state.max_steps:

@@ -4,7 +4,7 @@
     python scripts/benchmark.py review --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
     python scripts/benchmark.py schedule
     .venv-vllm/bin/python scripts/benchmark.py vllm --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
-    python scripts/benchmark.py train --data_root ../MMRole_dataset --checkpoint model_weights/Qwen-VL-Chat --lora
+    python scripts/benchmark.py train --data_root ../MMRole_dataset --size full --use_lora True
 
 `answer` and `review` take the real prompts, force every text to the length of the published one, and print a table of
 both ways: requests and tokens per second, prefill saved, rows per step, peak memory, and how far that is from what the
@@ -12,9 +12,9 @@ machine's matrix rate and bandwidth allow. Without --checkpoint the weights are 
 512, the real vocabulary) or `--size full` (Qwen-VL-Chat's own sizes). A picture that is not there is stood in for by
 noise of the same cost. `vllm` gives the same requests and lengths to our engine and to vLLM, in turn; it runs in vLLM's
 environment, which `scripts/vllm_environment.sh` makes. `schedule` shows that time grows linearly with the number of
-requests and memory not at all. `train` takes real training samples and compares padding to the maximum with all logits
-against packing with logits where there is a label: samples and tokens per second, memory, time waiting for data, and
-the share of the matrix rate.
+requests and memory not at all. `train` takes real training samples and runs finetune/finetune.py, with the agent's
+recipe and every further flag, and beside it the released way: rows padded to the maximum, logits at every position,
+attention written out. Start-up and the first step are not counted, and are printed.
 """
 
 from __future__ import annotations
@@ -41,28 +41,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     schedule = tasks.add_parser("schedule", help="time the engine's scheduler over 300, 3,000 and 30,000 requests")
     schedule.add_argument("--requests", type=int, nargs="+", default=[300, 3_000, 30_000])
     schedule.add_argument("--json", type=Path, help="write the figures to this file as well")
-    _add_training_flags(tasks.add_parser("train", help="time fine-tuning"))
-    return parser.parse_args(argv)
+    _add_training_flags(tasks.add_parser("train", help="time fine-tuning", allow_abbrev=False))
+    options, flags = parser.parse_known_args(argv)
+    if flags and options.task != "train":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    options.trainer_flags = flags
+    return options
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
+    parser.description = "Flags that are not listed here are those of finetune/finetune.py."
     flag("--data_root", type=Path, required=True, help="folder of dialogues/, images/, profiles/ and data/")
-    flag("--samples", type=int, default=64, help="real samples, taken in turn (%(default)s)")
-    flag("--steps", type=int, default=8, help="micro-batches that are timed, after one that is not (%(default)s)")
-    flag("--micro_batch", type=int, default=2, help="samples of a micro-batch (%(default)s)")
-    flag("--max_length", type=int, default=3072, help="what the released way pads to (%(default)s)")
-    flag("--lora", action="store_true", help="train LoRA instead of the decoder and the resampler")
-    flag(
-        "--no_gradient_checkpointing",
-        action="store_true",
-        help="keep all activations: nothing is computed twice, so that the FLOPs executed are the ones counted",
-    )
+    flag("--steps", type=int, default=3, help="steps of ours that are timed, after one that is not (%(default)s)")
+    flag("--released_steps", type=int, default=1, help="steps of the released way that are timed (%(default)s)")
     flag("--layers", type=int, help="keep so many layers of the decoder only, so that full tuning fits one GPU")
-    flag("--workers", type=int, default=1, help="processes that make our batches (%(default)s)")
     _add_model_flags(parser)
-    flag("--way", choices=["released", "ours"], help=argparse.SUPPRESS)
-    flag("--rows_file", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(device="auto", dtype="auto")
 
 
 def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +85,8 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flag("--max_batch_tokens", type=int)
     flag("--max_rows", type=int)
     flag("--prefill_tokens", type=int)
+    flag("--device", default="auto")
+    flag("--dtype", default="auto", help="of random weights: float32 on a CPU, bfloat16 on a GPU")
     _add_model_flags(parser)
 
 
@@ -98,8 +95,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     flag("--checkpoint", type=Path, help="measure this checkpoint instead of random weights")
     flag("--size", choices=["small", "full"], default="small", help="of the random weights (%(default)s)")
     flag("--tokenizer", type=Path, default=ROOT / "model_weights" / "Qwen-VL-Chat", help="folder of qwen.tiktoken")
-    flag("--device", default="auto")
-    flag("--dtype", default="auto", help="of random weights: float32 on a CPU, bfloat16 on a GPU")
     flag("--json", type=Path, help="write the figures to this file as well")
 
 
@@ -117,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.task == "train":
         from benchmark_training import run_training
 
-        figures = run_training(options, sys.argv[1:] if argv is None else argv)
+        figures = run_training(options, options.trainer_flags)
     else:
         from benchmark_generation import run_generation
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_machine import bandwidth, describe, matrix_rate, peak_bytes, reset_peak, timed
+from benchmark_machine import bandwidth, describe, matrix_rate, reset_peak, timed
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,6 +19,7 @@ import qwen_vl
 from data_utils.errors import MMRoleError
 from data_utils.files import read_json
 from eval.judging.prompt import is_reviewable, review_prompts
+from finetune.report import peak_bytes
 from qwen_vl.chat import build_context
 from qwen_vl.generation import BatchGenerator, Request
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,23 +53,11 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple[float, obje
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts the count of the peak anew (a GPU's; the operating system's for a process cannot be reset)."""
+    """Starts the count that `finetune.report.peak_bytes` reads anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5") if os.access("/proc/self/clear_refs", os.W_OK) else None
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory since `reset_peak`: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cpu_lines() -> list[str]:

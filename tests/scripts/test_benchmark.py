@@ -59,9 +59,14 @@ def _texts(task: str, rows: list[dict]) -> list[str]:
 @pytest.mark.slow
 def test_both_ways_of_training(checkpoint: Path, tmp_path: Path) -> None:
     write_world(draw_world(0), tmp_path / "world")
-    given = ["--data_root", tmp_path / "world", "--checkpoint", checkpoint, "--device", "cpu", "--max_length", 600]
-    figures, _ = benchmark(tmp_path, "train", *given, "--steps", 1, "--samples", 4)
-    assert figures["ours"]["losses"] == pytest.approx(figures["released"]["losses"], abs=1e-4)
+    given = ["--data_root", tmp_path / "world", "--checkpoint", checkpoint, "--layers", 1, "--steps", 1]
+    trainer = ["--global_batch_size", 4, "--use_cpu", True, "--bf16", False, "--dataloader_num_workers", 0]
+    figures, told = benchmark(tmp_path, "train", *given, *trainer)
+    ours, released = figures["ours"], figures["released"]
+    assert ours["first_loss"] == pytest.approx(released["first_loss"], abs=1e-4)
+    assert (ours["padding_share"], released["padding_share"] > 0) == (0, True)
+    assert min(*ours.values()) >= 0
+    assert "times the released way's samples per second" in told
 
 
 def test_the_scheduler(tmp_path: Path) -> None:
