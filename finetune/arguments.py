@@ -25,7 +25,8 @@ WARMUP_LR = "warmup_lr"  # the schedule of the released scripts; see `finetune.t
 UNSUPPORTED = {
     **dict.fromkeys(("push_to_hub", "auto_find_batch_size", "save_on_each_node", "fsdp", "fsdp_config"), "remove it"),
     **dict.fromkeys(
-        ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision"), "remove it: nothing is uploaded"
+        ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "hub_always_push"),
+        "remove it: nothing is uploaded",
     ),
     **dict.fromkeys(
         ("label_smoothing_factor", "use_liger_kernel", "liger_kernel_config"), "remove it: the loss is fixed"
@@ -35,11 +36,23 @@ UNSUPPORTED = {
     "length_column_name": "remove it: samples are packed, not grouped by length",
     "ignore_data_skip": "remove it: a resumed run goes on in the stream of samples where it was",
     "dataloader_drop_last": "remove it: no step is incomplete",
+    **dict.fromkeys(
+        ("dataloader_in_order", "accelerator_config"), "remove it: the order of samples is a part of the recipe"
+    ),
+    "average_tokens_across_devices": "remove it: --loss_group says over which tokens the loss is a mean",
+    "use_cache": "remove it: training has no use for a cache",
+    **dict.fromkeys(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        "remove it: --report_to knows tensorboard and wandb",
+    ),
     "parallelism_config": "remove it: training scales with DeepSpeed",
     "neftune_noise_alpha": "remove it",
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "remove it: evaluation runs in the precision of training"),
     **dict.fromkeys(
-        ("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_accumulation_steps", "label_names"),
+        (
+            *("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_accumulation_steps"),
+            *("label_names", "eval_do_concat_batches", "eval_use_gather_object"),
+        ),
         "remove it: evaluation computes the loss alone",
     ),
 }
@@ -398,7 +411,8 @@ def flag_problems(flags: Namespace) -> list[MMRoleError]:
     problems = [
         MMRoleError("this flag is not supported here", f"--{name} {getattr(flags, name)}", f"--{name}", fix)
         for name, fix in UNSUPPORTED.items()
-        if getattr(flags, name, None) not in (_THEIRS.get(name), "", [], None, False, 0)
+        if (value := getattr(flags, name, None)) not in (_THEIRS.get(name), "", [], None)
+        and (value or _THEIRS.get(name) is True)
     ]
     problems += [problem for name in RANGES if (problem := _range_problem(name, getattr(flags, name, None)))]
     return problems + _folder_problems(flags) + _recipe_problems(flags) + _contradictions(flags)
@@ -470,14 +484,35 @@ def _contradictions(flags: Namespace) -> list[MMRoleError]:
     if flags.save_only_model and resuming:
         fix = "leave --save_only_model away: its checkpoints hold no optimizer state and cannot be resumed from"
         add("a resumed run must be resumable again", "--save_only_model", fix)
+    if flags.save_only_model and flags.resume_save_steps:
+        fix = "give --resume_save_steps 0, or leave --save_only_model away"
+        add("a checkpoint to resume from needs the optimizer's state", "--save_only_model", fix)
     if flags.eval_split and flags.eval_data_path:
         add("evaluation has two sources of samples", "--eval_split and --eval_data_path", "give one of the two")
+    given = "--eval_split" if flags.eval_split else "--eval_data_path"
+    if (flags.eval_split or flags.eval_data_path) and not (_evaluates(flags) or flags.eval_on_start):
+        add("there are samples to evaluate on, and no evaluation", given, "add --eval_strategy epoch, or remove it")
     if flags.early_stopping_patience and not flags.load_best_model_at_end:
         fix = "add --load_best_model_at_end True, with equal --eval_strategy and --save_strategy"
         add("early stopping has no best model to return", "--early_stopping_patience", fix)
+    if flags.metric_for_best_model not in (None, "loss", "eval_loss") or flags.greater_is_better:
+        value = f"--metric_for_best_model {flags.metric_for_best_model} --greater_is_better {flags.greater_is_better}"
+        add("the best model is the one with the lowest loss", value, "remove the two")
+    if flags.lr_scheduler_type == WARMUP_LR and flags.lr_scheduler_kwargs:
+        add(f"{WARMUP_LR} has no further settings", "--lr_scheduler_kwargs", "remove it")
+    if not flags.use_lora:
+        changed = [f"--{one.name}" for one in fields(LoraArguments) if getattr(flags, one.name) != _default(one)]
+        if changed and not flags.q_lora:  # which `q_lora_problems` reports
+            add("adapters have settings, and none train", ", ".join(changed), "add --use_lora True, or remove them")
+    elif not flags.fix_vit:
+        add("the vision tower cannot train beside adapters", "--fix_vit False", "remove it")
     if str(getattr(flags.save_strategy, "value", flags.save_strategy)) == "best":
         add("there is no best checkpoint here", "--save_strategy best", "give steps, epoch or no")
     return problems
+
+
+def _evaluates(flags: Namespace) -> bool:
+    return str(getattr(flags.eval_strategy, "value", flags.eval_strategy)) != "no"
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,31 +21,56 @@ from data_utils.supervised import DEFAULT_SYSTEM, image_names, image_path, prepr
 from qwen_vl import QwenVLImageProcessor, QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 
+_BETWEEN_ROWS = re.compile(r"[\s,\[]*", re.ASCII)
 
-class CompactRows(Sequence[Row]):
-    """Rows that are kept as JSON text and parsed when they are asked for.
+
+class FileRows(Sequence[Row]):
+    """Rows of a data file that stay text, each parsed when it is asked for.
 
     A forked worker shares the parent's memory until a page is written; merely reading a Python object writes its
-    reference count, so that lists of dicts end up as one copy per worker. Two arrays have two reference counts.
+    reference count, so that lists of dicts end up as one copy per worker. Text and an array have two reference counts.
 
     Args:
-        rows: Rows of a data file.
+        content: The file's bytes.
+        spans: Begin and end of each row in them, see `row_spans`.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        texts = [json.dumps(row, ensure_ascii=False).encode("utf-8") for row in rows]
-        self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-        self._text = np.frombuffer(b"".join(texts), dtype=np.uint8)
+    def __init__(self, content: bytes, spans: Sequence[Sequence[int]]) -> None:
+        self._content = content
+        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._spans)
+
+    @property
+    def spans(self) -> list[list[int]]:
+        """Begin and end of each row in the file."""
+        return self._spans.tolist()
 
     def __getitem__(self, index: int) -> Row:  # type: ignore[override]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        start = int(self._ends[index - 1]) if index else 0
-        return json.loads(self._text[start : int(self._ends[index])].tobytes())
+        begin, end = self._spans[index].tolist()
+        return json.loads(self._content[begin:end])
+
+    def taken(self, indices: Sequence[int]) -> FileRows:
+        """Returns some of the rows."""
+        return FileRows(self._content, self._spans[indices])
+
+
+def row_spans(content: bytes) -> list[tuple[int, int]]:
+    """Returns where each row begins and ends in the bytes of a data file.
+
+    Args:
+        content: A JSON list of objects, or one object a line; valid.
+    """
+    text, decoder = content.decode("utf-8-sig"), json.JSONDecoder()
+    spans, place = [], 0
+    at = len(content) - len(text.encode())  # a byte order mark
+    while (begin := _BETWEEN_ROWS.match(text, place).end()) < len(text) and text[begin] == "{":
+        end = decoder.raw_decode(text, begin)[1]
+        at += begin - place  # what is between rows is ASCII
+        spans.append((at, at := at + len(text[begin:end].encode())))
+        place = end
+    return spans
 
 
 class SupervisedDataset(Dataset):

@@ -6,8 +6,10 @@ Importing this module imports neither torch nor transformers, so that a wrong co
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -24,7 +26,7 @@ from finetune.report import size
 if TYPE_CHECKING:
     from data_utils.schema import Row
     from finetune.arguments import Options, TrainingArguments
-    from finetune.data import SupervisedDataset
+    from finetune.data import FileRows, SupervisedDataset
     from qwen_vl import QwenVLConfig, QwenVLForCausalLM, QwenVLTokenizer
 
 # Packages, and the flags that need them.
@@ -47,7 +49,7 @@ _OPTIMIZERS = {
 _UNCUT = 1 << 30  # tokens: more than any sample has
 _LISTED = 10
 _CACHE = ".checked.json"
-_CACHE_VERSION = 1  # of the checks of the data
+_CACHE_VERSION = 2  # of the checks of the data
 
 # ---- the command line
 
@@ -140,10 +142,9 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     Raises:
         ProblemsError: Something is wrong; holds everything that is.
     """
-    from data_utils.paths import sha256_of
-    from data_utils.schema import TrainSample, read_rows
     from finetune import universal
     from finetune.checkpoints import origin_problems, resume_problems
+    from finetune.data import FileRows
     from finetune.distributed import from_first, raise_together
     from finetune.model import q_lora_problems, target_problems
     from qwen_vl import QwenVLTokenizer
@@ -152,15 +153,21 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     training, base = options.training, Path(options.model.model_name_or_path)
     data, eval_data = options.data.data_path, options.data.eval_data_path
     found = [*output_problems(training), *q_lora_problems(options.lora, training)]
-    contents = {path: read_rows(path, TrainSample) for path in (data, eval_data) if path}
-    for path, (rows, wrong) in contents.items():
+    contents = {path: _content(path) for path in (data, eval_data) if path}
+    hashes = [hashlib.sha256(content).hexdigest() for content in contents.values()]
+    key = _cache_key(hashes, options)
+    cache = from_first(_read_cache(key, options) if training.process_index == 0 else None)
+    samples: dict[str, FileRows] = {}
+    for number, (path, content) in enumerate(contents.items()):
+        spans, wrong = (cache["rows"][number], []) if cache else _spans(path, content)
+        samples[path] = FileRows(content, spans)
         fix = "build it, or give the right one"
-        found += wrong or ([] if rows else [MMRoleError("the file has no samples", path, "--data_path", fix)])
-    held_out = f"{data}, held out"
+        found += wrong or ([] if spans else [MMRoleError("the file has no samples", path, "--data_path", fix)])
+    all_spans = [rows.spans for rows in samples.values()]
     if options.data.eval_split:
-        contents[data], contents[held_out] = _split(contents[data], options, data, found)
-        eval_data = held_out
-    rows = contents[data][0]
+        eval_data = f"{data}, held out"
+        samples[data], samples[eval_data] = _split(samples[data], options, found)
+    rows = samples[data]
     space = None
     if wrong := base_problems(base):
         found += wrong
@@ -183,25 +190,41 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     raise_together(found)
 
     fingerprints = {
-        "data": {"path": str(Path(data).resolve()), "sha256": sha256_of(Path(data)) or ""},
+        "data": {"path": str(Path(data).resolve()), "sha256": hashes[0]},
         "base": {"path": str(base.resolve()), "fingerprint": checkpoint_fingerprint(base)},
     }
     raise_together(origin_problems(resume, fingerprints, adapter=training.use_lora) if resume else [])
     tokenizer = QwenVLTokenizer.from_pretrained(base)
-    datasets = {path: _dataset(rows, tokenizer, options) for path, (rows, _) in contents.items()}
-    cache = from_first(_read_cache(training, datasets, options) if training.process_index == 0 else None)
+    datasets = {path: _dataset(rows, tokenizer, options) for path, rows in samples.items()}
     if cache is None:
-        cache = _check_data(datasets, options)
-    facts = DataFacts(**cache["facts"][data])
+        cache = {"key": key, "rows": all_spans, **_check_data(datasets, options)}
+    facts = DataFacts(**cache["facts"][0])
     return Checked(tokenizer, datasets[data], datasets.get(eval_data), facts, fingerprints, space, cache)
 
 
-def _dataset(rows: Sequence[Row], tokenizer: QwenVLTokenizer, options: Options) -> SupervisedDataset:
-    from finetune.data import CompactRows, SupervisedDataset
+def _content(path: str) -> bytes:
+    """Returns a file's bytes; none of one that cannot be read, which `read_rows` reports."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+def _spans(path: str, content: bytes) -> tuple[list[tuple[int, int]], list[MMRoleError]]:
+    """Returns where the rows of a data file lie in it, and no problems; or none and everything that is wrong."""
+    from data_utils.schema import TrainSample, read_rows
+    from finetune.data import row_spans
+
+    wrong = read_rows(path, TrainSample)[1]
+    return ([], wrong) if wrong else (row_spans(content), [])
+
+
+def _dataset(rows: FileRows, tokenizer: QwenVLTokenizer, options: Options) -> SupervisedDataset:
+    from finetune.data import SupervisedDataset
     from qwen_vl import QwenVLConfig
 
     return SupervisedDataset(
-        CompactRows(rows),
+        rows,
         tokenizer,
         data_root=options.data.data_root,
         max_length=options.training.model_max_length,
@@ -210,24 +233,21 @@ def _dataset(rows: Sequence[Row], tokenizer: QwenVLTokenizer, options: Options) 
     )
 
 
-def _split(
-    content: tuple[list[Row], list[MMRoleError]], options: Options, data: str, found: list[MMRoleError]
-) -> tuple[tuple[list[Row], list[MMRoleError]], tuple[list[Row], list[MMRoleError]]]:
-    """Returns the rows to train on and those to evaluate on, each as `read_rows` does."""
+def _split(rows: FileRows, options: Options, found: list[MMRoleError]) -> tuple[FileRows, FileRows]:
+    """Returns the rows to train on and those to evaluate on."""
     import numpy as np
 
-    rows, wrong = content
     share = options.data.eval_split
     count = max(1, int(share * len(rows))) if share < 1 else int(share)
-    if wrong or count >= len(rows):
+    if count >= len(rows):
         if rows:
             fix = f"give a number below {len(rows):,}"
-            found.append(MMRoleError("nothing would be left to train on", f"--eval_split {share:g}", data, fix))
-        return (rows, wrong), (rows, [])
+            where = options.data.data_path
+            found.append(MMRoleError("nothing would be left to train on", f"--eval_split {share:g}", where, fix))
+        return rows, rows
     seed = options.training.seed if options.training.data_seed is None else options.training.data_seed
-    drawn = set(np.random.default_rng((seed, len(rows))).permutation(len(rows))[:count].tolist())
-    train = [row for index, row in enumerate(rows) if index not in drawn]
-    return (train, wrong), ([rows[index] for index in sorted(drawn)], [])
+    drawn = np.random.default_rng((seed, len(rows))).permutation(len(rows))[:count]
+    return rows.taken(np.delete(np.arange(len(rows)), drawn)), rows.taken(np.sort(drawn))
 
 
 def _memory_problems(training: TrainingArguments, image_size: int) -> list[MMRoleError]:
@@ -235,11 +255,13 @@ def _memory_problems(training: TrainingArguments, image_size: int) -> list[MMRol
     workers, place = training.dataloader_num_workers, Path("/dev/shm")  # noqa: S108 - where torch shares tensors
     if not workers or not place.is_dir():
         return []
-    prefetched = workers * (training.dataloader_prefetch_factor or 2) + 1
+    # Without a GPU to copy them to, all micro-batches of a step lie there while it runs.
+    waiting = 1 if training.device.type == "cuda" else training.gradient_accumulation_steps
+    batches = workers * (training.dataloader_prefetch_factor or 2) + waiting
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # A picture in float32 for each sample, and four numbers of eight bytes for each of its tokens.
     sample = 3 * image_size**2 * 4 + 4 * 8 * training.model_max_length
-    needed = processes * prefetched * training.per_device_train_batch_size * sample
+    needed = processes * batches * training.per_device_train_batch_size * sample
     free = shutil.disk_usage(place).free
     if needed <= free:
         return []
@@ -543,34 +565,38 @@ def _listed(names: Sequence[str]) -> str:
 
 def write_cache(output: Path, cache: dict[str, Any]) -> None:
     """Keeps the outcome of the checks of the data in the output folder, for the next start of the same training."""
-    from data_utils.files import write_json
+    from data_utils.files import write_text
 
-    write_json(output / _CACHE, cache)
+    write_text(output / _CACHE, json.dumps(cache))
 
 
-def _read_cache(training: TrainingArguments, datasets: dict[str, SupervisedDataset], options: Options) -> Any:
+def _read_cache(key: list[Any], options: Options) -> Any:
     """Returns what an earlier start found in the same data, or None if it or a picture has changed since."""
     from data_utils.files import read_json
 
     try:
-        cache = read_json(Path(training.output_dir) / _CACHE)
-        if cache["key"] != _cache_key(datasets, options):
+        cache = read_json(Path(options.training.output_dir) / _CACHE)
+        if cache["key"] != key:
             return None
         root = Path(options.data.data_root)
         if any(_stamp(root / image) != stamp for image, stamp in cache["pictures"].items()):
             return None
-        [DataFacts(**facts) for facts in cache["facts"].values()]
+        [DataFacts(**facts) for facts in cache["facts"]]
     except (MMRoleError, OSError, KeyError, TypeError, AttributeError):
         return None
     return cache
 
 
-def _cache_key(datasets: dict[str, SupervisedDataset], options: Options) -> list[Any]:
-    """Returns all that decides the outcome of the checks of the data, but for the pictures themselves."""
+def _cache_key(hashes: list[str], options: Options) -> list[Any]:
+    """Returns all that decides the outcome of the checks of the data, but for the pictures themselves.
+
+    Args:
+        hashes: Of the data files.
+        options: The command line.
+    """
     from data_utils.paths import sha256_of
     from qwen_vl.checkpoint import VOCAB_FILE
 
-    hashes = [sha256_of(Path(path)) for path in datasets]
     vocabulary = sha256_of(Path(options.model.model_name_or_path) / VOCAB_FILE)
     root = str(Path(options.data.data_root).resolve())
     length, system = options.training.model_max_length, options.data.use_sample_system
@@ -584,7 +610,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _check_data(datasets: dict[str, SupervisedDataset], options: Options) -> dict[str, Any]:
-    """Tokenizes all samples and opens all pictures, each in one process; returns what `write_cache` keeps."""
+    """Tokenizes all samples and opens all pictures, each in one process; returns what is found for `write_cache`."""
     from finetune.distributed import gathered, raise_together
 
     rank, processes = options.training.process_index, options.training.world_size
@@ -607,8 +633,7 @@ def _check_data(datasets: dict[str, SupervisedDataset], options: Options) -> dic
     what = "no answer token is left in the whole file"
     raise_together([MMRoleError(what, value, path, fix) for path, facts in all_facts.items() if not facts.answered])
     pictures = {image: stamp for share in gathered(pictures) for image, stamp in share.items()}
-    facts = {path: asdict(one) for path, one in all_facts.items()}
-    return {"key": _cache_key(datasets, options), "facts": facts, "pictures": pictures}
+    return {"facts": [asdict(one) for one in all_facts.values()], "pictures": pictures}
 
 
 def check_samples(
@@ -715,12 +740,12 @@ def _image_problem(dataset: SupervisedDataset, image: str, samples: Sequence[str
 
     where = f"{source}, sample {shown(samples[0])}" + (f" and {len(samples) - 1} more" if len(samples) > 1 else "")
     try:
-        dataset.processor.load(image_path(dataset.data_root, image))
+        dataset.processor.decode(image_path(dataset.data_root, image))
     except FileNotFoundError:
         fix = f"put it below {dataset.data_root.resolve()}, or give the right --data_root (DATA_ROOT)"
         return MMRoleError("an image is missing", image, where, fix)
     except MMRoleError as error:
         return MMRoleError(error.what, image, where, error.fix)
     except (OSError, ValueError) as error:
-        return MMRoleError(f"an image is broken: {error}", image, where, "fetch it again")
+        return MMRoleError("an image is broken", f"{image}: {error}", where, "fetch it again")
     return None

@@ -59,11 +59,17 @@ class QwenVLImageProcessor(BaseImageProcessor):
             float32 tensor (3, image_size, image_size).
 
         Raises:
+            FileNotFoundError, ValueError: See `decode`.
+        """
+        return self._normalise(image.convert("RGB") if isinstance(image, Image.Image) else self.decode(image))
+
+    def decode(self, image: str | Path) -> Image.Image:
+        """Opens a local file and returns all of its pixels in RGB, in its own size.
+
+        Raises:
             FileNotFoundError: There is no such file, or it is a URL.
             ValueError: It is no image, is cut short, or has more pixels than Pillow thinks safe; names the file.
         """
-        if isinstance(image, Image.Image):
-            return self._normalise(image)
         if _URL.match(str(image)):
             raise FileNotFoundError(
                 f"URLs are not fetched: {str(image)[:200]}. Download the picture and give its path."
@@ -75,7 +81,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(path) as opened:
-                    return self._normalise(opened)
+                    return opened.convert("RGB")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"image too large to open safely: {path} ({error})") from error
         except Exception as error:  # one image's boundary: each of Pillow's decoders fails in its own way
@@ -87,7 +93,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
 
     def _normalise(self, image: Image.Image) -> torch.Tensor:
         # published: RGB, then straight to the square by bicubic resampling; the aspect ratio is not kept.
-        square = self._resize(image.convert("RGB"))
+        square = self._resize(image)
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).to(torch.float32).div(255)  # (3, H, W)
         return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -140,6 +141,7 @@ def _released(words: list[str], steps: int) -> dict[str, Any]:
     It starts from the same model in the same precision, after a micro-batch that is not timed.
     """
     began = time.perf_counter()
+    warnings.simplefilter("ignore", FutureWarning)
     options = parse_arguments(words)[0]
     training = options.training
     model = _prepared(options)

@@ -108,7 +108,7 @@ def _check_images(checker: Checker, decode: bool) -> None:
         if decode:
             report.checked["images decoded"] += 1
             try:
-                processor.load(path)
+                processor.decode(path)
                 with Image.open(path) as picture:
                     forms = image_forms(picture)
             except (OSError, ValueError) as error:

@@ -105,6 +105,26 @@ def test_a_run_that_goes_on_keeps_its_optimizer_state(flags: Flags) -> None:
         parse_arguments(flags(save_only_model=True, resume_from_checkpoint="auto"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"eval_split": 0.5}, "no evaluation"),
+        ({"eval_data_path": "x.json"}, "no evaluation"),
+        ({"metric_for_best_model": "accuracy"}, "lowest loss"),
+        ({"greater_is_better": True}, "lowest loss"),
+        ({"lora_r": 8}, "--lora_r"),
+        ({"use_lora": True, "fix_vit": False}, "--fix_vit False"),
+        ({"save_only_model": True, "resume_save_steps": 2}, "--resume_save_steps 0"),
+        ({"lr_scheduler_type": "warmup_lr", "lr_scheduler_kwargs": '{"a": 1}'}, "--lr_scheduler_kwargs"),
+    ],
+    ids=str,
+)
+def test_flags_that_have_no_effect_together(flags: Flags, changes: dict[str, object], told: str) -> None:
+    with pytest.raises(MMRoleError) as caught:
+        parse_arguments(flags(**changes))
+    assert told in str(caught.value)
+
+
 def test_a_value_that_cannot_be(flags: Flags) -> None:
     with pytest.raises(MMRoleError, match="max_steps"):
         parse_arguments(flags(max_steps="many"))
@@ -161,6 +181,10 @@ def test_numbers_must_be_positive(numbers: tuple[int, int, int]) -> None:
         ["--dataloader_drop_last", "True"],
         ["--bf16_full_eval", "True"],
         ["--group_by_length", "True"],
+        ["--use_cache", "True"],
+        ["--dataloader_in_order", "False"],
+        ["--average_tokens_across_devices", "False"],
+        ["--eval_do_concat_batches", "False"],
     ],
     ids=lambda words: words[0],
 )

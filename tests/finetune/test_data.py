@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from finetune.data import (
-    CompactRows,
+    FileRows,
     FilledDataset,
     Order,
     PackedCollator,
@@ -18,6 +20,7 @@ from finetune.data import (
     Stream,
     SupervisedDataset,
     loss_divisors,
+    row_spans,
 )
 from qwen_vl import QwenVLTokenizer
 
@@ -81,15 +84,20 @@ def test_what_fills_up_an_evaluation_has_no_labels() -> None:
     assert [filled[i]["labels"] for i in range(len(filled))] == [[1, 2], [3], [4], [-100, -100]]
 
 
-def test_rows_come_back_as_they_were() -> None:
-    rows = [{"id": "a", "value": "一幅画"}, {"id": "b", "nested": [1, {"x": None}]}, {"id": "c"}]
-    compact = CompactRows(rows)
-    assert list(compact) == rows
-    assert compact[-1] == rows[-1]
-    assert len(compact) == 3
+@pytest.mark.parametrize("layout", [{"indent": 4}, {"separators": (",", ":")}, "lines"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_rows_come_back_as_they_were(layout: Any, mark: str) -> None:
+    rows = [{"id": "a", "value": "一幅画 [{,"}, {"id": "b", "nested": [1, {"x": None}]}, {"id": "c"}]
+    one = lambda value: json.dumps(value, ensure_ascii=False, **({} if layout == "lines" else layout))  # noqa: E731
+    text = "\n\n".join(map(one, rows)) + "\n" if layout == "lines" else one(rows)
+    content = f"{mark}{text}".encode()
+    kept = FileRows(content, row_spans(content))
+    assert list(kept) == rows
+    assert kept[-1] == rows[-1]
+    assert list(kept.taken([2, 0])) == [rows[2], rows[0]]
     with pytest.raises(IndexError):
-        compact[3]
-    assert list(CompactRows([])) == []
+        kept[3]
+    assert len(FileRows(b"[]", row_spans(b"[]"))) == 0
 
 
 CONVERSATION = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]

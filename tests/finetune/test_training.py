@@ -296,7 +296,11 @@ def test_an_evaluation_set_drawn_from_the_training_data(flags: Flags, data: Data
     found = {name: [e["eval_loss"] for e in state["log_history"] if "eval_loss" in e] for name, state in states.items()}
     assert found["a"] == found["again"] != found["b"]
     assert report(tmp_path / "a")["data"]["samples"] == 12
-    for wrong in ({"eval_split": 16}, {"eval_split": 2, "eval_data_path": data.file}, {"early_stopping_patience": 1}):
+    for wrong in (
+        {"eval_split": 16, "eval_strategy": "epoch"},
+        {"eval_split": 2, "eval_data_path": data.file},
+        {"early_stopping_patience": 1},
+    ):
         with pytest.raises(MMRoleError, match=r"nothing would be left|two sources|no best model"):
             main(flags(**wrong, output_dir=tmp_path / "wrong"))
 
