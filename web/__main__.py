@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint that answers instead (…/v1)")
     parser.add_argument("--model", help="the model's name at the endpoint")
     parser.add_argument("--data_root", type=Path, help="the data root whose characters can be met")
-    parser.add_argument("--save_to", type=Path, help="a data root of your own, into which the page saves chats")
+    parser.add_argument("--save_to", type=Path, help="a data root of your own, into which chats are saved")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda:1, … (%(default)s)")

@@ -18,10 +18,19 @@ from PIL import Image
 from data_utils.errors import MMRoleError
 from data_utils.prompts import CURIOUS_HUMAN, ImageInformation
 from web.cast import Cast
-from web.chats import PLAIN_PICTURE, Chat, ChatError, Limits, Prompt, Scene, Turn, read_picture, role_play
+from web.chats import (
+    PLAIN_PICTURE,
+    Chat,
+    ChatError,
+    Limits,
+    Prompt,
+    Scene,
+    Turn,
+    read_picture,
+    role_play,
+)
 from web.dialogues import save_dialogue
-from web.server import fitting_prompt
-from web.service import Sampling, Service
+from web.service import Sampling, Service, fitting_prompt
 
 HUMAN = CURIOUS_HUMAN
 _TITLE = "MMRole"

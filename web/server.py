@@ -12,7 +12,6 @@ import hmac
 import json
 import secrets
 import time
-from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from typing import Any
@@ -22,10 +21,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from data_utils.prompts import ImageInformation
-from qwen_vl.sampling_params import LEAST_TEMPERATURE, MAX_NEW_TOKENS
+from qwen_vl.sampling_params import LEAST_TEMPERATURE
 from web.cast import PREFIX, Cast
-from web.chats import Chat, ChatError, Limits, Prompt, Scene, parse_chat, plain_prompt, role_play, without_oldest_turns
-from web.service import Piece, Sampling, Service
+from web.chats import ChatError, Limits, Scene, parse_chat, plain_prompt, role_play
+from web.service import Piece, Sampling, Service, fitting_prompt
 
 # The interface of ASGI.
 Scope = Message = MutableMapping[str, Any]
@@ -194,27 +193,6 @@ def build_app(service: Service, cast: Cast, *, hosts: frozenset[str], key: str |
         raise ChatError(f"there is no /v1/{path}: ask /v1/models or /v1/chat/completions", status=404)
 
     return app
-
-
-def fitting_prompt(service: Service, make: Any, chat: Chat, sampling: Sampling) -> Prompt:
-    """The prompt of a chat, without the oldest turns where prompt and answer would not fit into the model.
-
-    Raises:
-        ChatError: Not even the last message fits.
-    """
-    longest = getattr(service, "longest", None)
-    answer = sampling.max_tokens or MAX_NEW_TOKENS
-
-    def fits(pairs: int) -> bool:
-        prompt = make(without_oldest_turns(chat, pairs))
-        return longest is None or (service.prompt_tokens(prompt) or 0) + answer <= longest
-
-    pairs = range((len(chat.turns) + 1) // 2 or 1)  # that can be left out
-    fewest = 0 if fits(0) else bisect_left(pairs, True, lo=1, key=fits)
-    if fewest == len(pairs):
-        what = f"the prompt and an answer of {answer} tokens have room for {longest:,} tokens"
-        raise ChatError(f"{what}: shorten the message", "messages", code="context_length_exceeded")
-    return make(without_oldest_turns(chat, fewest))
 
 
 def _maker(name: Any, body: Mapping[str, Any], service: Service, cast: Cast) -> Any:

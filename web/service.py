@@ -7,12 +7,14 @@ import itertools
 import queue
 import secrets
 import threading
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from web.chats import ChatError, Prompt, openai_messages
+from qwen_vl.sampling_params import MAX_NEW_TOKENS
+from web.chats import Chat, ChatError, Prompt, openai_messages, without_oldest_turns
 
 if TYPE_CHECKING:
     from qwen_vl import QwenVLForCausalLM, QwenVLTokenizer
@@ -55,6 +57,27 @@ class Service(Protocol):
     def prompt_tokens(self, prompt: Prompt) -> int | None:
         """Tokens of a prompt, or None where only the endpoint knows."""
         ...
+
+
+def fitting_prompt(service: Service, make: Callable[[Chat], Prompt], chat: Chat, sampling: Sampling) -> Prompt:
+    """The prompt of a chat, without the oldest turns where prompt and answer would not fit into the model.
+
+    Raises:
+        ChatError: Not even the last message fits.
+    """
+    longest = getattr(service, "longest", None)
+    answer = sampling.max_tokens or MAX_NEW_TOKENS
+
+    def fits(pairs: int) -> bool:
+        prompt = make(without_oldest_turns(chat, pairs))
+        return longest is None or (service.prompt_tokens(prompt) or 0) + answer <= longest
+
+    pairs = range((len(chat.turns) + 1) // 2 or 1)  # that can be left out
+    fewest = 0 if fits(0) else bisect_left(pairs, True, lo=1, key=fits)
+    if fewest == len(pairs):
+        what = f"the prompt and an answer of {answer} tokens have room for {longest:,} tokens"
+        raise ChatError(f"{what}: shorten the message", "messages", code="context_length_exceeded")
+    return make(without_oldest_turns(chat, fewest))
 
 
 class EngineService:

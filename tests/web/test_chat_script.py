@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from data_utils.errors import MMRoleError
 from tests.conftest import ROOT
 from tests.web.conftest import Served
 from web.__main__ import main
 from web.cast import read_cast
-from web.chats import ChatError, Prompt
+from web.chats import ChatError, Limits, Prompt
 from web.service import EndpointService, Piece, Sampling
+from web.terminal import talk
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,39 @@ def test_the_terminal(checkpoint: Path, world: Path, tmp_path: Path) -> None:
     assert name in own[0].information.role
     assert name not in json.loads((world / "images" / "annotations.json").read_text(encoding="utf-8"))[0]["role_info"]
     assert f" - Scene information: {own[0].information.scene}\n" in done.stdout
+
+
+def test_an_answer_that_is_stopped_and_saved(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped:
+        name = "stopped"
+
+        def prompt_tokens(self, prompt: Prompt) -> None:
+            return None
+
+        async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
+            asked.append(prompt)
+            yield Piece("Half an")
+            raise KeyboardInterrupt
+
+    asked: list[Prompt] = []
+    Image.new("RGB", (7, 5), "red").save(tmp_path / "mine.png")
+    lines = iter(["Hello", f"/picture {tmp_path}/none.png", f"/picture {tmp_path}/mine.png", "And this?", "/save"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
+    options = argparse.Namespace(character=name_of(world), partner=None, image=None, save_to=tmp_path / "my")
+    assert talk(Stopped(), read_cast(world), options, Limits()) == 0
+    assert "that did not work: a picture cannot be read: No such file" in capsys.readouterr().err
+    assert [prompt.query[0]["image"].size == (7, 5) for prompt in asked] == [False, True]
+    assert [" - Scene information: " in prompt.query[1]["text"] for prompt in asked] == [True, False]
+    (path,) = (tmp_path / "my" / "dialogues" / "in-distribution" / "human-role").glob("*.json")
+    (dialogue,) = json.loads(path.read_text(encoding="utf-8"))
+    assert [turn["value"] for turn in dialogue["conversations"]] == ["Hello", "Half an", "And this?", "Half an"]
+
+
+def test_the_terminal_needs_no_package_of_the_page() -> None:
+    code = "import sys; sys.modules |= dict.fromkeys(['fastapi', 'gradio', 'uvicorn']); import web.terminal"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_an_endpoint_in_place_of_a_checkpoint(served: Served) -> None:

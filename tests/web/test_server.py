@@ -19,9 +19,18 @@ from data_utils.samples import build_sample
 from tests.web.conftest import Served
 from web.__main__ import is_loopback
 from web.cast import Cast
-from web.chats import Chat, ChatError, Limits, Prompt, Turn, parse_chat, plain_prompt, without_oldest_turns
-from web.server import build_app, fitting_prompt
-from web.service import Piece, Sampling
+from web.chats import (
+    Chat,
+    ChatError,
+    Limits,
+    Prompt,
+    Turn,
+    parse_chat,
+    plain_prompt,
+    without_oldest_turns,
+)
+from web.server import build_app
+from web.service import Piece, Sampling, fitting_prompt
 
 openai = pytest.importorskip("openai", reason="the endpoint extra is not installed")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
