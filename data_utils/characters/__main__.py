@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _character(options: argparse.Namespace) -> NewCharacter:
     if options.card:
-        if options.folder or options.profile or options.image:
+        if options.folder or options.profile or options.image or options.about or options.place or options.who:
             fix = "give the card alone; a second call adds pictures"
-            raise MMRoleError("a card is a whole character", None, "--folder, --profile, --image", fix)
+            raise MMRoleError("a card is a whole character", None, "--folder, --profile, --image and its texts", fix)
         character, notes = character_from_card(
             options.card, name=options.name, script=options.script, split=options.split
         )

@@ -17,7 +17,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -43,6 +43,7 @@ class CardFile:
         assets: Embedded files by the URI that the card calls them by (`embeded://…`, `__asset:…`).
         suffix: `.json`, `.png` or `.charx`, by the content and not by the name.
         notes: What was passed over, for the user.
+        content: The file itself; a pipe can be read only once.
     """
 
     card: dict[str, Any]
@@ -50,6 +51,11 @@ class CardFile:
     assets: Mapping[str, bytes] = field(default_factory=dict)
     suffix: str = ".json"
     notes: tuple[str, ...] = ()
+    content: bytes = b""
+
+    def asset(self, uri: str) -> bytes | None:
+        """The embedded file that a card calls by a URI."""
+        return self.assets.get(uri.replace("embedded://", "embeded://", 1))  # the specification's spelling
 
 
 def read_card_file(path: Path) -> CardFile:
@@ -66,6 +72,10 @@ def read_card_file(path: Path) -> CardFile:
         raise MMRoleError(f"cannot read the card: {error.strerror}", path, "--card", fix) from None
     if len(content) > MOST_BYTES:
         _fail("the card is too large", f"more than {MOST_BYTES // 2**20} MiB", path, "give a smaller file")
+    return replace(_read(content, path), content=content)
+
+
+def _read(content: bytes, path: Path) -> CardFile:
     if content.startswith(PNG_SIGNATURE):
         return _read_png(content, path)
     if content.startswith((b"\xff\xd8", b"RIFF")) and not zipfile.is_zipfile(io.BytesIO(content)):
@@ -153,7 +163,9 @@ def _read_archive(content: bytes, path: Path) -> CardFile:
                 left -= len(files[name])
                 if left < 0:
                     _fail("the archive unpacks to too much", f"more than {MOST_BYTES // 2**20} MiB", path, fix)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+    except MMRoleError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each of zipfile's decompressors fails in its own way
         _fail(f"the archive cannot be read: {error}", path.name, path, fix)
     if _CARD_IN_ARCHIVE not in files:
         _fail(f"the archive holds no {_CARD_IN_ARCHIVE}", list(files)[:10], path, "give a .charx file")

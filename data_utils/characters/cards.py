@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from data_utils.characters.card_files import CardFile, decode_base64, read_card_
 from data_utils.characters.importer import CARD_SUFFIXES, NewCharacter, Picture, stored_picture
 from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import write_bytes
-from data_utils.images import file_name_problem
+from data_utils.images import file_name_problem, find_image
 from data_utils.layout import SPLITS, card_path, file_name
 from data_utils.prompts import HYPOTHETICAL_CHARACTERS
 from data_utils.roots import read_annotations, read_profiles
@@ -110,15 +111,15 @@ def character_from_card(
             notes.append(f"the asset {picture.name!r} is passed over: not a usable picture ({error})")
             continue
         pictures.append(found)
-    content = path.read_bytes()
     script = script or character.script
-    return NewCharacter(character.name, script, character.profile, pictures, split, (content, file.suffix)), notes
+    return NewCharacter(character.name, script, character.profile, pictures, split, (file.content, file.suffix)), notes
 
 
 def export_card(root: Path, name: str, out: Path) -> None:
     """Writes a character of a data root as a PNG that carries its V2 and its V3 card.
 
-    The picture is that of the card it was imported from, else the first of its script, else a plain one.
+    The picture is that of the card it was imported from, else one of its script, if possible with the character on it,
+    else a plain one.
 
     Raises:
         MMRoleError: There is no such character, or the file cannot be written.
@@ -133,25 +134,30 @@ def export_card(root: Path, name: str, out: Path) -> None:
     kept = [path for suffix in CARD_SUFFIXES if (path := card_path(root, split, name, suffix)).is_file()]
     file = read_card_file(kept[0]) if kept else CardFile({})
     script = characters.scripts.get(name, HYPOTHETICAL_CHARACTERS)
-    cards = exported_cards(file.card or None, name, script, characters.profiles[name], file.assets)
-    own = [picture.content for picture in character_of(file, name).pictures]
-    write_bytes(out, write_card_png(file.picture or _first_png([*own, *_script_pictures(root, script)]), cards))
+    cards = exported_cards(file, name, script, characters.profiles[name])
+    own = [Picture(Path(picture.name), content=picture.content) for picture in character_of(file, name).pictures]
+    picture = file.picture or _first_png(chain(own, _script_pictures(root, script, name)))
+    write_bytes(out, write_card_png(picture, cards))
 
 
-def _script_pictures(root: Path, script: str) -> Iterator[bytes]:
+def _script_pictures(root: Path, script: str, name: str) -> Iterator[Picture]:
+    """The pictures of a script, those that show the character first."""
     rows, problems = read_annotations(root)
     raise_problems(problems)
-    paths = [root / "images" / row["image"] for row in rows if row["image"].startswith(f"{file_name(script)}/")]
-    yield from (path.read_bytes() for path in paths if path.is_file())
+    rows = [row for row in rows if row["image"].startswith(f"{file_name(script)}/")]
+    for row in sorted(rows, key=lambda row: name not in row["role_info"]):
+        path = find_image(root / "images", row["image"])
+        if path is not None:
+            yield Picture(path)
 
 
-def _first_png(pictures: Iterable[bytes]) -> bytes:
+def _first_png(pictures: Iterable[Picture]) -> bytes:
     """The first picture that can be read, or a plain one, as PNG."""
     out = io.BytesIO()
-    for content in pictures:
+    for picture in pictures:
         try:
-            stored, _ = stored_picture(Picture(Path("picture"), content=content))
-        except ValueError:
+            stored, _ = stored_picture(picture)
+        except (OSError, ValueError):
             continue
         with Image.open(io.BytesIO(stored)) as image:
             image.convert("RGB").save(out, "PNG")
@@ -193,20 +199,18 @@ def card_fields(card: Mapping[str, Any]) -> dict[str, Any]:
     return {**card, **data} if isinstance(data, dict) else dict(card)
 
 
-def exported_cards(
-    card: Mapping[str, Any] | None, name: str, script: str, profile: str, assets: Mapping[str, bytes]
-) -> dict[str, dict[str, Any]]:
+def exported_cards(file: CardFile, name: str, script: str, profile: str) -> dict[str, dict[str, Any]]:
     """The V2 and the V3 card of a character, by the keyword of their chunks.
 
     Args:
-        card: The card that the character was imported from; its fields stay as they are, unless the profile has been
-            changed since: then the whole profile is the description.
+        file: The card that the character was imported from, empty for none. Its fields stay as they are, unless the
+            profile has been changed since: then the whole profile is the description. Its assets become data URLs.
         name: The character's.
         script: The character's; a tag of cards that were not imported.
         profile: The profile in the data root.
-        assets: Embedded files by URI; they become data URLs.
     """
-    if card is None:
+    card = file.card
+    if not card:
         fields: dict[str, Any] = {"name": name, "description": profile, "tags": [script]}
         rest: dict[str, Any] = {}
     else:
@@ -220,7 +224,7 @@ def exported_cards(
         if name != _text(fields.get("name")):
             fields["name"] = name
     if isinstance(fields.get("assets"), list):
-        fields["assets"] = [_with_data_url(asset, assets) for asset in fields["assets"]]
+        fields["assets"] = [_with_data_url(asset, file) for asset in fields["assets"]]
     required = {"description": "", "personality": "", "scenario": "", "first_mes": "", "mes_example": ""}
     required |= {"creator_notes": "", "system_prompt": "", "post_history_instructions": "", "creator": ""}
     required |= {"alternate_greetings": [], "tags": [], "character_version": "", "extensions": {}}
@@ -231,8 +235,8 @@ def exported_cards(
     return {"chara": v2, "ccv3": v3}
 
 
-def _with_data_url(asset: Any, assets: Mapping[str, bytes]) -> Any:
-    content = assets.get(_text(asset.get("uri"))) if isinstance(asset, dict) else None
+def _with_data_url(asset: Any, file: CardFile) -> Any:
+    content = file.asset(_text(asset.get("uri"))) if isinstance(asset, dict) else None
     if content is None:
         return asset
     kind = re.sub(r"[^a-z0-9.+-]", "", _text(asset.get("ext")).lower()) or "octet-stream"
@@ -251,7 +255,7 @@ def _pictures(file: CardFile, fields: Mapping[str, Any], notes: list[str]) -> It
         name = f"{kind} {_text(asset.get('name'))}".strip()
         if uri.startswith("ccdefault:"):
             continue  # the picture itself
-        content = file.assets.get(uri)
+        content = file.asset(uri)
         if content is None and uri.startswith("data:"):
             try:
                 content = decode_base64(uri.partition(",")[2])

@@ -210,10 +210,10 @@ def stored_picture(picture: Picture) -> tuple[bytes, str]:
 def _keep_card(root: Path, character: NewCharacter) -> None:
     assert character.card is not None
     content, suffix = character.card
+    write_bytes(card_path(root, character.split, character.name, suffix), content)
     for other in CARD_SUFFIXES:
         if other != suffix:
             card_path(root, character.split, character.name, other).unlink(missing_ok=True)
-    write_bytes(card_path(root, character.split, character.name, suffix), content)
 
 
 def _problems(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 import struct
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,7 +21,7 @@ from data_utils.characters import card_files
 from data_utils.characters.__main__ import main
 from data_utils.characters.card_files import CardFile, read_card_file, write_card_png
 from data_utils.characters.cards import character_of, export_card, exported_cards
-from data_utils.characters.importer import NewCharacter, add_character
+from data_utils.characters.importer import NewCharacter, Picture, add_character
 from data_utils.check.roots import check_roots
 from data_utils.errors import MMRoleError
 
@@ -99,13 +101,19 @@ def text_chunk(card: Any, keyword: bytes = b"chara", kind: bytes = b"tEXt") -> b
     return chunk(kind, keyword + b"\0" + text)
 
 
-def charx(card: Any = V3, **files: bytes) -> bytes:
+def charx(card: Any = V3, method: int = zipfile.ZIP_DEFLATED, **files: bytes) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(out, "w", method) as archive:
         archive.writestr("card.json", json.dumps(card))
         for name, content in files.items():
             archive.writestr(name, content)
     return out.getvalue()
+
+
+def spoilt(archive: bytes) -> bytes:
+    """An archive with nonsense in the data of its first member."""
+    place = archive.index(b"card.json") + 30
+    return archive[:place] + b"\xff" * 40 + archive[place + 40 :]
 
 
 @pytest.fixture
@@ -153,6 +161,13 @@ def test_charx_and_its_assets(read) -> None:
     character = character_of(file)
     assert [(p.name, p.content, p.portrait) for p in character.pictures] == [("background sea", png("blue"), False)]
     assert "the asset 'emotion happy' is passed over: URLs are not fetched" in " ".join(character.notes)
+
+
+def test_the_other_spelling_of_embedded_files(read) -> None:
+    card = json.loads(json.dumps(V3).replace("embeded://", "embedded://"))
+    file = read(charx(card, **{"assets/background/images/sea.png": png("blue")}))
+    assert [picture.content for picture in character_of(file).pictures] == [png("blue")]
+    assert "data:application/png" in json.dumps(exported_cards(file, "Ada Reed", "Sea", "text"))
 
 
 def test_assets_in_text_chunks_and_data_urls(read) -> None:
@@ -217,6 +232,8 @@ def test_twenty_megabytes_in_a_card(read) -> None:
         (charx(**{"bomb.png": b"0" * 5_000_000}), "unpacks to too much"),
         (charx()[:-30] + b"PK\x05\x06" + bytes(18), "no card.json"),
         (charx().replace(b"card.json", b"Card.json"), "no card.json"),
+        (spoilt(charx(method=zipfile.ZIP_LZMA)), "archive cannot be read"),
+        (spoilt(charx(method=zipfile.ZIP_BZIP2)), "archive cannot be read"),
     ],
 )
 def test_broken_and_hostile_files(read, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str) -> None:
@@ -227,7 +244,7 @@ def test_broken_and_hostile_files(read, monkeypatch: pytest.MonkeyPatch, content
 
 def read_and_export(file: CardFile) -> None:
     character_of(file)
-    json.dumps(exported_cards(file.card, "Ada", "Sea", "text", file.assets))
+    json.dumps(exported_cards(file, "Ada", "Sea", "text"))
 
 
 def test_random_damage_never_ends_in_a_traceback(read) -> None:
@@ -280,7 +297,7 @@ def test_wrong_types_anywhere_are_read_or_refused(read) -> None:
 def test_an_export_loses_nothing(read) -> None:
     file = read(charx(**{"assets/background/images/sea.png": png("blue")}))
     character = character_of(file)
-    cards = exported_cards(file.card, character.name, character.script, character.profile, file.assets)
+    cards = exported_cards(file, character.name, character.script, character.profile)
     again = read(write_card_png(png(), cards))
     assert again.card == cards["ccv3"]
     before, after = file.card["data"], again.card["data"]
@@ -292,7 +309,7 @@ def test_an_export_loses_nothing(read) -> None:
 
 
 def test_an_export_follows_a_changed_profile() -> None:
-    fields = exported_cards(V3, "Ada Reed", "Sea", "### New\nAll of it.", {})["ccv3"]["data"]
+    fields = exported_cards(CardFile(V3), "Ada Reed", "Sea", "### New\nAll of it.")["ccv3"]["data"]
     assert (fields["description"], fields["personality"]) == ("### New\nAll of it.", "")
     assert fields["alternate_greetings"] == ["Who is there?"]
 
@@ -330,6 +347,36 @@ def test_a_character_without_a_card_is_exported(tmp_path: Path) -> None:
     assert (card["data"]["name"], card["data"]["description"], card["data"]["tags"]) == ("Tom", "Rows.", ["Sea"])
     with pytest.raises(MMRoleError, match="no such character"):
         export_card(tmp_path, "Ada", tmp_path / "ada.png")
+
+
+def test_the_picture_of_an_export_shows_the_character_and_lies_in_the_data_root(tmp_path: Path) -> None:
+    outside, root = tmp_path / "outside.png", tmp_path / "root"
+    outside.write_bytes(png("blue"))
+    pictures = [Picture(Path("1"), who="Ada", content=png("green")), Picture(Path("2"), who="Tom", content=png())]
+    add_character(root, NewCharacter("Tom", "Sea", "Rows.", pictures))
+    export_card(root, "Tom", tmp_path / "tom.png")
+    assert read_card_file(tmp_path / "tom.png").picture == png()
+    (root / "images" / "Sea" / "02.png").unlink()
+    (root / "images" / "Sea" / "02.png").symlink_to(outside)
+    with pytest.raises(MMRoleError, match="leads out"):
+        export_card(root, "Tom", tmp_path / "again.png")
+
+
+def test_a_card_from_a_pipe_is_kept(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(json.dumps(V1).encode(),))
+    writer.start()
+    main([str(tmp_path / "root"), "--card", str(pipe)])
+    writer.join()
+    kept = tmp_path / "root" / "profiles" / "in-distribution" / "cards" / "Ada_Reed.json"
+    assert json.loads(kept.read_bytes()) == V1
+
+
+def test_texts_about_pictures_are_not_for_cards(tmp_path: Path) -> None:
+    (tmp_path / "card").write_bytes(json.dumps(V1).encode())
+    with pytest.raises(MMRoleError, match="whole character"):
+        main([str(tmp_path / "root"), "--card", str(tmp_path / "card"), "--about", "A tower."])
 
 
 NAMELESS = json.dumps({**V1, "name": ""}).encode()
