@@ -37,7 +37,7 @@ def preprocess(
     Raises:
         ValueError: A turn is neither the user's nor the assistant's, or an image tag is broken.
 
-    Source: the released `finetune.py` (behaviour); DESIGN "What must stay", 2, 10 and 11.
+    Source: the released `finetune.py` (behaviour).
     """
     newline = tokenizer.encode("\n")
     ids, labels = _turn(tokenizer, "system", system, newline, learned=False)

@@ -56,7 +56,7 @@ def make_context(
     Raises:
         ValueError: An image tag is not closed, or an element is of no known kind.
 
-    Source: the released `make_context` (behaviour), DESIGN "What must stay", 2 to 4.
+    Source: the released `make_context` (behaviour).
     """
     context = build_context(tokenizer, query, history, system, max_window_size)
     return context.text, context.ids

@@ -28,7 +28,7 @@ _CHUNKS = 128
 _CHUNK_BYTES = 32 * 1024
 _ZIP, _PICKLE = b"PK", b"\x80"  # first bytes of what torch.save writes, since version 1.6 and before
 _ZIPPED = (".bin", ".pt", ".pth")
-_FETCH = "fetch the checkpoint again (README: where weights come from), or give another folder"
+_FETCH = "fetch the checkpoint again (see model_weights/README.md), or give another folder"
 
 
 class CheckpointError(ValueError):
@@ -159,7 +159,7 @@ def checkpoint_problems(
         flag: What the folder was given with, for the messages.
     """
     folder = Path(folder)
-    fetch = f"download or copy the checkpoint completely (README: where weights come from), or give another {flag}"
+    fetch = f"download or copy the checkpoint completely (see model_weights/README.md), or give another {flag}"
     if not folder.is_dir():
         return [MissingFilesError("there is no such checkpoint folder", folder, flag, fetch)]
     try:

@@ -30,7 +30,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
     Args:
         image_size: Height and width of the result, in pixels.
 
-    Source: the released `visual.py`'s image transform (behaviour), DESIGN "What must stay", 5.
+    Source: the released `visual.py`'s image transform (behaviour).
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]

@@ -208,7 +208,7 @@ def _lengths(
 class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
     """Qwen-VL with its language head, for transformers 5: no remote code, the released checkpoint's names.
 
-    Source: the released `modeling_qwen.py` (behaviour); DESIGN, "The architecture" and "What must stay".
+    Source: the released `modeling_qwen.py` (behaviour).
     """
 
     # published: a micro-batch's loss is its own mean; so the Trainer must average over micro-batches itself.

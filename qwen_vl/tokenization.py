@@ -53,7 +53,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         FileNotFoundError: There is no such vocabulary.
         ValueError: It is not in the `.tiktoken` format.
 
-    Source: the released `tokenization_qwen.py` (behaviour), DESIGN "What must stay", 1 and 2.
+    Source: the released `tokenization_qwen.py` (behaviour).
     """
 
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCAB_FILE}

@@ -139,7 +139,7 @@ class PoolAttention(nn.Module):
 class Resampler(nn.Module):
     """256 learned queries that read the patches by cross-attention.
 
-    Source: the released `visual.py` (behaviour); DESIGN, the architecture.
+    Source: the released `visual.py` (behaviour).
     """
 
     def __init__(self, patch_width: int, width: int) -> None:

@@ -214,7 +214,7 @@ class Backend:
             f"the checkpoint cannot be loaded: {text}",
             f"device {self._options.device}, dtype {self._options.dtype}",
             self.model_path,
-            "fetch the folder again (README: where weights come from), or check --device and --dtype",
+            "fetch the folder again (see model_weights/README.md), or check --device and --dtype",
         )
 
 
