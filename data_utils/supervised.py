@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_utils.images import find_image
-from data_utils.prompts import SYSTEM_MESSAGE
-from data_utils.prompts import TRAINING_SYSTEM as DEFAULT_SYSTEM
+from data_utils.prompts import SYSTEM_MESSAGE, TRAINING_SYSTEM
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.chat import make_context
 from qwen_vl.loss import IGNORED
@@ -21,7 +20,7 @@ def preprocess(
     conversations: Sequence[Mapping[str, str]],
     tokenizer: QwenVLTokenizer,
     max_length: int = 3072,
-    system: str = DEFAULT_SYSTEM,
+    system: str = TRAINING_SYSTEM,
 ) -> tuple[list[int], list[int]]:
     """Return ids and labels of one training sample, not padded.
 

@@ -21,7 +21,7 @@ from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
 from data_utils.layout import RELEASED_JUDGE
-from eval.results.judges import PAPER, Agreement, agreement, common, read_judge
+from eval.results.judges import PAPER_AGREEMENT, Agreement, agreement, common, read_judge
 from eval.results.tables import Table, agreement_csv, agreement_tables, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def _markdown(first: str, second: str, counts: dict[str, int], tables: Sequence[
         f"{counts['rows']} answers of {counts['agents']} agents were read by both; {counts['only_first']} single "
         f"reviews only by the first, {counts['only_second']} only by the second. The bias is the first "
         "minus the second.\n",
-        *([PAPER, ""] if RELEASED_JUDGE in (first, second) else []),
+        *([PAPER_AGREEMENT, ""] if RELEASED_JUDGE in (first, second) else []),
     ]
     for table in tables:
         lines += [f"## {table.title}\n", f"{table.note}\n", markdown_table(table)]

@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import Dataset
 
 from data_utils.errors import MMRoleError
+from data_utils.prompts import TRAINING_SYSTEM
 from data_utils.schema import Row
-from data_utils.supervised import DEFAULT_SYSTEM, image_names, image_path, preprocess
+from data_utils.supervised import image_names, image_path, preprocess
 from qwen_vl import QwenVLImageProcessor, QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 
@@ -112,7 +113,9 @@ class SupervisedDataset(Dataset):
         """Ids and labels of a sample, without its images."""
         row = self.rows[index]
         system = row.get("system") if self.use_sample_system else None
-        return preprocess(row["conversations"], self.tokenizer, max_length or self.max_length, system or DEFAULT_SYSTEM)
+        return preprocess(
+            row["conversations"], self.tokenizer, max_length or self.max_length, system or TRAINING_SYSTEM
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A sample: `id`, `input_ids` and `labels` (lists), `pixel_values` (N, 3, size, size) or None.

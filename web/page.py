@@ -32,7 +32,6 @@ from web.chats import (
 from web.dialogues import save_dialogue
 from web.service import Sampling, Service, fitting_prompt
 
-HUMAN = CURIOUS_HUMAN
 _TITLE = "MMRole"
 _LONGEST_PROFILE = 1_500  # characters that are shown at first
 _KNOWN = ("who is in it", "where it is", "what happens")
@@ -112,7 +111,7 @@ class Page:
 
     def scene(self, character: str, partner: str, *information: str) -> Scene:
         """Who talks with whom; `information` is what is known about the picture: who, where, and what happens."""
-        other = None if partner == HUMAN else self.cast.role(partner)
+        other = None if partner == CURIOUS_HUMAN else self.cast.role(partner)
         return Scene(self.cast.role(character), other, ImageInformation(*(text or "" for text in information)))
 
     def window(self, visit: Visit, character: str, partner: str) -> list[dict[str, Any]]:
@@ -205,7 +204,9 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
         filled = gr.State(("", "", ""))  # what is known about a picture of its own, as long as nobody changes it
         with gr.Row():
             character = gr.Dropdown(names, value=first, label="Character", filterable=True, min_width=240)
-            partner = gr.Dropdown([HUMAN, *names], value=HUMAN, label="talks with", filterable=True, min_width=240)
+            partner = gr.Dropdown(
+                [CURIOUS_HUMAN, *names], value=CURIOUS_HUMAN, label="talks with", filterable=True, min_width=240
+            )
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 chat = gr.Chatbot(
@@ -318,7 +319,7 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
             texts = _texts(first[1]) if first else ("", "", "")
             return (
                 *drawn(state, who, other), first[0] if first else None, _about(page, who), page.gallery(who),
-                None, gr.Button(visible=other != HUMAN), "", "", texts, *texts,
+                None, gr.Button(visible=other != CURIOUS_HUMAN), "", "", texts, *texts,
             )  # fmt: skip
 
         def choose_picture(who: str, event: gr.SelectData) -> tuple[Any, ...]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from data_utils.prompts import CURIOUS_HUMAN, HYPOTHETICAL_CHARACTERS
 from eval.judging.metrics import METRICS
 
 SYSTEM = (
     "You are an objective and precise evaluator, specializing in rigorously assessing the role-playing and multimodal "
     "understanding abilities of various models."
 )
-HUMAN = "a curious human"
-HYPOTHETICAL = "Hypothetical Characters"
 
 
 def is_reviewable(row: Mapping[str, Any]) -> bool:
@@ -39,7 +38,7 @@ def review_prompts(row: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         KeyError: If the row lacks one of these fields.
     """
     role, other_role = row["role"], row["other_role"]
-    partner = "the curious human" if other_role == HUMAN else other_role
+    partner = "the curious human" if other_role == CURIOUS_HUMAN else other_role
     head = _transcript(row) + f"## **[Instruction]**\n\n{_task(role, other_role, row['script'])}\n\n"
     return {metric.name: (SYSTEM, head + _request(metric.question(role=role, partner=partner))) for metric in METRICS}
 
@@ -57,7 +56,7 @@ def _transcript(row: Mapping[str, Any]) -> str:
 def _task(role: str, other_role: str, script: str) -> str:
     """The sentence that tells the reviewer what both models had been asked to do."""
     who = _introduced(role, script)
-    whom = other_role if other_role == HUMAN else _introduced(other_role, script)
+    whom = other_role if other_role == CURIOUS_HUMAN else _introduced(other_role, script)
     return (
         f"The task instruction of the two models is to directly role-play as {who} and talk with {whom} about the "
         f"given image using the distinctive tone, manner and vocabulary of {role}."
@@ -66,8 +65,8 @@ def _task(role: str, other_role: str, script: str) -> str:
 
 def _introduced(role: str, script: str) -> str:
     # published: the partner is introduced with the role's own script, and a hypothetical one keeps its closing comma.
-    if script == HYPOTHETICAL:
-        return f"{role}, a person who is one of the {HYPOTHETICAL},"
+    if script == HYPOTHETICAL_CHARACTERS:
+        return f"{role}, a person who is one of the {HYPOTHETICAL_CHARACTERS},"
     return f"{role} from {script}"
 
 

@@ -20,11 +20,10 @@ from data_utils.paths import is_file, is_folder
 from eval.judging.metrics import METRIC_NAMES
 from eval.judging.scores import HIGHEST, LOWEST
 from eval.results.reviews import FAILED, READ, Record, ratio_of, read_agents
-from eval.results.statistics import FEWEST_CLUSTERS, LEVEL, OVERALL, Estimate, cluster_numbers, mean
+from eval.results.statistics import FEWEST_CLUSTERS, LEVEL, METRIC_COLUMNS, OVERALL, Estimate, cluster_numbers, mean
 
-COLUMNS = (*METRIC_NAMES, OVERALL)
 CSV_COLUMNS = ("id", "agent", "metric", "score_agent", "score_reference")
-PAPER = (
+PAPER_AGREEMENT = (
     "The paper reports for its reward model a mean absolute error of 0.074 and a Pearson correlation of 0.81 against "
     "GPT-4, and 0.126 and 0.65 against people (the paper's figures, not computed here)."
 )
@@ -200,7 +199,7 @@ def common(*judges: Sequence[Record]) -> Common:
 def agreement(pairs: Common) -> list[Agreement]:
     """All statistics of two judges, per metric and for Overall, with intervals by leaving out one character a time."""
     found = []
-    for j, column in enumerate(COLUMNS):
+    for j, column in enumerate(METRIC_COLUMNS):
         metrics = slice(None) if column == OVERALL else slice(j, j + 1)
         present = ~np.isnan(pairs.ratios[0][:, metrics]).all(axis=1)
         if not present.any():

@@ -14,7 +14,7 @@ from unicodedata import east_asian_width
 import numpy as np
 
 from data_utils.layout import SHORT_SPLITS
-from eval.judging.metrics import METRIC_NAMES, METRICS
+from eval.judging.metrics import METRICS
 from eval.results.judges import Agreement, Position
 from eval.results.report import (
     MEAN_RATIO,
@@ -27,15 +27,21 @@ from eval.results.report import (
     told_apart,
 )
 from eval.results.reviews import FILES, NO_ANSWER, NOT_REVIEWED, Record, ReviewFile, describe
-from eval.results.statistics import COLUMNS as ALL_COLUMNS
-from eval.results.statistics import DIMENSIONS, FEWEST_CLUSTERS, LEVEL, OVERALL, POWER, Estimate
+from eval.results.statistics import (
+    COLUMNS,
+    DIMENSIONS,
+    FEWEST_CLUSTERS,
+    LEVEL,
+    METRIC_COLUMNS,
+    OVERALL,
+    POWER,
+    Estimate,
+)
 
-COLUMNS = (*METRIC_NAMES, OVERALL)
 SHORT_COLUMNS = (*(metric.short for metric in METRICS), OVERALL)
-PAPER = "paper (0.75 In + 0.25 Out)"
 NOTHING = "–"
 _LEFT = ("Agent", "Set", "Note", "Group", "Comparisons", "Statistic", "Made")
-_PLACES = [ALL_COLUMNS.index(column) for column in COLUMNS]
+_PLACES = [COLUMNS.index(column) for column in METRIC_COLUMNS]
 _COUNTS = tuple(counts([]))
 
 
@@ -75,13 +81,13 @@ def tables(report: Report) -> list[Table]:
         Table(
             "The paper's table",
             "Per test set the plain mean of its three files; then 0.75 In-Test + 0.25 Out-Test.",
-            ["Agent", *COLUMNS, "Note"],
+            ["Agent", *METRIC_COLUMNS, "Note"],
             [[one.agent.name, *map(number, one.paper[None]), note(one)] for one in agents],
         ),
         Table(
             "In-Test and Out-Test",
             "",
-            ["Agent", "Set", *COLUMNS],
+            ["Agent", "Set", *METRIC_COLUMNS],
             [[one.agent.name, SETS[split], *map(number, one.paper[split])] for split in SHORT_SPLITS for one in agents],
             detail=True,
         ),
@@ -111,9 +117,9 @@ def tables(report: Report) -> list[Table]:
             "What this test set can show",
             f"Smallest true difference between two agents that the test shows with {POWER:.0%} power, for the median "
             "pair: alone, and as the hardest of all pairs.",
-            ["Set", "Comparisons", *COLUMNS],
+            ["Set", "Comparisons", *METRIC_COLUMNS],
             [
-                [SETS[split], name, *(number(values.get(column, math.nan)) for column in COLUMNS)]
+                [SETS[split], name, *(number(values.get(column, math.nan)) for column in METRIC_COLUMNS)]
                 for split in SETS
                 for name, values in (
                     ("one", {s.column: s.one_comparison for s in report.smallest if s.split == split}),
@@ -166,7 +172,7 @@ def _judge_tables(report: Report) -> list[Table]:
                 "The judge with the answers exchanged",
                 f"Of {position.reviews} reviews in both orders: the share that names the same winner, or a tie, and "
                 "how many points of score the first place is worth (above 0: the first answer is preferred).",
-                ["Set", *COLUMNS],
+                ["Set", *METRIC_COLUMNS],
                 [
                     ["same winner", *_intervals(position.consistency)],
                     ["first place", *_intervals(position.preference)],
@@ -247,7 +253,7 @@ def _sample_means(report: Report, split: str | None) -> Table:
         f"Sample means: {SETS[split]}",
         f"Over all reviewed samples, with {LEVEL:.0%} intervals clustered by character: rows of one character are not "
         f"independent. Below {FEWEST_CLUSTERS} characters no interval is given. Not the paper's number.",
-        ["Agent", *COLUMNS],
+        ["Agent", *METRIC_COLUMNS],
         [[one.agent.name, *_intervals(report.samples(one.agent.folder, split))] for one in report.agents],
         detail=split is not None,
     )
@@ -312,7 +318,7 @@ def _compared(comparison: Comparison, sign: int) -> str:
 
 
 def _others(report: Report, one: AgentReport) -> list[str]:
-    folder, last = one.agent.folder, ALL_COLUMNS.index(OVERALL)
+    folder, last = one.agent.folder, COLUMNS.index(OVERALL)
     ratio = report.samples(folder)
     effect = ratio.design_effect[last]
     return [
@@ -373,13 +379,13 @@ def table_csv(report: Report) -> str:
     """The report for spreadsheets: one line per agent, set and statistic."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["agent", "folder", "set", "statistic", *COLUMNS, *_COUNTS, "status"])
+    writer.writerow(["agent", "folder", "set", "statistic", *METRIC_COLUMNS, *_COUNTS, "status"])
     for one in report.agents:
         for split, set_name in SETS.items():
             low, high = f"sample mean, {LEVEL:.0%} interval low", f"sample mean, {LEVEL:.0%} interval high"
             estimate = report.samples(one.agent.folder, split)
             statistics = {
-                PAPER if split is None else "paper (mean of three files)": one.paper[split],
+                "paper (0.75 In + 0.25 Out)" if split is None else "paper (mean of three files)": one.paper[split],
                 "sample mean": estimate.value[_PLACES],
                 low: estimate.low[_PLACES],
                 high: estimate.high[_PLACES],
@@ -402,7 +408,7 @@ def statistics_csv(report: Report) -> str:
         arrays = [getattr(estimate, name).tolist() for name in names]
         writer.writerows(
             [group.agent, statistic, group.by, group.value, column, *values]
-            for column, *values in zip(ALL_COLUMNS, *arrays, strict=True)
+            for column, *values in zip(COLUMNS, *arrays, strict=True)
         )
     return text.getvalue()
 
@@ -501,7 +507,7 @@ def _file(file: ReviewFile | None) -> dict[str, Any] | None:
 
 
 def _named(values: np.ndarray) -> dict[str, float | None]:
-    return {name: _finite(value) for name, value in zip(COLUMNS, values.tolist(), strict=False)}
+    return {name: _finite(value) for name, value in zip(METRIC_COLUMNS, values.tolist(), strict=False)}
 
 
 def _file_notes(agents: list[AgentReport]) -> Iterable[str]:
@@ -526,8 +532,8 @@ def number(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{value:.3f}"
 
 
-def _intervals(estimate: Estimate, columns: Sequence[str] = COLUMNS) -> list[str]:
-    return [_interval(estimate, ALL_COLUMNS.index(column)) for column in columns]
+def _intervals(estimate: Estimate, columns: Sequence[str] = METRIC_COLUMNS) -> list[str]:
+    return [_interval(estimate, COLUMNS.index(column)) for column in columns]
 
 
 def _interval(estimate: Estimate, i: int) -> str:

@@ -15,7 +15,8 @@ from eval.judging.metrics import METRIC_NAMES, METRICS
 from eval.results.origins import origins
 from eval.results.report import MEAN_RATIO, build_report
 from eval.results.reviews import read_agents
-from eval.results.tables import COLUMNS, markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
+from eval.results.statistics import METRIC_COLUMNS
+from eval.results.tables import markdown, records_csv, report_json, statistics_csv, table_csv, terminal_table
 from tests.eval.made_reviews import link_published, made_row, record, review_path, write_agent, write_rows
 
 
@@ -43,7 +44,7 @@ def test_published_agents_give_the_papers_table(shared: Path, tmp_path: Path) ->
     rows = csv_rows(table_csv(reports))
     assert len(rows) == 8 * 3 * 4
     in_test = next(row for row in rows if (row["folder"], row["set"]) == ("mmrole-agent", "In-Test"))
-    assert [in_test[column] for column in COLUMNS] == paper["MMRole-Agent (In-Test)"]
+    assert [in_test[column] for column in METRIC_COLUMNS] == paper["MMRole-Agent (In-Test)"]
 
 
 def write_two(eval_dir: Path) -> None:
@@ -58,7 +59,7 @@ def test_incomplete_agent_is_marked_and_has_only_sample_means(tmp_path: Path) ->
     assert cells["whole"][:9] == ["0.800"] * 9
     assert cells["part"][:9] == ["–"] * 9 and cells["part"][9].startswith("incomplete: no readable out-test/inter-role")
     rows = {(row["folder"], row["set"], row["statistic"]): row for row in csv_rows(table_csv(reports))}
-    assert {rows["part", "all", "paper (0.75 In + 0.25 Out)"][column] for column in COLUMNS} == {"nan"}
+    assert {rows["part", "all", "paper (0.75 In + 0.25 Out)"][column] for column in METRIC_COLUMNS} == {"nan"}
     assert rows["part", "In-Test", "paper (mean of three files)"]["Overall"] == "0.350"
     assert rows["part", "Out-Test", "paper (mean of three files)"]["Overall"] == "nan"
     assert rows["part", "all", "sample mean"]["Overall"] == "0.350"
