@@ -27,7 +27,7 @@ from data_utils.layout import (
     swapped_judge,
 )
 from data_utils.paths import is_file, is_folder, listed
-from eval.results.judges import Position, Spread, position, spread
+from eval.results.judges import PositionBias, Spread, position_bias, spread
 from eval.results.origins import origins
 from eval.results.report import build_report
 from eval.results.reviews import (
@@ -99,7 +99,7 @@ def _one_folder(options: argparse.Namespace) -> list[MMRoleError]:
             _write(table, csv_bytes(result))
         except MMRoleError as error:
             problems.append(error)
-        _say(path.name, describe(result))
+        _print_lines(path.name, describe(result))
     print(f"results: {options.output_dir}")
     return problems
 
@@ -138,7 +138,7 @@ def _all_agents(options: argparse.Namespace) -> list[MMRoleError]:
         print(f"{agent.name} ({agent.status})")
         _write_csvs(agent, options)
         for (split, kind), result in agent.files.items():
-            _say(f"  {split}-test/{kind}", describe(result))
+            _print_lines(f"  {split}-test/{kind}", describe(result))
     _write_report(agents, report_dir, options)
     for path in unexplained_csvs(options.eval_dir, options.judge):
         print(f"stale: {path} has no reviews to be computed from; it was left as it is")
@@ -177,9 +177,9 @@ def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
 
 
 def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Namespace) -> None:
-    exchanged, repeated = _itself(agents, options)
+    bias, repeated = _compare_with_itself(agents, options)
     report = build_report(
-        agents, seed=options.seed, position=exchanged, spread=repeated, origins=origins(options.eval_dir, agents)
+        agents, seed=options.seed, position_bias=bias, spread=repeated, origins=origins(options.eval_dir, agents)
     )
     print(f"\n{terminal_table(report)}", end="")
     settings = {"eval_dir": str(options.eval_dir), "judge": options.judge, "seed": options.seed}
@@ -206,12 +206,11 @@ def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Names
     else:
         from eval.results.html import report_html
 
-        told = {"reviews": str(options.eval_dir), "judge": options.judge, "seed": str(options.seed)}
-        _write(page, report_html(report, told, options.data_root / "images"))
+        _write(page, report_html(report, settings, options.data_root / "images"))
 
 
-def _itself(agents: list[Agent], options: argparse.Namespace) -> tuple[Position | None, list[Spread]]:
-    """The judge compared with itself, as far as it has reviewed swapped answers, or the same ones again."""
+def _compare_with_itself(agents: list[Agent], options: argparse.Namespace) -> tuple[PositionBias | None, list[Spread]]:
+    """The judge compared with itself, where it has reviewed swapped answers, or the same ones again."""
 
     def records(judge: str) -> list[Record]:
         found = read_agents(options.eval_dir, judge, swapped=True)
@@ -220,15 +219,14 @@ def _itself(agents: list[Agent], options: argparse.Namespace) -> tuple[Position 
         return [record for agent in found for record in agent.records()]
 
     usual = [record for agent in agents for record in agent.records()]
-    exchanged = swapped_judge(options.judge)
-    again = repeated_judges(options.eval_dir, options.judge)
+    swapped, repeated = swapped_judge(options.judge), repeated_judges(options.eval_dir, options.judge)
     return (
-        position(usual, records(exchanged)) if is_folder(judge_folder(options.eval_dir, exchanged)) else None,
-        spread(usual, *map(records, again)) if again else [],
+        position_bias(usual, records(swapped)) if is_folder(judge_folder(options.eval_dir, swapped)) else None,
+        spread(usual, *map(records, repeated)) if repeated else [],
     )
 
 
-def _say(name: str, lines: Sequence[str]) -> None:
+def _print_lines(name: str, lines: Sequence[str]) -> None:
     print(f"{name}: {lines[0]}")
     for line in lines[1:]:
         print(f"      {line}")

@@ -101,11 +101,11 @@ def prompts(row: Row, image: Path, *, swap: bool = False) -> list[Prompt]:
     """The prompts of an answered row, one per metric."""
     return [
         Prompt(review_key(row, metric), row["id"], image, row["image"], system, text)
-        for metric, (system, text) in review_prompts(exchanged(row) if swap else row).items()
+        for metric, (system, text) in review_prompts(with_answers_swapped(row) if swap else row).items()
     ]
 
 
-def exchanged(row: Row) -> Row:
+def with_answers_swapped(row: Row) -> Row:
     """A copy of the row whose answer and reference have changed places."""
     question, last, *others = row["conversations"]
     return {**row, "conversations": [question, {**last, "value": last["answer"], "answer": last["value"]}, *others]}

@@ -24,7 +24,7 @@ from matplotlib.text import Text
 
 from data_utils.layout import KINDS
 from eval.judging.metrics import METRIC_NAMES
-from eval.results.judges import Common
+from eval.results.judges import CommonReviews
 from eval.results.report import ALL, MEAN_RATIO, SETS, AgentReport, Group, Report
 from eval.results.statistics import COLUMNS, LEVEL, OVERALL
 
@@ -401,7 +401,7 @@ def _score_pairs(agents: Sequence[AgentReport]) -> Figure | None:
     return figure if drawn else None
 
 
-def agreement_png(pairs: Common, first: str, second: str) -> bytes:
+def agreement_png(pairs: CommonReviews, first: str, second: str) -> bytes:
     """Draw rows' Overall by two judges against each other, and their differences against their means."""
     values = np.nanmean(pairs.ratios, axis=2)
     x, y = values

@@ -34,7 +34,7 @@ THUMBNAIL = 256  # pixels, the longer side
 _QUALITY = 60
 
 
-def report_html(report: Report, settings: Mapping[str, str], image_dir: Path | None = None) -> bytes:
+def report_html(report: Report, settings: Mapping[str, object], image_dir: Path | None = None) -> bytes:
     """Make the page.
 
     Args:

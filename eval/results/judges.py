@@ -61,7 +61,7 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Common:
+class CommonReviews:
     """The reviews that several judges all read.
 
     Attributes:
@@ -163,7 +163,7 @@ def _of_people(judge: str, key: Key, pairs: list[tuple[float, float]]) -> Record
     )  # fmt: skip
 
 
-def common(*judges: Sequence[Record]) -> Common:
+def common(*judges: Sequence[Record]) -> CommonReviews:
     """Match the reviews of judges by agent, file, row and metric; a review without a ratio counts as none."""
     # People name a row by its id alone; files may use an id again.
     files = all(record.split for records in judges for record in records)
@@ -187,7 +187,7 @@ def common(*judges: Sequence[Record]) -> Common:
             if record.character:
                 characters[i] = (record.script, record.character)
     names = list(dict.fromkeys(agent for agent, _ in rows))
-    return Common(
+    return CommonReviews(
         scores,
         names,
         np.array([names.index(agent) for agent, _ in rows], dtype=int),
@@ -196,7 +196,7 @@ def common(*judges: Sequence[Record]) -> Common:
     )
 
 
-def agreement(pairs: Common) -> list[Agreement]:
+def agreement(pairs: CommonReviews) -> list[Agreement]:
     """All statistics of two judges, per metric and for Overall, with intervals by leaving out one character a time."""
     found = []
     for j, column in enumerate(METRIC_COLUMNS):
@@ -285,8 +285,8 @@ def kappa(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Position:
-    """A judge with itself, the two answers exchanged; each estimate has the metrics, the dimensions and Overall.
+class PositionBias:
+    """A judge's reviews in both orders of the two answers; each estimate has the metrics, the dimensions and Overall.
 
     Attributes:
         consistency: Share of reviews that name the same winner, or a tie, in both orders.
@@ -301,16 +301,16 @@ class Position:
     reviews: int
 
 
-def position(judge: Sequence[Record], swapped: Sequence[Record]) -> Position | None:
+def position_bias(judge: Sequence[Record], swapped: Sequence[Record]) -> PositionBias | None:
     """Compare a judge's reviews with those in which it saw the reference first; None without a common review."""
     both = common(judge, swapped)
     if not both.names:
         return None
-    usual, exchanged = both.leads
-    same = np.where(np.isnan(usual), np.nan, np.sign(usual) == np.sign(exchanged))
-    return Position(
+    usual, other_order = both.leads
+    same = np.where(np.isnan(usual), np.nan, np.sign(usual) == np.sign(other_order))
+    return PositionBias(
         mean(same, both.clusters),
-        mean((usual - exchanged) / 2, both.clusters),  # the first place adds to one and takes from the other
+        mean((usual - other_order) / 2, both.clusters),  # the first place adds to one and takes from the other
         {
             name: mean(both.ratios.mean(axis=0)[both.agents == i], _renumbered(both.clusters[both.agents == i]))
             for i, name in enumerate(both.names)

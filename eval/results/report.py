@@ -11,7 +11,7 @@ import numpy as np
 
 from data_utils.layout import SHORT_SPLITS
 from eval.judging.metrics import METRIC_NAMES
-from eval.results.judges import Position, Spread
+from eval.results.judges import PositionBias, Spread
 from eval.results.origins import Origin
 from eval.results.reviews import FAILED, NO_ANSWER, NOT_REVIEWED, Agent, Record, ranked
 from eval.results.statistics import (
@@ -80,7 +80,7 @@ class Comparison(NamedTuple):
         return self.adjusted < 1 - LEVEL
 
 
-class Smallest(NamedTuple):
+class SmallestDifference(NamedTuple):
     """The smallest difference in a column that a set can show at 80 % power, for the median pair of agents."""
 
     split: str | None
@@ -117,7 +117,7 @@ class Report:
         estimates: (`MEAN_RATIO` or `RATIO_OF_MEANS`, group) -> an estimate for each of `COLUMNS`.
         comparisons: All pairs of agents, sets and columns.
         smallest: What differences the sets can show.
-        position: The judge with the two answers exchanged, if it has reviewed them so.
+        position_bias: The judge with the two answers exchanged, if it has reviewed them so.
         spread: The judge's repeated reviews, if there are any.
         origins: What is known of how answers and reviews were made.
     """
@@ -125,8 +125,8 @@ class Report:
     agents: list[AgentReport]
     estimates: dict[tuple[str, Group], Estimate]
     comparisons: list[Comparison]
-    smallest: list[Smallest]
-    position: Position | None = None
+    smallest: list[SmallestDifference]
+    position_bias: PositionBias | None = None
     spread: Sequence[Spread] = ()
     origins: Sequence[Origin] = ()
 
@@ -168,7 +168,7 @@ def build_report(
     agents: list[Agent],
     *,
     seed: int = 0,
-    position: Position | None = None,
+    position_bias: PositionBias | None = None,
     spread: Sequence[Spread] = (),
     origins: Sequence[Origin] = (),
 ) -> Report:
@@ -177,7 +177,7 @@ def build_report(
     Args:
         agents: As read.
         seed: Of the permutation tests; an agent's intervals depend neither on it nor on the other agents.
-        position: The judge with the two answers exchanged.
+        position_bias: The judge with the two answers exchanged.
         spread: The judge's repeated reviews.
         origins: How answers and reviews were made.
     """
@@ -188,7 +188,7 @@ def build_report(
         estimates |= _estimates(folder, score)
     comparisons = [found for split in SETS for found in _compare(scores, split, seed)]
     found = [_agent(agent, scores[agent.folder]) for agent in ordered]
-    return Report(found, estimates, comparisons, _smallest(comparisons), position, spread, origins)
+    return Report(found, estimates, comparisons, _smallest(comparisons), position_bias, spread, origins)
 
 
 def _agent(agent: Agent, scores: Scores) -> AgentReport:
@@ -273,7 +273,7 @@ def _compare(scores: dict[str, Scores], split: str | None, seed: int) -> list[Co
     ]  # fmt: skip
 
 
-def _smallest(comparisons: list[Comparison]) -> list[Smallest]:
+def _smallest(comparisons: list[Comparison]) -> list[SmallestDifference]:
     found = []
     for split in SETS:
         for column in COLUMNS:
@@ -282,11 +282,13 @@ def _smallest(comparisons: list[Comparison]) -> list[Smallest]:
                 errors = np.array([comparison.error for comparison in chosen])
                 clusters = np.array([comparison.clusters for comparison in chosen])
                 sizes = (smallest_difference(errors, clusters, family) for family in (1, len(chosen)))
-                found.append(Smallest(split, column, *(float(np.median(size)) for size in sizes)))
+                found.append(SmallestDifference(split, column, *(float(np.median(size)) for size in sizes)))
     return found
 
 
-def told_apart(report: Report, split: str | None = None, column: str = OVERALL) -> tuple[list[Comparison], int]:
+def indistinguishable_pairs(
+    report: Report, split: str | None = None, column: str = OVERALL
+) -> tuple[list[Comparison], int]:
     """The pairs of agents that cannot be told apart, and how many pairs there are."""
     chosen = [c for c in report.comparisons if (c.split, c.column) == (split, column)]
     return [comparison for comparison in chosen if not comparison.apart], len(chosen)

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_utils.layout import SHORT_SPLITS
 from eval.judging.metrics import METRICS
-from eval.results.judges import Agreement, Position
+from eval.results.judges import Agreement, PositionBias
 from eval.results.report import (
     MEAN_RATIO,
     RATIO_OF_MEANS,
@@ -24,7 +24,7 @@ from eval.results.report import (
     Comparison,
     Report,
     counts,
-    told_apart,
+    indistinguishable_pairs,
 )
 from eval.results.reviews import FILES, NO_ANSWER, NOT_REVIEWED, Record, ReviewFile, describe
 from eval.results.statistics import (
@@ -165,17 +165,17 @@ def _judge_tables(report: Report) -> list[Table]:
     """What is found out about the judge by exchanging the answers and by repeating its reviews."""
     found = []
     names = {one.agent.folder: one for one in report.agents}
-    position = report.position
-    if position is not None:
+    bias = report.position_bias
+    if bias is not None:
         found.append(
             Table(
                 "The judge with the answers exchanged",
-                f"Of {position.reviews} reviews in both orders: the share that names the same winner, or a tie, and "
+                f"Of {bias.reviews} reviews in both orders: the share that names the same winner, or a tie, and "
                 "how many points of score the first place is worth (above 0: the first answer is preferred).",
                 ["Set", *METRIC_COLUMNS],
                 [
-                    ["same winner", *_intervals(position.consistency)],
-                    ["first place", *_intervals(position.preference)],
+                    ["same winner", *_intervals(bias.consistency)],
+                    ["first place", *_intervals(bias.preference)],
                 ],
             )
         )
@@ -191,7 +191,7 @@ def _judge_tables(report: Report) -> list[Table]:
                         *_intervals(report.samples(folder), [OVERALL]),
                         *_intervals(estimate, [OVERALL]),
                     ]
-                    for folder, estimate in position.averaged.items()
+                    for folder, estimate in bias.averaged.items()
                     if folder in names
                 ],
             )
@@ -365,7 +365,7 @@ def terminal_table(report: Report) -> str:
 
 def apart_line(report: Report, split: str | None = None, *, most: int | None = None) -> str:
     """Say how many pairs of agents can be told apart, and which (`most` of them) cannot; empty for a single agent."""
-    alike, pairs = told_apart(report, split)
+    alike, pairs = indistinguishable_pairs(report, split)
     names = {one.agent.folder: one.agent.name for one in report.agents}
     if not pairs:
         return ""
@@ -456,7 +456,7 @@ def report_json(report: Report, settings: dict[str, Any]) -> str:
         "comparisons": [
             _plain(comparison._asdict() | {"apart": comparison.apart}) for comparison in report.comparisons
         ],
-        "position": _position(report.position),
+        "position": _position_bias(report.position_bias),
         "spread": [one._asdict() for one in report.spread],
         "smallest_differences": [_plain(smallest._asdict()) for smallest in report.smallest],
     }
@@ -467,17 +467,17 @@ def report_json(report: Report, settings: dict[str, Any]) -> str:
 _FIELDS = {"mean": "value", "low": "low", "high": "high", "design_effect": "design_effect"}
 
 
-def _position(position: Position | None) -> dict[str, Any] | None:
-    if position is None:
+def _position_bias(bias: PositionBias | None) -> dict[str, Any] | None:
+    if bias is None:
         return None
-    estimates = {"same_winner": position.consistency, "first_place": position.preference}
+    estimates = {"same_winner": bias.consistency, "first_place": bias.preference}
     return {
-        "reviews": position.reviews,
+        "reviews": bias.reviews,
         **{
             name: {key: _named(getattr(one, key)[_PLACES]) for key in ("value", "low", "high")}
             for name, one in estimates.items()
         },
-        "both_orders": {folder: _named(one.value[_PLACES]) for folder, one in position.averaged.items()},
+        "both_orders": {folder: _named(one.value[_PLACES]) for folder, one in bias.averaged.items()},
     }
 
 

@@ -16,7 +16,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from data_utils.errors import MMRoleError
 from eval.agreement import main
 from eval.judging.metrics import METRIC_NAMES
-from eval.results.judges import agreement, common, kappa, krippendorff_alpha, pearson, position, read_judge, spread
+from eval.results.judges import agreement, common, kappa, krippendorff_alpha, pearson, position_bias, read_judge, spread
 from eval.results.report import scores_of
 from eval.results.reviews import READ, Record
 from eval.results.statistics import COLUMNS, length_regression
@@ -110,13 +110,13 @@ def test_a_planted_preference_for_the_first_place_is_recovered() -> None:
 
     covered = []
     for seed in range(10):
-        found = position(judge(seed, True), judge(seed, False))
+        found = position_bias(judge(seed, True), judge(seed, False))
         assert found is not None and found.reviews == truth().size
         assert found.preference.value[OVERALL] == pytest.approx(0.4, abs=0.02)
         covered.append(found.preference.low[OVERALL] < 0.4 < found.preference.high[OVERALL])
         assert 0.5 < found.consistency.value[OVERALL] < 0.95
     assert sum(covered) >= 8
-    fair = position(records(truth()), records(truth()))
+    fair = position_bias(records(truth()), records(truth()))
     assert fair is not None and fair.consistency.value[OVERALL] == 1 and fair.preference.value[OVERALL] == 0
     averaged = found.averaged["agent 2"]
     quality = truth()[2].mean()
