@@ -87,6 +87,11 @@ def judge_folder(eval_dir: Path, judge: str = RELEASED_JUDGE) -> Path:
     return eval_dir if judge == RELEASED_JUDGE else eval_dir / "judges" / judge
 
 
+def journal_path(target: Path) -> Path:
+    """Return where a result file's journal lies; not a `.json`, which the released scripts would take for a result."""
+    return target.with_suffix(".journal")
+
+
 def swapped_judge(judge: str) -> str:
     """Return the name under which a judge's reviews of exchanged answers lie."""
     return f"{judge}-swapped"

@@ -34,6 +34,7 @@ from data_utils.layout import (
     SHORT_SPLITS,
     answers_folder,
     check_folder_name,
+    journal_path,
     repeated_judge,
     reviews_folder,
     swapped_judge,
@@ -47,7 +48,6 @@ from eval.judging.scores import ScoreReading, read_scores, review_record
 from eval.running.flags import ROOT, add_run_flags, flag_problems, resolved
 from eval.running.inputs import SHOWN_JSON, Source, json_sources
 from eval.running.job import run_job
-from eval.running.journal import journal_path
 from eval.running.task import Task
 
 

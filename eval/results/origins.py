@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_utils.errors import MMRoleError
 from data_utils.journal import read_journal
-from data_utils.layout import answers_folder, file_of_tests
+from data_utils.layout import answers_folder, file_of_tests, journal_path
 from eval.results.reviews import Agent
 
 
@@ -34,7 +34,7 @@ class Origin:
     def add(self, path: Path) -> None:
         """Take in the journal of a result file; one that does not exist or cannot be read says nothing."""
         with suppress(MMRoleError):
-            content = read_journal(path.with_suffix(".journal"))
+            content = read_journal(journal_path(path))
             if content is None:
                 return
             names = content.info.get("names")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from data_utils.errors import MMRoleError
 from data_utils.images import find_image
+from data_utils.layout import journal_path
 from data_utils.paths import UnreadableError, is_file, is_folder, listed
 from data_utils.schema import Record, Row, read_rows
-from eval.running.journal import journal_path
 
 SHOWN_JSON = "*.json"
 

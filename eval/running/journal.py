@@ -19,6 +19,7 @@ from typing import Any
 from data_utils.errors import MMRoleError
 from data_utils.files import make_folder, published_json, read_json, write_bytes
 from data_utils.journal import Journal, JournalContent, check_settings, read_journal
+from data_utils.layout import journal_path
 from data_utils.paths import listed, sha256_of
 from data_utils.schema import Row
 from eval.backends.backend import Completion, Prompt, another_model
@@ -104,11 +105,6 @@ class FileReport:
         """Return (key, reason) of every prompt without a usable text."""
         keys = [prompt.key for prompt in self.file.prompts if prompt.key in self.completions]
         return [(key, reason) for key in keys if (reason := task.failure(self.completions[key]))]
-
-
-def journal_path(target: Path) -> Path:
-    """Return where a result file's journal lies; not a `.json`, which the released scripts would take for a result."""
-    return target.with_suffix(".journal")
 
 
 def inspect(
