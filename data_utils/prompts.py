@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 SYSTEM_MESSAGE = (
     "You are a dedicated role-playing assistant designed to immerse yourself fully in the character you are portraying."
@@ -18,6 +19,7 @@ FICTIONAL = {
     *("The Avengers", "X-Men", "Harry Potter", "Toy Story", "Friends", "The Big Bang Theory"),
     *("西游记", "成龙历险记"),
 }
+INFORMATION_FIELDS = ("role_info", "place_info", "scene_info")  # of annotations and dialogues
 CATEGORIES = ("fictional", "historical or public", "hypothetical", "other")
 
 
@@ -37,6 +39,15 @@ class ImageInformation:
     role: str = ""
     place: str = ""
     scene: str = ""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> ImageInformation:
+        """Return what a dialogue or an annotation says about its image; a field that is missing says nothing."""
+        return cls(*(record.get(name) or "" for name in INFORMATION_FIELDS))
+
+    def fields(self) -> dict[str, str]:
+        """Return it as the fields of a dialogue or an annotation."""
+        return dict(zip(INFORMATION_FIELDS, (self.role, self.place, self.scene), strict=True))
 
 
 def prompt_language(script: str) -> str:

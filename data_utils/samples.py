@@ -50,7 +50,7 @@ def build_sample(
     prompt = role_play_prompt(
         role,
         partner,
-        _image_information(dialogue),
+        ImageInformation.of(dialogue),
         history=[(speaker(said), said["value"]) for said in conversation[: max(turn - 1, 0)]],
         last_words=conversation[turn - 1]["value"] if turn else None,
     )
@@ -138,12 +138,6 @@ def _sane_partner(conversation: Sequence[Mapping[str, str]], turn: int) -> str:
     name = speaker(conversation[turn])
     round_from_here = [*conversation[turn + 1 :], *conversation[:turn]]
     return next((other for other in map(speaker, round_from_here) if other != name), name)
-
-
-def _image_information(dialogue: Mapping[str, Any]) -> ImageInformation:
-    return ImageInformation(
-        dialogue.get("role_info") or "", dialogue.get("place_info") or "", dialogue.get("scene_info") or ""
-    )
 
 
 def _problem(dialogue: Mapping[str, Any], what: str, value: Any, fix: str) -> MMRoleError:

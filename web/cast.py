@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_utils.errors import raise_problems
 from data_utils.images import find_image
+from data_utils.layout import file_name
 from data_utils.prompts import ImageInformation, Role
 from data_utils.roots import DataRoots, read_annotations
 from web.chats import ChatError, Limits, read_picture
@@ -89,7 +90,7 @@ def read_cast(data_root: Path | None) -> Cast:
         return Cast({}, {})
     characters = DataRoots([data_root]).characters
     roles = {name: characters.role(name) for name in characters.scripts if name in characters.profiles}
-    folders = {script.replace(" ", "_"): script for script in characters.scripts.values()}
+    folders = {file_name(script): script for script in characters.scripts.values()}
     pictures: dict[str, list[CastPicture]] = {}
     rows, problems = read_annotations(data_root)
     raise_problems(problems)
@@ -98,6 +99,5 @@ def read_cast(data_root: Path | None) -> Cast:
         script = folders.get(name.partition("/")[0])
         path = None if script is None else find_image(data_root / "images", name)
         if script is not None and path is not None:
-            known = ImageInformation(*(row.get(key) or "" for key in ("role_info", "place_info", "scene_info")))
-            pictures.setdefault(script, []).append(CastPicture(name, path, known))
+            pictures.setdefault(script, []).append(CastPicture(name, path, ImageInformation.of(row)))
     return Cast(dict(sorted(roles.items())), pictures)

@@ -104,7 +104,7 @@ class Scene:
 
     role: Role
     partner: Role | None = None
-    information: ImageInformation = field(default_factory=lambda: ImageInformation("", "", ""))
+    information: ImageInformation = field(default_factory=ImageInformation)
 
     def swapped(self) -> Scene:
         """The same from the other character's side."""

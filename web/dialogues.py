@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import make_folder, write_bytes, write_json
-from data_utils.layout import SPLITS, profiles_folder
+from data_utils.layout import KIND_IN_ID, SPLITS, dialogues_folder, file_name, profiles_folder
 from data_utils.paths import is_file
 from data_utils.prompts import HUMAN, Role
 from data_utils.roots import add_profile, read_annotations, read_profiles, write_annotations
@@ -51,43 +51,39 @@ def save_dialogue(root: Path, scene: Scene, turns: Sequence[Turn], picture: Imag
 def _save(root: Path, scene: Scene, said: Sequence[Turn], picture: Image.Image) -> Path:
     for role in filter(None, (scene.role, scene.partner)):
         _add_character(root, role)
-    stem, script = scene.role.name.replace(" ", "_"), scene.role.script.replace(" ", "_")
     content = io.BytesIO()
     picture.save(content, "PNG")
-    image = f"{script}/chat-{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.png"
-    information = {
-        "role_info": scene.information.role,
-        "place_info": scene.information.place,
-        "scene_info": scene.information.scene,
-    }
+    image = f"{file_name(scene.role.script)}/chat-{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.png"
+    information = scene.information.fields()
     partner = HUMAN if scene.partner is None else scene.partner.name
     conversation = [{"role": scene.role.name if turn.by_assistant else partner, "value": turn.text} for turn in said]
-    kind, word = ("human-role", "human-role") if scene.partner is None else ("inter-role", "role-role")
-    path = root / "dialogues" / _SPLIT / kind / f"{stem}_chat.json"
+    kind, name = "human-role" if scene.partner is None else "inter-role", file_name(scene.role.name)
+    path = dialogues_folder(root, _SPLIT, kind) / f"{name}_chat.json"
     dialogues, problems = read_rows(path, Dialogue) if is_file(path) else ([], [])
     raise_problems(problems)
     dialogue = {"image": image, **information, "conversations": conversation}
-    if any({**dialogue, "id": known["id"]} == known for known in dialogues):
+    if any({**dialogue, "id": saved["id"]} == saved for saved in dialogues):
         return path
-    ids = {known["id"] for known in dialogues}
-    number = next(n for n in count(len(dialogues)) if f"{stem}_{word}-dialogue_chat_{n}" not in ids)
+    taken = {saved["id"] for saved in dialogues}
+    ids = (f"{name}_{KIND_IN_ID[kind]}_chat_{number}" for number in count(len(dialogues)))
+    new_id = next(one for one in ids if one not in taken)
     _write(root / "images" / image, content.getvalue())
     annotations, problems = read_annotations(root)
     raise_problems(problems)
     if not any(row["image"] == image for row in annotations):
         write_annotations(root, [*annotations, {"image": image, **information}])
-    _write(path, [*dialogues, {"id": f"{stem}_{word}-dialogue_chat_{number}", **dialogue}])
+    _write(path, [*dialogues, {"id": new_id, **dialogue}])
     return path
 
 
 def _add_character(root: Path, role: Role) -> None:
     characters, problems = read_profiles(root, _SPLIT, may_lack=True)
     raise_problems(problems)
-    known = characters.profiles.get(role.name)
-    if known not in (None, role.profile):
+    profile = characters.profiles.get(role.name)
+    if profile not in (None, role.profile):
         fix = "save into another data root, or give both the same profile"
         raise MMRoleError("a character of this name has another profile there", role.name, root / "profiles", fix)
-    if known is None:
+    if profile is None:
         make_folder(profiles_folder(root, _SPLIT), _KEPT)
         add_profile(root, _SPLIT, role.name, role.script, role.profile)
 

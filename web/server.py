@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from data_utils.prompts import ImageInformation
+from data_utils.prompts import INFORMATION_FIELDS, ImageInformation
 from qwen_vl.sampling_params import LEAST_TEMPERATURE
 from web.cast import PREFIX, Cast
 from web.chats import ChatError, Limits, Scene, parse_chat, plain_prompt, role_play
@@ -41,7 +41,6 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-_INFORMATION = ("role_info", "place_info", "scene_info")
 _REFUSED = {  # what would change the answer and cannot be done
     "n": (None, 1),
     "tool_choice": (None, "none", "auto"),  # tools that are only offered are never called; front ends offer theirs
@@ -146,7 +145,7 @@ def build_app(service: Service, cast: Cast, *, hosts: frozenset[str], key: str |
     started = int(time.time())
 
     @app.exception_handler(ChatError)
-    async def told(_: Request, error: ChatError) -> JSONResponse:
+    async def error_response(_: Request, error: ChatError) -> JSONResponse:
         return JSONResponse(error.body(), error.status, {"Retry-After": "2"} if error.status == 429 else None)
 
     @app.get("/v1/models")
@@ -207,13 +206,12 @@ def _maker(name: Any, body: Mapping[str, Any], service: Service, cast: Cast) -> 
     own = body.get("mmrole") or {}
     if (
         not isinstance(own, dict)
-        or not own.keys() <= {"partner", *_INFORMATION}
+        or not own.keys() <= {"partner", *INFORMATION_FIELDS}
         or not all(isinstance(value, str) for value in own.values())
     ):
-        raise ChatError(f"mmrole must be an object of texts: partner, {', '.join(_INFORMATION)}", "mmrole")
+        raise ChatError(f"mmrole must be an object of texts: partner, {', '.join(INFORMATION_FIELDS)}", "mmrole")
     partner = cast.role(own["partner"]) if own.get("partner") else None
-    known = ImageInformation(*(own.get(key, "") for key in _INFORMATION))
-    scene = Scene(role, partner, known)
+    scene = Scene(role, partner, ImageInformation.of(own))
     return lambda chat: role_play(scene, chat)
 
 

@@ -16,7 +16,7 @@ from data_utils.files import Row, write_bytes, write_json
 from data_utils.images import IMAGE_SUFFIXES, NO_IMAGES, file_name_problem, upright_rgb
 from data_utils.layout import PLAIN_IMAGE, SPLITS, card_path, file_name, play_path, profiles_folder
 from data_utils.paths import listed
-from data_utils.prompts import HUMAN, prompt_language
+from data_utils.prompts import HUMAN, ImageInformation, prompt_language
 from data_utils.roots import (
     Characters,
     SplitProfiles,
@@ -142,8 +142,8 @@ def add_character(root: Path, character: NewCharacter, questions: Sequence[str] 
     for image, picture in names.items():
         if not (root / "images" / image).is_file():
             write_bytes(root / "images" / image, contents[picture.path][0])
-        row = {"image": image, "role_info": picture.who, "place_info": picture.place, "scene_info": picture.about}
-        annotations.append(row)
+        information = ImageInformation(role=picture.who, place=picture.place, scene=picture.about)
+        annotations.append({"image": image, **information.fields()})
     add_profile(root, character.split, character.name, character.script, character.profile)
     if names:
         write_annotations(root, annotations)

@@ -12,12 +12,10 @@ from data_utils.files import Row, read_json
 from data_utils.images import images_below
 from data_utils.layout import COCO, KINDS, SPLITS, annotations_path, profiles_folder
 from data_utils.paths import is_file, is_folder, listed
-from data_utils.prompts import HUMAN
+from data_utils.prompts import HUMAN, INFORMATION_FIELDS
 from data_utils.roots import Characters, dialogue_files, read_profiles
 from data_utils.samples import speaker
 from data_utils.schema import Annotation, Dialogue
-
-INFORMATION = ("role_info", "place_info", "scene_info")
 
 
 def check_characters(checker: Checker) -> Characters:
@@ -81,10 +79,10 @@ def check_annotations(checker: Checker) -> None:
         seen.add(image)
         if checker.find_image(image) is None:
             _report_unfound(checker, name, image, names.get(image.casefold()))
-        blank = [key for key in INFORMATION if row[key] != row[key].strip()]
+        blank = [key for key in INFORMATION_FIELDS if row[key] != row[key].strip()]
         if blank:
             report.add("scene_blanks", name, f"{image}, {', '.join(blank)}", row[blank[0]][-20:])
-        for key in INFORMATION:
+        for key in INFORMATION_FIELDS:
             checker.check_text(name, f"{image}, {key}", row[key])
 
 

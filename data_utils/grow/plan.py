@@ -27,13 +27,12 @@ from data_utils.grow.validation import (
 from data_utils.images import IMAGE_SUFFIXES, file_name_problem, find_image
 from data_utils.layout import COCO, KIND_IN_ID, KINDS, SPLITS, file_name, profiles_folder
 from data_utils.paths import listed
-from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, Role, prompt_language
+from data_utils.prompts import HUMAN, HYPOTHETICAL_CHARACTERS, INFORMATION_FIELDS, Role, prompt_language
 from data_utils.roots import Characters, dialogue_files, read_annotations, read_profiles
 from data_utils.samples import speaker
 from data_utils.schema import Dialogue, read_rows
 
 TURNS = (8, 10, 12, 14)  # what nine in ten published human-role dialogues have
-INFORMATION = ("role_info", "place_info", "scene_info")
 LARGEST_SIDE, LARGEST_FILE = 2048, 4 * 2**20
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
@@ -262,7 +261,7 @@ def plan_dialogues(
     cast, roles = _cast(source, split, characters)
     rows, problems = read_annotations(source)
     raise_problems(problems)
-    annotations = {row["image"]: {key: row[key] for key in INFORMATION} for row in rows}
+    annotations = {row["image"]: {key: row[key] for key in INFORMATION_FIELDS} for row in rows}
     paths = _image_paths(source, images if images is not None else [])
     exists, numbers = _existing(root, source, split, grown)
     plans: list[Plan] = []
