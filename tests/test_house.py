@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data_utils": {"qwen_vl"},
     "finetune": {"qwen_vl", "data_utils"},
     "eval": {"qwen_vl", "data_utils"},
-    "web": {"qwen_vl", "data_utils", "eval"},
+    "web": {"qwen_vl", "data_utils"},
 }
 # A script may import the ones beside it: Python looks into a script's own folder first.
 SIBLINGS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
