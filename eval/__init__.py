@@ -1,1 +1,1 @@
-"""Judging: prompts, scores, reports, and who answers or judges."""
+"""Answering and judging: backends, runs, review prompts, scores, and the results."""

@@ -114,5 +114,5 @@ def _print(figures: dict[str, Any]) -> None:
     print(f"{'':28}" + "".join(f"{f'ours {i}':>12}{f'vLLM {i}':>12}" for i in range(1, len(rounds) + 1)))
     for name in FIGURES:
         print(f"{name:28}" + "".join(f"{turn['ours'][name]:12,.3f}{turn['vLLM'][name]:12,.3f}" for turn in rounds))
-    told = ", ".join(f"{ratio:.2f}" for ratio in figures["ratios"])
-    print(f"ours: {figures['ours times vLLM']:.2f} times vLLM's requests per second (median of {told})")
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in figures["ratios"])
+    print(f"ours: {figures['ours times vLLM']:.2f} times vLLM's requests per second (median of {ratios})")

@@ -1,1 +1,1 @@
-"""Who answers or judges: one door, several engines behind it."""
+"""The backends that answer and judge, behind one interface."""

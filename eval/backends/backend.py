@@ -1,4 +1,4 @@
-"""The door to every backend: what a prompt and its completion are, and what a backend must say and do.
+"""The interface of every backend: prompts, completions, and the methods that a backend must have.
 
 A backend is one module of this folder with a class `Backend`. It is found by its name: the backend `endpoint` is used
 when its flag `--endpoint` is given, and `native` otherwise.
@@ -131,6 +131,11 @@ class StoppedError(Exception):
 
 class Backend(Protocol):
     """Something that completes prompts; made from the flags, cheaply: nothing is loaded yet."""
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """Adds the flags of this backend; `--<module's name>` chooses it."""
+        ...
 
     def problems(self) -> list[MMRoleError]:
         """Return everything that is wrong with the backend and can be seen before anything expensive starts."""
