@@ -20,7 +20,7 @@ fail() { # what is wrong, the value, where, what to do
     exit 2
 }
 
-[[ $PORT =~ ^[0-9]{1,5}$ ]] || fail "this is no port" "$PORT" "PORT" "set PORT to a number from 1 to 65535"
+[[ $PORT =~ ^[1-9][0-9]{0,4}$ && $PORT -le 65535 ]] || fail "this is no port" "$PORT" "PORT" "set PORT to a number from 1 to 65535"
 if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
     fail "another program listens at this port" "$PORT" "PORT" "choose another: PORT=8001 bash scripts/serve_vllm.sh"
 fi
@@ -32,6 +32,16 @@ fi
     "name the folder of a whole checkpoint: MODEL_PATH=… bash scripts/serve_vllm.sh"
 MODEL_PATH=$(cd "$MODEL_PATH" && pwd -P)
 NAME=$(basename "$MODEL_PATH")
+
+BEFORE=""
+for word in "$@"; do
+    case $word in
+        --port | --port=*) fail "the port is given as a setting here" "$word" "the flags" "PORT=8001 bash scripts/serve_vllm.sh" ;;
+        --served-model-name=*) NAME=${word#*=} ;;
+        *) if [[ $BEFORE == --served-model-name ]]; then NAME=$word; fi ;;
+    esac
+    BEFORE=$word
+done
 
 PYTHON=$(bash "$ROOT/scripts/vllm_environment.sh")
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"

@@ -78,15 +78,23 @@ case $BUILD in
     cuda) EXTRA=vllm ;;
     *) fail "there is no such build of vLLM" "$BUILD" "VLLM_BUILD" "set it to cpu or cuda, or leave it away" ;;
 esac
+WITH_TESTS=""
+for argument in "$@"; do
+    case $argument in
+        --test) WITH_TESTS=yes ;;
+        -h | --help) sed -n '2,/^\[/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
+        *) fail "unknown option" "$argument" "scripts/vllm_environment.sh" "bash scripts/vllm_environment.sh [--test]" ;;
+    esac
+done
 # Not the extra `test`, whose servers vLLM has in other versions. Once there, they stay.
 TESTS=()
-if [[ ${1:-} == --test ]] || { [[ -f $STAMP ]] && grep -q '^tests .*pytest' "$STAMP"; }; then
+if [[ -n $WITH_TESTS ]] || { [[ -f $STAMP ]] && grep -q '^tests .*pytest' "$STAMP"; }; then
     mapfile -t TESTS < <(sed -nE 's/^ +"(pytest(-timeout)?>=[^"]+)",.*/\1/p' "$ROOT/pyproject.toml" | sort -u)
 fi
 
 up_to_date() { [[ -x $PYTHON && -f $STAMP && "$(<"$STAMP")" == "$(fingerprint)" ]]; }
 if ! up_to_date; then
-    mkdir -p "$(dirname "$VENV")"
+    mkdir -p "$(dirname "$VENV")" || fail "the folder cannot be made" "$VENV" "VLLM_VENV" "name another folder"
     exec 9>"$VENV.lock"
     if command -v flock >/dev/null; then flock 9; fi
     up_to_date || install
