@@ -58,17 +58,16 @@ class ServingTokenizer:
 
     def convert_ids_to_tokens(self, ids: Sequence[int], skip_special_tokens: bool = False) -> list[str]:
         left_out = self.all_special_ids if skip_special_tokens else ()
-        return [self.tokenizer.decode([i], errors="surrogateescape") for i in ids if i not in left_out]
+        return self.tokenizer.convert_ids_to_tokens([i for i in ids if i not in left_out])
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return "".join(tokens).encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+        return self.tokenizer.convert_tokens_to_string(tokens)
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
-        vocabulary = self.get_vocab()
-        return vocabulary[tokens] if isinstance(tokens, str) else [vocabulary[token] for token in tokens]
+        return self.tokenizer.convert_tokens_to_ids(tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        return {token: i for i, token in enumerate(self.convert_ids_to_tokens(range(self.vocab_size)))}
+        return self.tokenizer.get_vocab()
 
     def get_added_vocab(self) -> dict[str, int]:
         return {}

@@ -100,3 +100,17 @@ def test_a_missing_weight_is_named(own_checkpoint: Path, start: Callable[..., An
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights: decoder\.h\.1\.mlp\.gate"):
         start(tmp_path, max_model_len=2048)
+
+
+def test_tokens_as_strings(own_checkpoint: Path) -> None:
+    from qwen_vl.vllm_plugin.tokenizer import ServingTokenizer
+
+    tokenizer = ServingTokenizer.from_pretrained(own_checkpoint)
+    ids = list(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert tokenizer.get_vocab() == dict(zip(tokens, ids, strict=True))
+    assert tokenizer.convert_tokens_to_ids(tokens) == ids
+    text = "Grüße, 一幅画 <ref>x</ref> <|im_end|>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
