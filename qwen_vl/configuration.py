@@ -1,11 +1,14 @@
 """Reads and writes the configuration of a released Qwen-VL checkpoint as it is."""
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from qwen_vl.checkpoint import check_vision, copy_code_files, names_code_of
+from qwen_vl.checkpoint import CheckpointError, check_vision, copy_code_files, names_code_of
+
+logger = logging.getLogger(__name__)
 
 # The ids that follow image_start_id in every Qwen-VL vocabulary: <img> </img> <imgpad>.
 IMAGE_TOKEN_COUNT = 3
@@ -15,6 +18,7 @@ VISUAL_FIELDS = frozenset(
     ["heads", "image_size", "image_start_id", "layers", "mlp_ratio", "output_dim", "patch_size", "width"]
 )
 RELEASED_ARCHITECTURE = "QWenLMHeadModel"
+RELEASED_TOKENIZER = "QWenTokenizer"
 
 
 class QwenVLConfig(PreTrainedConfig):
@@ -40,6 +44,7 @@ class QwenVLConfig(PreTrainedConfig):
     """
 
     model_type = "qwen"
+    tokenizer_class: ClassVar[str] = RELEASED_TOKENIZER  # for folders whose tokenizer_config.json names none
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # the Trainer adds a list to it
 
     vocab_size: int = 151936
@@ -100,7 +105,11 @@ class QwenVLConfig(PreTrainedConfig):
         Raises:
             CheckpointError: There is no vision tower in it.
         """
-        check_vision(config_dict, kwargs.get("name_or_path") or config_dict.get("_name_or_path"))
+        try:
+            check_vision(config_dict, kwargs.get("name_or_path") or config_dict.get("_name_or_path"))
+        except CheckpointError as error:
+            logger.error("%s", error)  # AutoProcessor drops the exception, and says that there is no processor
+            raise
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

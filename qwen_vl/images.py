@@ -59,7 +59,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
             float32 tensor (3, image_size, image_size).
 
         Raises:
-            FileNotFoundError, ValueError: See `decode`.
+            FileNotFoundError, ValueError, TypeError: See `decode`.
         """
         return self._normalise(image.convert("RGB") if isinstance(image, Image.Image) else self.decode(image))
 
@@ -69,7 +69,10 @@ class QwenVLImageProcessor(BaseImageProcessor):
         Raises:
             FileNotFoundError: There is no such file, or it is a URL.
             ValueError: It is no image, is cut short, or has more pixels than Pillow thinks safe; names the file.
+            TypeError: It is no path.
         """
+        if not isinstance(image, str | Path):
+            raise TypeError(f"a picture is a path or a Pillow image, not {type(image).__name__}")
         if _URL.match(str(image)):
             raise FileNotFoundError(
                 f"URLs are not fetched: {str(image)[:200]}. Download the picture and give its path."

@@ -1,6 +1,7 @@
 """One call from a checkpoint folder to a model that can talk."""
 
 import logging
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def load(
         attn_implementation: "sdpa", "flash_attention_2" (where installed) or "eager".
         device_map: Spreads the model over several devices, which accelerate chooses ("auto") or a map names, the CPU
             and the disk among them; `device` then counts for nothing. Such a model answers through `chat()` and
-            `generate()`, and not through the engine.
+            `generate()`, and not through the engine. What `.bin` files give to the disk is written to a temporary
+            folder (TMPDIR), which goes with the model.
         quantization: "4bit" or "8bit" puts the decoder's weights into bitsandbytes' formats.
 
     Raises:
@@ -81,7 +83,13 @@ def load(
     # Straight to the device, where accelerate is there to do it: eight processes would fill the machine's memory first.
     if find_spec("accelerate"):
         options["device_map"] = device_map if place is None else {"": place}
-    model = QwenVLForCausalLM.from_pretrained(str(folder), weights_only=True, **options)
+    if device_map is None or any(folder.glob("*.safetensors")):
+        model = QwenVLForCausalLM.from_pretrained(str(folder), weights_only=True, **options)
+    else:  # what goes to the disk is read from there, and no part of a .bin file can be
+        offloaded = tempfile.TemporaryDirectory(prefix="qwen_vl_")
+        options["offload_folder"] = offloaded.name
+        model = QwenVLForCausalLM.from_pretrained(str(folder), weights_only=True, **options)
+        model.offloaded = offloaded  # deleted with the model
     if place is not None and quantization is None:
         model.to(place)
     return model.eval(), tokenizer

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     Cache,
     DynamicCache,
     GenerationMixin,
@@ -45,6 +47,29 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """transformers' `from_pretrained`, which must find every weight: it would draw a missing one at random.
+
+        Raises:
+            ValueError: Weights are missing, or there are some of layers that the config does not have; names them.
+        """
+        path = pretrained_model_name_or_path
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"the checkpoint {path} lacks {len(missing)} of {len(model.state_dict())} weights: "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download it again, or save it again."
+            )
+        if further := sorted(name for name in info["unexpected_keys"] if _OF_A_LAYER.match(name)):
+            raise ValueError(
+                f"the checkpoint {path} has {len(further)} weights of layers that its config.json does not have: "
+                f"{', '.join(further[:5])}{', ...' if len(further) > 5 else ''}. Download config.json again."
+            )
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -220,29 +245,6 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        """transformers' `from_pretrained`, which must find every weight: it would draw a missing one at random.
-
-        Raises:
-            ValueError: Weights are missing, or there are some of layers that the config does not have; names them.
-        """
-        path = pretrained_model_name_or_path
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"the checkpoint {path} lacks {len(missing)} of {len(model.state_dict())} weights: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download it again, or save it again."
-            )
-        if further := sorted(name for name in info["unexpected_keys"] if _OF_A_LAYER.match(name)):
-            raise ValueError(
-                f"the checkpoint {path} has {len(further)} weights of layers that its config.json does not have: "
-                f"{', '.join(further[:5])}{', ...' if len(further) > 5 else ''}. Download config.json again."
-            )
-        return (model, info) if output_loading_info else model
-
     @property
     def input_device(self) -> torch.device:
         """Where ids and pixels belong: the model's device, or of one that is spread over several, the first."""
@@ -325,13 +327,29 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
 
         A chat checkpoint's settings name `<|endoftext|>` alone as the end; its answers end with `<|im_end|>` and
         `<|im_start|>` too, as in `chat()`, unless `eos_token_id` is given.
+
+        Raises:
+            ValueError: The prompt would be computed in chunks.
         """
         settings = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
+            raise ValueError("Qwen-VL takes no prefill_chunk_size: dynamic NTK goes by the length of the whole prompt.")
         ends_alone = settings.eos_token_id in (None, self.config.stop_ids[0], self.config.stop_ids[:1])
         if getattr(settings, "chat_format", None) == "chatml" and ends_alone:
             kwargs.setdefault("eos_token_id", self.config.stop_ids)
         processors = LogitsProcessorList([SuppressUnusedIds(self.config.used_vocab_size), *(logits_processor or [])])
         return super().generate(*args, logits_processor=processors, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: in transformers' continuous batching a prompt's own length, which decides its alpha, is lost.
+
+        Raises:
+            NotImplementedError: Always; says what does the same.
+        """
+        raise NotImplementedError(
+            "Qwen-VL does not run in transformers' continuous batching (generate_batch): use "
+            "qwen_vl.generation.BatchGenerator, whose results are those of one request at a time."
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -389,5 +407,6 @@ class SuppressUnusedIds(LogitsProcessor):
         return scores.masked_fill(unused, -torch.inf)
 
 
-AutoModelForCausalLM.register(QwenVLConfig, QwenVLForCausalLM)
-AutoModelForImageTextToText.register(QwenVLConfig, QwenVLForCausalLM)
+AutoModel.register(QwenVLConfig, QwenVLModel)
+for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto.register(QwenVLConfig, QwenVLForCausalLM)

@@ -202,8 +202,9 @@ def _element(part: Any, *, display: bool) -> Element:
             return {"image": image if isinstance(image, str | Path) else ""}
         if isinstance(image, str | Path | Image.Image):
             return {"image": image}
+        found = "nothing" if image is None else type(image).__name__
         raise ValueError(
-            f'an image part needs its picture, {{"type": "image", "image": path or Pillow image}}: {part!r}'
+            f'an image part needs its picture, {{"type": "image", "image": path or Pillow image}}; it has {found}'
         )
     raise ValueError(f"a part of a message is a text or an image, not {part!r}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import tiktoken
-from transformers import AutoTokenizer, PreTrainedTokenizer
+from transformers import PreTrainedTokenizer
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
@@ -22,11 +22,10 @@ from qwen_vl.checkpoint import (
     names_code_of,
     read_json_file,
 )
-from qwen_vl.configuration import QwenVLConfig
+from qwen_vl.configuration import RELEASED_TOKENIZER
 from qwen_vl.special_tokens import IMAGE_SPAN, SPECIAL_TOKENS
 
 CONFIG_FILE = "tokenizer_config.json"
-RELEASED_CLASS = "QWenTokenizer"  # what the released tokenizer_config.json calls its class
 
 # published: the split pattern and the order of the special tokens decide every id.
 SPLIT_PATTERN = (
@@ -123,7 +122,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
             del config["model_max_length"]
         if "auto_map" in config and not names_code_of(config["auto_map"], save_directory):
             del config["auto_map"]  # nobody could load it
-        config["tokenizer_class"] = RELEASED_CLASS
+        config["tokenizer_class"] = RELEASED_TOKENIZER
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return (*file_names, *self.save_vocabulary(str(save_directory), filename_prefix), *map(str, code))
 
@@ -191,6 +190,17 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
         ids = self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
         return self._fill_image_spans(ids)
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> Any:
+        """Not offered: a template of text would let what a user typed be read as tags.
+
+        Raises:
+            NotImplementedError: Always; says what makes a chat's ids.
+        """
+        raise NotImplementedError(
+            "Qwen-VL's tokenizer has no chat template. Use AutoProcessor.from_pretrained(path).apply_chat_template, "
+            'pipeline("image-text-to-text") or qwen_vl.chat.make_context.'
+        )
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of text that nobody vouches for: whatever tags it holds stay text."""
@@ -365,5 +375,6 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-AutoTokenizer.register(QwenVLConfig, QwenVLTokenizer)
-REGISTERED_TOKENIZER_CLASSES[RELEASED_CLASS] = QwenVLTokenizer
+# By name alone, which the config knows too: for a config's class, `AutoTokenizer.register`, AutoTokenizer would run the
+# folder's own code if it is called with trust_remote_code=True, as the released examples do.
+REGISTERED_TOKENIZER_CLASSES.update({RELEASED_TOKENIZER: QwenVLTokenizer, QwenVLTokenizer.__name__: QwenVLTokenizer})

@@ -1,9 +1,11 @@
 """Checkpoint folders: what is saved loads again, in the released layout; damaged ones say what is wrong."""
 
 import base64
+import gc
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -188,10 +190,17 @@ torch.save({{"lm_head.weight": Evil()}}, {str(base / "pytorch_model.bin")!r})
     assert not marker.exists()
 
 
-def test_spread_over_cpu_and_disk(base: Path, tmp_path: Path, picture: Path) -> None:
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_spread_over_cpu_and_disk(
+    base: Path, tmp_path: Path, picture: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As over two small GPUs: chat, stream and generate give what they give on one device; the engine refuses."""
     pytest.importorskip("accelerate")
     whole, tokenizer = qwen_vl.load(base, device="cpu")
+    if kind == "bin":  # as the released weights are
+        torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     parts = {"transformer.wte": "disk", "transformer.visual": "disk", "transformer.ln_f": "cpu", "lm_head": "disk"}
     parts |= {"transformer.h.0": "cpu", "transformer.h.1": "disk"}
     spread, _ = qwen_vl.load(base, device_map=parts)
@@ -203,6 +212,10 @@ def test_spread_over_cpu_and_disk(base: Path, tmp_path: Path, picture: Path) -> 
     assert torch.equal(spread.generate(ids, **greedy), whole.generate(ids, **greedy))
     with pytest.raises(ValueError, match="the whole model on one device"):
         BatchGenerator(spread, tokenizer)
+    assert len(list(tmp_path.glob("qwen_vl_*"))) == (kind == "bin")
+    del spread
+    gc.collect()
+    assert not list(tmp_path.glob("qwen_vl_*"))
 
 
 def test_device_map_auto_and_quantization(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

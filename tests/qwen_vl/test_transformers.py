@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
@@ -28,6 +30,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import qwen_vl
 from qwen_vl import QwenVLForCausalLM, QwenVLProcessor, QwenVLTokenizer
 from qwen_vl.chat import DEFAULT_SYSTEM, build_context, make_context
+from qwen_vl.modeling import QwenVLModel
 from tests.conftest import ROOT
 from tests.qwen_vl.conftest import small_model
 
@@ -120,6 +123,22 @@ def test_auto_classes_on_a_released_folder(
     assert (causal.dtype, causal.config._attn_implementation) == (torch.bfloat16, "eager")
 
 
+@pytest.mark.parametrize("trusting", [True, False])
+def test_the_code_of_a_folder_never_runs(released: Path, trusting: bool) -> None:
+    """Not even with the flag that the released examples give."""
+    classes = {AutoConfig: qwen_vl.QwenVLConfig, AutoTokenizer: QwenVLTokenizer, AutoProcessor: QwenVLProcessor}
+    models = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
+    classes |= {AutoModel: QwenVLModel, **dict.fromkeys(models, QwenVLForCausalLM)}
+    for auto, kind in classes.items():
+        assert type(auto.from_pretrained(released, trust_remote_code=trusting)) is kind
+
+
+def test_a_folder_that_names_no_tokenizer(released: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "qwen.tiktoken"):
+        (tmp_path / name).write_bytes((released / name).read_bytes())
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is QwenVLTokenizer
+
+
 def test_the_ids_and_pixels_of_make_context(
     processor: QwenVLProcessor, messages: list[dict[str, Any]], picture: Path
 ) -> None:
@@ -201,12 +220,17 @@ def test_display_and_what_is_refused(processor: QwenVLProcessor, messages: list[
         ([{"role": "assistant", "content": "a"}], "in turn"),
         ([], "in turn"),
         ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "a text or an image"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "needs its picture"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "it has nothing"),
+        ([{"role": "user", "content": [{"type": "image", "image": torch.zeros(3, 4, 4)}]}], "it has Tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             show(processor, conversation)
     with pytest.raises(FileNotFoundError, match="URLs are not fetched"):
         show(processor, [{"role": "user", "content": [{"type": "image", "url": "https://a.b/c.jpg"}]}])
+    with pytest.raises(TypeError, match="a path or a Pillow image, not Tensor"):
+        processor(images=torch.zeros(3, 4, 4), text="<img></img>")
+    with pytest.raises(NotImplementedError, match=r"AutoProcessor.*apply_chat_template"):
+        processor.tokenizer.apply_chat_template([user])
     with pytest.raises(ValueError, match="does not take tools"):
         show(processor, [user], tools=[{}])
     with pytest.raises(ValueError, match="does not take chat_template"):
@@ -264,7 +288,7 @@ def test_an_adapter_through_peft(model: QwenVLForCausalLM, released: Path, tmp_p
             torch.testing.assert_close(one(ids).logits, adapted.eval()(ids).logits)
 
 
-def test_a_text_only_qwen_is_refused(released: Path, tmp_path: Path) -> None:
+def test_a_text_only_qwen_is_refused(released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = json.loads((released / "config.json").read_text())
     del config["visual"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -273,6 +297,10 @@ def test_a_text_only_qwen_is_refused(released: Path, tmp_path: Path) -> None:
     for auto in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
         with pytest.raises(ValueError, match="no Qwen-VL checkpoint"):
             auto.from_pretrained(tmp_path)
+    caplog.clear()
+    with pytest.raises(ValueError, match="processing class"):  # transformers' own; it drops ours
+        AutoProcessor.from_pretrained(tmp_path)
+    assert "no Qwen-VL checkpoint" in caplog.text
 
 
 def test_generate_as_chat_does(
@@ -305,6 +333,14 @@ def test_an_answer_ends_as_in_chat(
     monkeypatch.setattr(type(model.config), "stop_ids", [tokenizer.eod_id, tokenizer.im_start_id, int(second)])
     assert model.generate(**batch).shape[1] == length + 2
     assert model.generate(**batch, eos_token_id=tokenizer.eod_id).shape[1] == length + 6
+
+
+def test_what_would_lose_a_prompts_length_is_refused(model: QwenVLForCausalLM, processor: QwenVLProcessor) -> None:
+    batch = show(processor, [{"role": "user", "content": "Hi"}])
+    with pytest.raises(ValueError, match="takes no prefill_chunk_size"):
+        model.generate(**batch, prefill_chunk_size=8)
+    with pytest.raises(NotImplementedError, match="BatchGenerator"):
+        model.generate_batch(batch.input_ids.tolist())
 
 
 def test_stop_strings(model: QwenVLForCausalLM, processor: QwenVLProcessor) -> None:
