@@ -81,6 +81,7 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     **dict.fromkeys(_ABOVE_0, (0, False, math.inf)),
     **dict.fromkeys(_FROM_0, (0, True, math.inf)),
     **dict.fromkeys(_SHARES, (0, True, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, True, 2**32)),
 }
 _MOST_LISTED = 16
 # Spellings of transformers 4 that today's no longer knows.
@@ -232,7 +233,10 @@ class TrainingArguments(transformers.TrainingArguments):
             # First: the DeepSpeed config is filled in from it below.
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             self.gradient_accumulation_steps = accumulation_steps(
-                self.global_batch_size, self.per_device_train_batch_size, processes
+                self.global_batch_size,
+                self.per_device_train_batch_size,
+                processes,
+                self._loss_group_number,
             )
         schedule, self.train_sampling_strategy = self.lr_scheduler_type, "sequential"  # of the stream's positions
         if schedule == WARMUP_LR:
@@ -247,7 +251,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if schedule == WARMUP_LR:
             self.lr_scheduler_type = schedule
         if self.samples_per_step % self.group_size:
-            raise _group_error(self.samples_per_step, self.group_size)
+            raise self._group_error()
         if self.use_cpu and self.deepspeed:
             join_deepspeed()
         self._n_gpu = min(self._n_gpu, 1)  # one process a GPU; never torch's DataParallel
@@ -269,6 +273,24 @@ class TrainingArguments(transformers.TrainingArguments):
         """Consecutive samples of the stream whose supervised tokens' mean is one term of the loss."""
         named = {"micro": self.per_device_train_batch_size, "step": self.samples_per_step}
         return named.get(self.loss_group) or int(self.loss_group)
+
+    @property
+    def _loss_group_number(self) -> int:
+        return int(self.loss_group) if self.loss_group.isdecimal() else 1
+
+    @property
+    def batch_unit(self) -> int:
+        """What the samples of an optimizer step must be a multiple of, with these micro-batches and processes."""
+        return math.lcm(self.per_device_train_batch_size * self.world_size, self._loss_group_number)
+
+    def _group_error(self) -> MMRoleError:
+        fits = " or ".join(map(str, _multiples(self.samples_per_step, self.batch_unit)))
+        return MMRoleError(
+            "the global batch is no multiple of the loss group",
+            f"global batch {self.samples_per_step}, groups of {self.group_size} samples",
+            "--global_batch_size (GLOBAL_BATCH), --loss_group",
+            f"give a global batch of {fits}, or --loss_group step",
+        )
 
     def order(self, samples: int) -> Order:
         """Returns the stream in which so many samples train."""
@@ -391,17 +413,6 @@ def _unknown_flags(unknown: Sequence[str], parser: HfArgumentParser) -> list[MMR
     return problems
 
 
-def _group_error(step: int, group: int) -> MMRoleError:
-    below = step // group * group
-    fits = [str(size) for size in (below, below + group) if size > 0]
-    return MMRoleError(
-        "the global batch is no multiple of the loss group",
-        f"global batch {step}, groups of {group} samples",
-        "--global_batch_size (GLOBAL_BATCH), --loss_group",
-        f"give a global batch of {' or '.join(fits)}, or --loss_group step",
-    )
-
-
 def flag_problems(flags: Namespace) -> list[MMRoleError]:
     """Returns what is wrong with flags, alone or together, before anything is made of them.
 
@@ -445,9 +456,10 @@ def _folder_problems(flags: Namespace) -> list[MMRoleError]:
 
 def _recipe_problems(flags: Namespace) -> list[MMRoleError]:
     problems = []
-    if (flags.loss_group not in ("micro", "step") and not flags.loss_group.isdecimal()) or flags.loss_group == "0":
+    group = flags.loss_group
+    if group not in ("micro", "step") and not (group.isdecimal() and int(group)):
         fix = "give a number from 1, 'micro' or 'step'"
-        problems.append(MMRoleError("a flag has a value that cannot be", flags.loss_group, "--loss_group", fix))
+        problems.append(MMRoleError("a flag has a value that cannot be", group, "--loss_group", fix))
     schedules = [WARMUP_LR, *(kind.value for kind in SchedulerType)]
     if flags.lr_scheduler_type not in schedules:
         fix = f"use one of {', '.join(schedules)}"
@@ -515,16 +527,17 @@ def _evaluates(flags: Namespace) -> bool:
     return str(getattr(flags.eval_strategy, "value", flags.eval_strategy)) != "no"
 
 
-def accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> int:
+def accumulation_steps(global_batch: int, micro_batch: int, processes: int, group: int = 1) -> int:
     """Returns the micro-batches that each process accumulates before an optimizer step.
 
     Args:
         global_batch: Samples of one optimizer step, over all processes.
         micro_batch: Samples of one forward pass of one process.
         processes: Processes, one a GPU.
+        group: Samples of a loss group, of which the global batch must be a multiple.
 
     Raises:
-        MMRoleError: The three do not divide; says which values would.
+        MMRoleError: The first three do not divide; says which values would.
     """
     at_once = micro_batch * processes
     if min(global_batch, micro_batch, processes) > 0 and global_batch % at_once == 0:
@@ -533,18 +546,16 @@ def accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> i
         "the global batch does not divide into whole micro-batches",
         f"global batch {global_batch}, micro-batch {micro_batch}, {processes} process(es)",
         "--global_batch_size (GLOBAL_BATCH), --per_device_train_batch_size (MICRO_BATCH), number of GPUs (PROCESSES)",
-        "\n".join(_ways_out(global_batch, micro_batch, processes)),
+        "\n".join(_ways_out(global_batch, micro_batch, processes, group)),
     )
 
 
-def _ways_out(global_batch: int, micro_batch: int, processes: int) -> list[str]:
+def _ways_out(global_batch: int, micro_batch: int, processes: int, group: int) -> list[str]:
     """Returns what could be changed so that it divides, one change a line."""
     if min(global_batch, micro_batch, processes) <= 0:
         return ["give whole numbers above 0"]
-    ways = dividing(global_batch, micro_batch, processes)
-    at_once = micro_batch * processes
-    below = global_batch // at_once * at_once
-    near = [str(size) for size in (below, below + at_once) if size > 0]
+    ways = dividing(global_batch, micro_batch, processes) if global_batch % group == 0 else []
+    near = map(str, _multiples(global_batch, math.lcm(micro_batch * processes, group)))
     ways.append(f"global batch {' or '.join(near)} with both as they are (no longer the paper's)")
     return ["any one of these divides:", *(f"  {way}" for way in ways)]
 
@@ -557,6 +568,12 @@ def dividing(global_batch: int, micro_batch: int, processes: int) -> list[str]:
     if global_batch % micro_batch == 0:
         ways.append(f"{_listed(_divisors(global_batch // micro_batch))} process(es) with this micro-batch")
     return ways or [f"{_listed(_divisors(global_batch))} process(es) and another micro-batch"]
+
+
+def _multiples(size: int, unit: int) -> list[int]:
+    """Returns the multiples of a number that are next to a size, those above 0."""
+    below = size // unit * unit
+    return [number for number in (below, below + unit) if number > 0]
 
 
 def _divisors(number: int) -> list[int]:

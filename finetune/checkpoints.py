@@ -25,7 +25,7 @@ from data_utils.files import read_json, write_text
 from finetune.arguments import Options, dividing, resumes
 from finetune.distributed import from_first
 from finetune.report import TRAINING
-from qwen_vl import QwenVLTokenizer
+from qwen_vl import QwenVLImageProcessor, QwenVLProcessor, QwenVLTokenizer
 from qwen_vl.checkpoint import VOCAB_FILE, file_damages, missing_files, read_json_file
 
 STAGING = ".saving"
@@ -96,13 +96,16 @@ def save_model(
         # Whether embeddings are among them is decided by modules_to_save; peft would ask a server to find out.
         model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
+        # There is no config.json, by which AutoProcessor knows its class in a whole model's folder.
+        image_size = model.get_base_model().config.visual["image_size"]
+        QwenVLProcessor(QwenVLImageProcessor(image_size), tokenizer).save_pretrained(folder)
     else:
         use_cache, model.config.use_cache = model.config.use_cache, True  # off for training only
         model.save_pretrained(folder, state_dict=weights, max_shard_size=_SHARD_SIZE)
         model.config.use_cache = use_cache
         if dtype is not None:
             _name_dtype(folder / "config.json", dtype)
-    tokenizer.save_pretrained(folder)  # and the base's code files
+        tokenizer.save_pretrained(folder)  # and the base's code files
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / VOCAB_FILE).stat().st_mode)  # safetensors lets only the owner read
 

@@ -153,6 +153,7 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     training, base = options.training, Path(options.model.model_name_or_path)
     data, eval_data = options.data.data_path, options.data.eval_data_path
     found = [*output_problems(training), *q_lora_problems(options.lora, training)]
+    found += [*schedule_problems(training), *deepspeed_problems(training)]
     contents = {path: _content(path) for path in (data, eval_data) if path}
     hashes = [hashlib.sha256(content).hexdigest() for content in contents.values()]
     key = _cache_key(hashes, options)
@@ -184,9 +185,10 @@ def check(options: Options, resume: Path | None = None) -> Checked:
         wrong = universal.problems(resume, training)
     found += wrong
     found += _batch_problems(training, len(rows))
-    if training.eval_strategy != "no" and not eval_data:
-        fix = "give --eval_data_path, --eval_split, or --eval_strategy no"
-        found.append(MMRoleError("there is nothing to evaluate on", training.eval_strategy.value, None, fix))
+    if (training.eval_strategy != "no" or training.eval_on_start) and not eval_data:
+        fix = "give --eval_data_path, --eval_split, or neither --eval_strategy nor --eval_on_start"
+        value = f"--eval_strategy {training.eval_strategy.value}, --eval_on_start {training.eval_on_start}"
+        found.append(MMRoleError("there is nothing to evaluate on", value, None, fix))
     raise_together(found)
 
     fingerprints = {
@@ -273,13 +275,43 @@ def _memory_problems(training: TrainingArguments, image_size: int) -> list[MMRol
 
 
 def _batch_problems(training: TrainingArguments, samples: int) -> list[MMRoleError]:
-    order, group = training.order(samples), training.group_size
+    order, unit = training.order(samples), training.batch_unit
     if not samples or order.step <= order.filled:
         return []
-    fix = f"give a global batch of {order.filled // group * group:,} or a smaller multiple of {group}"
+    fix = f"give a global batch of {order.filled // unit * unit:,} or a smaller multiple of {unit}"
+    if unit > order.filled:
+        fix = "use fewer processes, a smaller micro-batch (MICRO_BATCH) or a smaller --loss_group, or more samples"
     value = f"global batch {order.step:,}, {samples:,} samples, filled up to {order.filled:,}"
     where = "--global_batch_size (GLOBAL_BATCH)"
     return [MMRoleError("the global batch is larger than an epoch", value, where, fix)]
+
+
+def schedule_problems(training: TrainingArguments) -> list[MMRoleError]:
+    """Returns why the schedule cannot be made; it is made once for a single number."""
+    import torch
+    from transformers import get_scheduler
+
+    from finetune.arguments import WARMUP_LR
+
+    name = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
+    if name == WARMUP_LR:
+        return []
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=training.lr_scheduler_kwargs)
+    except (TypeError, ValueError, AttributeError) as error:
+        what = f"the schedule {name} cannot be made: {error}"
+        fix = "correct them, or choose another schedule"
+        return [MMRoleError(what, training.lr_scheduler_kwargs, "--lr_scheduler_kwargs", fix)]
+    return []
+
+
+def deepspeed_problems(training: TrainingArguments) -> list[MMRoleError]:
+    """Returns a problem for a DeepSpeed config that contradicts flags, which transformers finds after the load."""
+    if not training.deepspeed or not (found := training.hf_deepspeed_config.mismatches):
+        return []
+    fix = 'write "auto" into the config, or give the flags these values'
+    return [MMRoleError("the DeepSpeed config and the flags differ", found, training.deepspeed, fix)]
 
 
 # ---- the base checkpoint

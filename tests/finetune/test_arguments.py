@@ -85,6 +85,8 @@ def test_all_that_is_wrong_is_told_at_once(flags: Flags) -> None:
         ("dataloader_num_workers", -1, "from 0"),
         ("save_strategy", "best", "steps, epoch or no"),
         ("save_on_each_node", True, "not supported here"),
+        ("seed", -1, "from 0 to below"),
+        ("data_seed", 2**32, "from 0 to below"),
     ],
 )
 def test_values_that_would_fail_late(flags: Flags, flag: str, value: object, told: str) -> None:
@@ -162,6 +164,8 @@ def test_what_cannot_divide_lists_what_can() -> None:
         accumulation_steps(256, 2, 6)
     assert "1, 2, 4, 8, 16, 32, 64, 128 process(es) with this micro-batch" in str(caught.value)
     assert "with these 6 process(es)" not in str(caught.value)
+    with pytest.raises(MMRoleError, match="global batch 240 or 264"):  # 252 would be refused next
+        accumulation_steps(256, 2, 6, 8)
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (8, 0, 1), (-8, 2, 1)])
@@ -185,6 +189,7 @@ def test_numbers_must_be_positive(numbers: tuple[int, int, int]) -> None:
         ["--dataloader_in_order", "False"],
         ["--average_tokens_across_devices", "False"],
         ["--eval_do_concat_batches", "False"],
+        ["--accelerator_config", '{"split_batches": true}'],
     ],
     ids=lambda words: words[0],
 )

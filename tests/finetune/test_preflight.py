@@ -300,7 +300,7 @@ def test_a_base_that_does_not_fit_together(flags: Flags, base: Path, tmp_path: P
 def test_lora_targets_are_checked_before_the_weights_load(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.model.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(MMRoleError) as caught:
-        main([*flags(use_lora=True, eval_strategy="steps"), "--lora_target_modules", "q_proj", "ln_1"])
+        main([*flags(use_lora=True, eval_on_start=True), "--lora_target_modules", "q_proj", "ln_1"])
     for part in ("matches no module", "no layer of weights", "nothing to evaluate on"):
         assert part in str(caught.value)
 

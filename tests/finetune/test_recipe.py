@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import qwen_vl
 from data_utils.errors import MMRoleError
 from finetune.arguments import parse_arguments
 from finetune.data import SupervisedDataset
 from finetune.finetune import main
+from finetune.preflight import deepspeed_problems
 from finetune.trainer import WarmupRate
 from tests.conftest import ROOT
 from tests.finetune.conftest import SECONDS, Data, losses, report
@@ -158,6 +160,7 @@ def assert_same(folders: list[Path], base: Path) -> None:
 EACH_IN_TURN = """
 import json, sys
 from finetune.finetune import main
+from finetune.preflight import deepspeed_problems
 for words in json.loads(sys.argv[1]):
     main(words)
 """
@@ -248,8 +251,13 @@ def test_an_older_resume_checkpoint_goes_when_there_is_a_newer_one(flags: Flags,
     [
         ({"global_batch_size": 20}, "global batch of 16 or 24"),
         ({"global_batch_size": 128}, "global batch of 64 or a smaller multiple of 8"),
+        ({"global_batch_size": 12, "per_device_train_batch_size": 3}, "global batch of 24, or"),
+        ({"global_batch_size": 72, "per_device_train_batch_size": 3}, "global batch of 48 or a smaller multiple of 24"),
+        ({"global_batch_size": 80, "per_device_train_batch_size": 80}, "a smaller micro-batch"),
         ({"lr_scheduler_type": "WarmupLR"}, "use one of warmup_lr"),
-        ({"loss_group": "0"}, "a number from 1"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr cannot be made"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"cycles": 2}'}, "cycles"),
+        ({"loss_group": "00"}, "a number from 1"),
         ({"loss_group": "all"}, "a number from 1"),
     ],
 )
@@ -268,6 +276,16 @@ def test_deepspeed_blocks_that_override_flags_are_refused(flags: Flags, tmp_path
         parse_arguments(flags(deepspeed=file))
     for part in ("a scheduler block", "a optimizer block", "--lr_scheduler_type", "--weight_decay", "WarmupLR"):
         assert part in str(caught.value)
+
+
+def test_a_deepspeed_config_that_contradicts_a_flag_is_refused(flags: Flags, tmp_path: Path) -> None:
+    training = parse_arguments(flags(per_device_train_batch_size=2, max_grad_norm=1.0))[0].training
+    assert deepspeed_problems(training) == []
+    training.deepspeed = str(tmp_path / "own.json")
+    training.hf_deepspeed_config = HfTrainerDeepSpeedConfig({"gradient_clipping": 0.5, "train_batch_size": "auto"})
+    training.hf_deepspeed_config.trainer_config_process(training)
+    [problem] = deepspeed_problems(training)
+    assert "gradient_clipping=0.5 vs hf max_grad_norm=1.0" in str(problem)
 
 
 def test_a_schedule_of_transformers_remains_a_choice(flags: Flags, tmp_path: Path) -> None:

@@ -66,6 +66,6 @@ def test_one_process_waits_for_no_other_and_says_what_cannot_divide(base: Path, 
         "MASTER_ADDR": "elsewhere",
         "MASTER_PORT": "1",
     }  # set for a launch of its own
-    done = run("finetune_ds", base, data, tmp_path / "out", GLOBAL_BATCH="10", MICRO_BATCH="4", **platform)
+    done = run("finetune_ds", base, data, tmp_path / "out", GLOBAL_BATCH="24", MICRO_BATCH="16", **platform)
     assert done.returncode == 2
-    assert "micro-batch 1, 2, 5, 10 with these 1 process(es)" in done.stdout
+    assert "micro-batch 1, 2, 3, 4, 6, 8, 12, 24 with these 1 process(es)" in done.stdout

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 import qwen_vl
 from data_utils.errors import MMRoleError
@@ -19,6 +20,7 @@ from finetune.data import SupervisedDataset
 from finetune.finetune import main
 from finetune.model import is_chat_model
 from finetune.trainer import SupervisedTrainer
+from qwen_vl import QwenVLProcessor
 from qwen_vl.vision import VisionAttention
 from scripts import merge_lora
 from tests.conftest import ROOT
@@ -132,6 +134,7 @@ def test_lora_saves_an_adapter_that_loads_and_merges(
     assert Path(config["base_model_name_or_path"]) == base.resolve()
     assert (out / "qwen.tiktoken").is_file()
     assert not (out / "model.safetensors").exists()
+    assert type(AutoProcessor.from_pretrained(out)) is QwenVLProcessor
     adapted = logits(out, data)
     assert not torch.allclose(adapted, logits(base, data), atol=1e-4)
     assert merge_lora.main([str(out), str(whole)]) == 0
