@@ -15,7 +15,7 @@ from data_utils.errors import MMRoleError
 from finetune.arguments import LoraArguments, Options, TrainingArguments
 from qwen_vl import QwenVLForCausalLM
 from qwen_vl.checkpoint import read_json_file
-from qwen_vl.loading import NOT_QUANTIZED
+from qwen_vl.modeling import NOT_QUANTIZED
 
 
 def load_model(options: Options) -> nn.Module:

@@ -20,13 +20,11 @@ from qwen_vl.checkpoint import (
     read_json_file,
 )
 from qwen_vl.configuration import QwenVLConfig
-from qwen_vl.modeling import QwenVLForCausalLM
+from qwen_vl.modeling import NOT_QUANTIZED, QwenVLForCausalLM
 from qwen_vl.tokenization import QwenVLTokenizer
 
 logger = logging.getLogger(__name__)
 QUANTIZATIONS = ("4bit", "8bit")
-# Kept as they are in a quantized model: the tower and its resampler, and the head. From the start of a module's name.
-NOT_QUANTIZED = ["transformer.visual", "lm_head"]
 
 
 def load(

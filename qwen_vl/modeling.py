@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, S cached and new tokens, C width, V vocabulary, N ima
 """
 
 import re
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from qwen_vl.language import DecoderLayer, RMSNorm, logn_factors, ntk_alpha, rot
 from qwen_vl.loss import LanguageHead, supervised_loss
 from qwen_vl.vision import QUERIES, Resampler, VisionTransformer, sincos_positions
 
+# Kept as they are in a quantized model: the tower and its resampler, and the head. From the start of a module's name.
+NOT_QUANTIZED = ["transformer.visual", "lm_head"]
 _OF_A_LAYER = re.compile(r"transformer\.(h|visual\.transformer\.resblocks)\.\d+\.")
 
 
@@ -57,7 +60,10 @@ class QwenVLPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: Weights are missing, or there are some of layers that the config does not have; names them.
         """
-        path = pretrained_model_name_or_path
+        path, quantization = pretrained_model_name_or_path, kwargs.get("quantization_config")
+        if getattr(quantization, "llm_int8_skip_modules", ()) is None:  # bitsandbytes, and the user names none
+            kwargs["quantization_config"] = copy(quantization)
+            kwargs["quantization_config"].llm_int8_skip_modules = NOT_QUANTIZED
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(

@@ -19,7 +19,9 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedModel,
     TextIteratorStreamer,
     Trainer,
     TrainingArguments,
@@ -131,6 +133,23 @@ def test_the_code_of_a_folder_never_runs(released: Path, trusting: bool) -> None
     classes |= {AutoModel: QwenVLModel, **dict.fromkeys(models, QwenVLForCausalLM)}
     for auto, kind in classes.items():
         assert type(auto.from_pretrained(released, trust_remote_code=trusting)) is kind
+
+
+@pytest.mark.parametrize("named", [None, ["lm_head"]])
+def test_the_tower_is_not_quantized(released: Path, monkeypatch: pytest.MonkeyPatch, named: list[str] | None) -> None:
+    """Unless the user names what to skip; bitsandbytes itself is not needed to see it."""
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=named)
+    given = []
+
+    def record(path: str, **kwargs: Any) -> None:
+        given.append(kwargs["quantization_config"].llm_int8_skip_modules)
+        raise ImportError
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
+    with pytest.raises(ImportError):
+        QwenVLForCausalLM.from_pretrained(released, quantization_config=config)
+    assert given == [named or ["transformer.visual", "lm_head"]]
+    assert config.llm_int8_skip_modules == named
 
 
 def test_a_folder_that_names_no_tokenizer(released: Path, tmp_path: Path) -> None:
