@@ -3,6 +3,8 @@
 Shapes: B batch, H heads, T queries, S keys of the part, D width per head.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -38,6 +40,36 @@ def partial_attention(
     if query.dtype in _HALF and mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)[:2]
     return written_out(query, key, value, scaling, causal=causal, mask=mask)
+
+
+def causal_attention(
+    parts: Sequence[Sequence[torch.Tensor]],
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    scaling: float,
+    *,
+    last: bool = False,
+) -> torch.Tensor:
+    """Attention of continuations of one past: their tokens read the past, and their own tokens up to themselves.
+
+    Args:
+        parts: Queries, keys and values (1, H, T, D) of each continuation.
+        past_key, past_value: (1, H, S, D); S may be 0.
+        scaling: What the scores are multiplied with.
+        last: Only for the last query of each part.
+
+    Returns:
+        (1, T of all parts, H, D).
+    """
+    if last:
+        parts = [(query[:, :, -1:], key, value) for query, key, value in parts]
+    own = [partial_attention(*part, scaling, causal=not last) for part in parts]
+    out, lse = (torch.cat([t.transpose(1, 2) for t in of_parts], dim=1) for of_parts in zip(*own, strict=True))
+    if not past_key.shape[2]:
+        return out
+    queries = torch.cat([query for query, _, _ in parts], dim=2)
+    past = partial_attention(queries, past_key, past_value, scaling)
+    return join(*(t.transpose(1, 2) for t in past), out, lse)
 
 
 def written_out(

@@ -9,9 +9,8 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from qwen_vl.engine.attention import join, partial_attention
+from qwen_vl.engine.attention import causal_attention, join
 from qwen_vl.engine.cache import CacheStep
 from qwen_vl.engine.image_cache import image_key
 from qwen_vl.engine.scheduler import Batch, Group, Sequence
@@ -42,7 +41,10 @@ class BatchForward:
         return self.model.device
 
     def prefill(self, groups: list[Group]) -> tuple[list[tuple[Group, Sequence]], torch.Tensor]:
-        """Computes all tokens of groups that have just come into the batch.
+        """Computes the tokens of groups that have just come into the batch, but for those that it copies.
+
+        The last layer's attention and MLP are computed at the end of each sequence alone: of the other tokens, only
+        that layer's keys and values are needed.
 
         Returns:
             The sequences with their groups, and logits (sequences, V) at the end of each.
@@ -50,38 +52,36 @@ class BatchForward:
         spans: list[Span] = []
         rows: list[tuple[Group, Sequence]] = []
         ends: list[int] = []  # spans that end with a sequence
-        lengths: list[tuple[int, list[int]]] = []  # of each group: the prefix, and what its members have after it
+        lengths: list[list[int]] = []  # of each group: the prefix, and what its members have after it
         for group in groups:
-            spans.append((group.members[0], 0, group.shared))
             after = [(member, group.shared, len(member)) for member in group.members if len(member) > group.shared]
-            spans += after
+            spans += [(group.members[0], group.copied, group.shared), *after]
             ends += range(len(spans) - max(len(after), 1), len(spans))
             rows += [(group, member) for member in group.members]
-            lengths.append((group.shared, [end - start for _, start, end in after]))
-        sizes = [shared + sum(after) for shared, after in lengths]
+            lengths.append([group.shared - group.copied, *(end - start for _, start, end in after)])
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+            final = layer == self.config.num_hidden_layers - 1
             outs: list[torch.Tensor] = []  # (1, T of it, H, D) each
-            by_group = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
-            for group, (shared, after), qkv in zip(groups, lengths, by_group, strict=True):
-                (query, key, value), *members = zip(*(t.split([shared, *after], dim=2) for t in qkv), strict=True)
-                group.prefix.write(layer, key[0], value[0])
-                out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-                outs.append(out.transpose(1, 2))
-                if not members:
-                    continue
-                prefix = partial_attention(qkv[0][:, :, shared:], key, value, scaling)
-                own = [partial_attention(*part, scaling, causal=True) for part in members]
-                own = [torch.cat([t.transpose(1, 2) for t in parts], dim=1) for parts in zip(*own, strict=True)]
-                outs.append(join(*(t.transpose(1, 2) for t in prefix), *own))
-                for member, (_, key, value) in zip(group.members, members, strict=True):
-                    member.own.write(layer, key[0], value[0])
+            by_group = zip(*(t.split([sum(sizes) for sizes in lengths], dim=2) for t in (q, k, v)), strict=True)
+            for group, sizes, qkv in zip(groups, lengths, by_group, strict=True):
+                prefix, *members = zip(*(t.split(sizes, dim=2) for t in qkv), strict=True)
+                if group.source is not None:
+                    group.prefix.take(group.source, group.copied, layer)
+                group.prefix.write(layer, group.copied, prefix[1][0], prefix[2][0])
+                keys, values = group.prefix.read(layer)
+                if not (final and members):
+                    past = keys[None, :, : group.copied], values[None, :, : group.copied]
+                    outs.append(causal_attention([prefix], *past, scaling, last=final))
+                if members:
+                    outs.append(causal_attention(members, keys[None], values[None], scaling, last=final))
+                    for member, (_, key, value) in zip(group.members, members, strict=True):
+                        member.own.write(layer, 0, key[0], value[0])
             return torch.cat(outs, dim=1)
 
         features = {key: feature for group in groups for key, feature in group.features.items()}
-        hidden = self._spans(spans, features, attend)
         last = np.cumsum([end - start for _, start, end in spans])[ends] - 1
-        return rows, self.head(hidden[torch.from_numpy(last).to(self.device)])
+        return rows, self.head(self._spans(spans, features, attend, torch.from_numpy(last).to(self.device)))
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Feeds the last token of every sequence in the batch.
@@ -119,8 +119,10 @@ class BatchForward:
             self._logits_buffer = hidden.new_empty(len(hidden), head.out_features)
         return torch.mm(hidden, head.weight.t(), out=self._logits_buffer[: len(hidden)])
 
-    def _spans(self, spans: list[Span], features: dict[Hashable, torch.Tensor], attend: Attend) -> torch.Tensor:
-        """Hidden states (T, C) of stretches of sequences, one after the other."""
+    def _spans(
+        self, spans: list[Span], features: dict[Hashable, torch.Tensor], attend: Attend, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states (n, C) at the `wanted` tokens of stretches of sequences, which lie one after the other."""
         ids = np.concatenate([member.tokens(start, end) for member, start, end in spans])
         positions = np.concatenate([np.arange(start, end) for _, start, end in spans])
         lengths = [end - start for _, start, end in spans]
@@ -131,23 +133,43 @@ class BatchForward:
             places = member.image_places[start:end]
             for image in np.unique(places[places >= 0] // QUERIES):
                 here = np.flatnonzero(places // QUERIES == image)
-                wanted = torch.from_numpy(places[here] - image * QUERIES).to(self.device)
-                found = features[image_key(member.images[image])].to(embeds.dtype)[wanted]
+                feature = torch.from_numpy(places[here] - image * QUERIES).to(self.device)
+                found = features[image_key(member.images[image])].to(embeds.dtype)[feature]
                 embeds[torch.from_numpy(here + offset).to(self.device)] = found
             offset += end - start
         positions, rows = (torch.from_numpy(array).to(self.device) for array in (positions, rows))
-        return self._layers(embeds[None], positions, rows, attend)[0]
+        return self._layers(embeds[None], positions, rows, attend, wanted)[0]
 
     def _layers(
-        self, x: torch.Tensor, positions: torch.Tensor, frequency_rows: torch.Tensor, attend: Attend
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        frequency_rows: torch.Tensor,
+        attend: Attend,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All layers and the final norm over (1, T, C), for positions (T,) and rows (T,) of the rotary frequencies."""
+        """All layers and the final norm.
+
+        Args:
+            x: (1, T, C).
+            positions: (T,).
+            frequency_rows: (T,), of the rotary frequencies.
+            attend: Gives the last layer's attention for the n `wanted` tokens only.
+            wanted: (n,), whose hidden states are needed; None for all.
+
+        Returns:
+            (1, n, C).
+        """
         cos, sin = rotary_tables(self._frequencies[frequency_rows], positions[:, None])  # (T, 1, 1, D)
         rotary = cos.transpose(0, 2), sin.transpose(0, 2)  # (1, 1, T, D)
         logn = logn_factors(positions[None], self.config.seq_length) if self.config.use_logn_attn else None
-        for layer in self.model.transformer.h:
-            x = layer(x, rotary=rotary, logn=logn, attention_mask=None, past_key_values=None, attend=attend)
-        return self.model.transformer.ln_f(x)
+        given = {"rotary": rotary, "logn": logn, "attention_mask": None, "past_key_values": None, "attend": attend}
+        *layers, last = self.model.transformer.h
+        for layer in layers:
+            x = layer(x, **given)
+        attended = last.attn(last.ln_1(x), **given)
+        x = (x if wanted is None else x[:, wanted]) + attended
+        return self.model.transformer.ln_f(x + last.mlp(last.ln_2(x)))
 
     def _frequency_row(self, alpha: float) -> int:
         if alpha not in self._alphas:
