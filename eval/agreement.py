@@ -21,7 +21,16 @@ from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from data_utils.files import make_folder, write_bytes
 from data_utils.layout import RELEASED_JUDGE
-from eval.results.judges import PAPER_AGREEMENT, Agreement, agreement, common, read_judge
+from eval.results.judges import (
+    PAPER_AGREEMENT,
+    Agreement,
+    agreement,
+    among_people,
+    are_people,
+    common,
+    read_judge,
+    read_people,
+)
 from eval.results.tables import Table, agreement_csv, agreement_tables, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = agreement(pairs)
     counts = {"agents": len(pairs.names), "rows": len(pairs.agents), "only_first": pairs.alone[0]}
     counts["only_second"] = pairs.alone[1]
-    text = _markdown(first, second, counts, agreement_tables(found))
+    people = {
+        name: among_people(read_people(Path(source)))
+        for name, source in ((first, options.first), (second, options.second))
+        if are_people(source)
+    }
+    text = _markdown(first, second, counts, people, agreement_tables(found))
     print(text)
     from eval.results.figures import agreement_png
 
@@ -65,18 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_folder(folder, "the reviews are unchanged")
     write_bytes(folder / f"{name}.md", text.encode("utf-8", errors="backslashreplace"))
     write_bytes(folder / f"{name}.csv", agreement_csv(found).encode())
-    write_bytes(folder / f"{name}.json", _json(first, second, counts, found).encode())
+    write_bytes(folder / f"{name}.json", _json(first, second, counts, people, found).encode())
     write_bytes(folder / f"{name}.png", agreement_png(pairs, first, second))
     print(f"report: {folder}/{name}.md, .csv, .json, .png")
     return 0
 
 
-def _markdown(first: str, second: str, counts: dict[str, int], tables: Sequence[Table]) -> str:
+def _markdown(
+    first: str, second: str, counts: dict[str, int], people: dict[str, tuple[int, float]], tables: Sequence[Table]
+) -> str:
     lines = [
         f"# {first} and {second}\n",
         f"{counts['rows']} answers of {counts['agents']} agents were read by both; {counts['only_first']} single "
         f"reviews only by the first, {counts['only_second']} only by the second. The bias is the first "
         "minus the second.\n",
+        *(_people_line(name, *found) for name, found in people.items()),
         *([PAPER_AGREEMENT, ""] if RELEASED_JUDGE in (first, second) else []),
     ]
     for table in tables:
@@ -84,14 +101,30 @@ def _markdown(first: str, second: str, counts: dict[str, int], tables: Sequence[
     return "\n".join(lines)
 
 
-def _json(first: str, second: str, counts: dict[str, int], found: Sequence[Agreement]) -> str:
+def _people_line(name: str, reviews: int, alpha: float) -> str:
+    if not reviews:
+        return f"{name} has one person's scores for each review, so how far people agree is unknown.\n"
+    value = "does not exist: all ratios are the same" if math.isnan(alpha) else f"is {alpha:.3f}"
+    return f"{name} has several people's scores for {reviews} reviews: Krippendorff's alpha of their ratios {value}.\n"
+
+
+def _json(
+    first: str,
+    second: str,
+    counts: dict[str, int],
+    people: dict[str, tuple[int, float]],
+    found: Sequence[Agreement],
+) -> str:
     values = [
         {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in one._asdict().items()}
         for one in found
     ]
-    return (
-        json.dumps({"first": first, "second": second, **counts, "agreement": values}, indent=2, allow_nan=False) + "\n"
-    )
+    among = {
+        name: {"reviews": reviews, "krippendorff_alpha": None if math.isnan(alpha) else alpha}
+        for name, (reviews, alpha) in people.items()
+    }
+    content = {"first": first, "second": second, **counts, "among_people": among, "agreement": values}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def _plain(name: str) -> str:

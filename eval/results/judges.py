@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -104,8 +104,8 @@ def read_judge(source: str, eval_dir: Path) -> tuple[str, list[Record]]:
         MMRoleError: Nothing can be read there, or a part of it cannot.
     """
     path = Path(source)
-    if source.lower().endswith(".csv") or is_file(path):
-        return path.stem, _read_people(path)
+    if are_people(source):
+        return path.stem, [_of_people(path.stem, key, pairs) for key, pairs in read_people(path).items()]
     if "/" in source or source in (".", ".."):
         if not is_folder(path):
             raise MMRoleError("there is no such folder of reviews", source, "command line", "check the path")
@@ -117,8 +117,17 @@ def read_judge(source: str, eval_dir: Path) -> tuple[str, list[Record]]:
     return name, [record for agent in agents for record in agent.records()]
 
 
-def _read_people(path: Path) -> list[Record]:
-    """Read `id, agent, metric, score_agent, score_reference`, one line a person."""
+def are_people(source: str) -> bool:
+    """Return whether a judge is a CSV of people's scores."""
+    return source.lower().endswith(".csv") or is_file(Path(source))
+
+
+def read_people(path: Path) -> dict[Key, list[tuple[float, float]]]:
+    """Read `id, agent, metric, score_agent, score_reference`, one line a person: the scores of each review.
+
+    Raises:
+        MMRoleError: The file cannot be read, or holds no scores, or others than scores.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -150,7 +159,17 @@ def _read_people(path: Path) -> list[Record]:
     raise_problems(problems)
     if not scores:
         raise MMRoleError("the CSV holds no scores", path, fix="give one line for each review and person")
-    return [_of_people(path.stem, key, pairs) for key, pairs in scores.items()]
+    return scores
+
+
+def among_people(scores: Mapping[Key, Sequence[tuple[float, float]]]) -> tuple[int, float]:
+    """Return how many reviews have several people's scores, and Krippendorff's alpha of the ratios; it may be nan."""
+    ratios = [[ratio_of(*pair)[0] for pair in pairs] for pairs in scores.values()]
+    ratios = [found for given in ratios if len(found := [ratio for ratio in given if not math.isnan(ratio)]) > 1]
+    if not ratios:
+        return 0, math.nan
+    units = np.repeat(np.arange(len(ratios)), [len(found) for found in ratios])
+    return len(ratios), krippendorff_alpha(np.concatenate(ratios), units)
 
 
 def _of_people(judge: str, key: Key, pairs: list[tuple[float, float]]) -> Record:
@@ -251,7 +270,7 @@ def _statistics(
         "Pearson": pearson(x, y),
         "Spearman": pearson(rankdata(x), rankdata(y)),
         "Kendall tau-b": _kendall(x, y),
-        "Krippendorff alpha": krippendorff_alpha(x, y),
+        "Krippendorff alpha": krippendorff_alpha(np.concatenate([x, y]), np.tile(np.arange(len(x)), 2)),
         "same winner": float((x_wins == y_wins).mean()),
         "kappa of the winner": kappa(x_wins, y_wins),
         _RANKING: _kendall(*means),
@@ -271,10 +290,18 @@ def _kendall(x: np.ndarray, y: np.ndarray) -> float:
     return float(kendalltau(x, y).statistic) if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan
 
 
-def krippendorff_alpha(x: np.ndarray, y: np.ndarray) -> float:
-    """Krippendorff's alpha of two judges for interval data; nan where both give always the same."""
-    expected = 2 * float(np.concatenate([x, y]).var(ddof=1))
-    return 1 - float(((x - y) ** 2).mean()) / expected if expected > 1e-12 else math.nan
+def krippendorff_alpha(values: np.ndarray, units: np.ndarray) -> float:
+    """Krippendorff's alpha for interval data; nan where all values are the same.
+
+    Args:
+        values: (values,) all ratings, whoever gave them.
+        units: (values,) number of what each is about, from 0; each has at least two.
+    """
+    counts = np.bincount(units)
+    means = np.bincount(units, values) / counts
+    within = np.bincount(units, (values - means[units]) ** 2) / (counts - 1)
+    expected = float(values.var(ddof=1)) if len(values) > 1 else 0.0
+    return 1 - float(counts @ within) / len(values) / expected if expected > 1e-12 else math.nan
 
 
 def kappa(x: np.ndarray, y: np.ndarray) -> float:

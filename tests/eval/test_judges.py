@@ -16,7 +16,18 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from data_utils.errors import MMRoleError
 from eval.agreement import main
 from eval.judging.metrics import METRIC_NAMES
-from eval.results.judges import agreement, common, kappa, krippendorff_alpha, pearson, position_bias, read_judge, spread
+from eval.results.judges import (
+    Key,
+    agreement,
+    among_people,
+    common,
+    kappa,
+    krippendorff_alpha,
+    pearson,
+    position_bias,
+    read_judge,
+    spread,
+)
 from eval.results.report import scores_of
 from eval.results.reviews import READ, Record
 from eval.results.statistics import COLUMNS, length_regression
@@ -63,11 +74,28 @@ def test_statistics_agree_with_their_oracles() -> None:
     x = generator.integers(1, 6, 200) / 2
     y = np.clip(x + generator.integers(-1, 2, 200) / 2, 0.5, 3)
     alpha = krippendorff.alpha(np.array([x, y]), level_of_measurement="interval")
-    assert krippendorff_alpha(x, y) == pytest.approx(alpha)
+    assert krippendorff_alpha(np.concatenate([x, y]), np.tile(np.arange(200), 2)) == pytest.approx(alpha)
     names = np.union1d(x, y)
     table = np.array([[((x == i) & (y == j)).sum() for j in names] for i in names])
     assert kappa(x, y) == pytest.approx(cohens_kappa(table).kappa)
     assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+
+
+def test_people_agree_among_themselves_as_the_oracle_says() -> None:
+    generator = np.random.default_rng(5)
+    scores = {
+        Key("one", f"row_{i}", "Fluency"): [
+            (float(base + shift), 10.0) for shift in generator.integers(-1, 2, 1 + i % 4)
+        ]
+        for i, base in enumerate(generator.integers(2, 9, 40))
+    }
+    table = np.full((4, 40), np.nan)
+    for i, pairs in enumerate(scores.values()):
+        table[: len(pairs), i] = [a / b for a, b in pairs]
+    reviews, alpha = among_people(scores)
+    assert reviews == 30
+    assert alpha == pytest.approx(krippendorff.alpha(table, level_of_measurement="interval"))
+    assert among_people({Key("one", "row_0", "Fluency"): [(8.0, 10.0)]})[0] == 0
 
 
 def test_two_judges_are_compared_by_rows() -> None:
@@ -174,6 +202,7 @@ def test_people_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["reward-model", str(people), "--eval_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "12 answers of 1 agents were read by both; 0 single reviews only by the first, 1 only by" in printed
+    assert "people has several people's scores for 1 reviews: Krippendorff's alpha" in printed
     assert "0.074" in printed and "the paper's figures" in printed
     report = tmp_path / "report"
     names = [f"agreement-reward-model-people.{ending}" for ending in ("csv", "json", "md", "png")]
