@@ -1,4 +1,4 @@
-"""The server on loopback that downloads come from, and a data root to build from."""
+"""The server on loopback that tests download from and chat with, and a data root to build from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.data_utils.loopback import Site, serving, stay_at_home
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
-    with serving() as found:
-        yield found
+def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    stay_at_home(monkeypatch)
 
 
 @pytest.fixture
-def hub_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    stay_at_home(monkeypatch)
+def site(at_home: None) -> Iterator[Site]:
+    with serving() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

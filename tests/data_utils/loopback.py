@@ -1,4 +1,4 @@
-"""A server on loopback that is a hub, an image server and a chat model, and misbehaves as told."""
+"""A fake hub, image server and chat model in one: a server on loopback whose faults a test chooses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import pytest
 
 COMMIT = "c0ffee" + "0" * 34
 LARGE = 2000  # bytes from which the fake hub gives a sha256
+SECRET = "top-verysecret-0123456789"
 
 
 @dataclass
 class Reply:
-    """What the chat model replies: a status, a body (JSON, or bytes as they are) and headers; or something worse.
+    """A reply of the chat model: a status, a body (JSON, or raw bytes) and headers; or a fault.
 
     Attributes:
         fault: "hang up" closes the connection, "trickle" sends a byte now and then and never ends.
@@ -31,6 +32,9 @@ class Reply:
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
     fault: str = ""
+
+
+Chat = Callable[[dict[str, Any], int], "Reply | str"]
 
 
 def completion(text: str, *, finish: str = "stop", model: str = "m", tokens: int = 100, **message: Any) -> Reply:
@@ -47,35 +51,47 @@ def refusal(status: int, message: str, **more: Any) -> Reply:
     return Reply(status, {"error": {"message": message, **more}}, headers)
 
 
+def scripted(*replies: Reply | str | Chat) -> Chat:
+    """Return a chat model that gives these replies in turn, and from then on always the last."""
+    left, lock = list(replies), threading.Lock()
+
+    def chat(body: dict[str, Any], number: int) -> Reply | str:
+        with lock:
+            reply = left.pop(0) if len(left) > 1 else left[0]
+        return reply(body, number) if callable(reply) else reply
+
+    return chat
+
+
 @dataclass
 class Site:
-    """What the server holds, how it misbehaves, and what it was asked.
+    """The files and replies of the server, its faults, and the requests that came.
 
     Attributes:
-        files: Content by path.
-        faults: By path, what to do wrong at the first, second, ... GET of it.
-        asked: (method, path, Range header) of each request.
-        stalled: Set when a file has stalled half-way.
-        over: Ends what stalls.
         chat: Replies to a chat request, by its body and its number from 1.
         chats: The bodies of the chat requests.
         keys: Their Authorization headers.
+        files: Content by path.
+        faults: By path, the faults of the first, second, ... GET of it.
+        requests: (method, path, Range header) of each request for a file.
+        stalled: Set when a file has stalled half-way.
+        over: Ends what stalls.
     """
 
-    chat: Callable[[dict[str, Any], int], Reply | str] = lambda body, number: "fine"
+    chat: Chat = lambda body, number: "fine"
     chats: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     stalled: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
     def gets(self, path: str) -> list[str | None]:
-        return [byte_range for method, asked, byte_range in self.asked if method == "GET" and asked == path]
+        return [byte_range for method, name, byte_range in self.requests if method == "GET" and name == path]
 
 
 class Server(ThreadingHTTPServer):
@@ -122,8 +138,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        asked = self.headers.get("Range")
-        self.site.asked.append((self.command, path, asked))
+        byte_range = self.headers.get("Range")
+        self.site.requests.append((self.command, path, byte_range))
         content = self.site.files.get(path)
         faults = self.site.faults.get(path, []) if self.command == "GET" else []
         fault = faults.pop(0) if faults else ""
@@ -135,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
             content = b"<html>" + content[6:]  # as many bytes as it should be
         if fault == "short":  # the announced length fits what comes, and it is not all
             return self.send(200, content[:-40], self.about(path, content))
-        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
+        start = int(byte_range.removeprefix("bytes=").partition("-")[0]) if byte_range else 0
         headers = self.about(path, content)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -178,7 +194,7 @@ def hub_id(content: bytes) -> str:
 
 @contextlib.contextmanager
 def serving() -> Iterator[Site]:
-    """A site that is being served."""
+    """Serve a site on a free port."""
     found = Site()
     server = Server(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": found}))
     server.daemon_threads = True
@@ -192,15 +208,16 @@ def serving() -> Iterator[Site]:
 
 
 def stay_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes away mirrors, tokens and proxies that this machine may have."""
-    for name in ("HF_HUB_CACHE", "HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "COCO_URL"):
+    """Remove the mirrors, tokens and proxies that this machine may have set; the chat model's key is `SECRET`."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    for name in ("HF_HUB_CACHE", "HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "COCO_URL", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
 
 def put_repo(site: Site, name: str, kind: str, files: dict[str, bytes]) -> dict[str, str]:
-    """Lets the site hold a hub repository; gives the path on the server of each file."""
+    """Put a hub repository on the site; returns the path of each file on the server."""
     base = f"/datasets/{name}" if kind == "dataset" else f"/{name}"
     tree = []
     for path, content in files.items():

@@ -27,7 +27,7 @@ from tests.data_utils.loopback import COMMIT, Site, git_id, held, put_repo
 SMALL = {"config.json": b'{"a": 1}', "deep/er/成龙 [01].json": "成龙".encode(), "weights.bin": bytes(range(256)) * 4001}
 Fetch = Callable[[], tuple[int, list[str]]]
 
-pytestmark = pytest.mark.usefixtures("hub_at_home")
+pytestmark = pytest.mark.usefixtures("at_home")
 
 
 def jpeg(seed: int, size: int = 240) -> bytes:
@@ -60,13 +60,13 @@ def test_second_run_fetches_only_what_is_missing_or_broken(site: Site, repo) -> 
     content[1234] ^= 1
     (target / "weights.bin").write_bytes(content)
     (target / "config.json").unlink()
-    site.asked.clear()
+    site.requests.clear()
     assert fetch() == (2, [])
     assert held(target) == SMALL
     assert site.gets(paths["deep/er/成龙 [01].json"]) == []
-    site.asked.clear()
+    site.requests.clear()
     assert fetch() == (0, [])
-    assert not any("/resolve/" in path for _, path, _ in site.asked)
+    assert not any("/resolve/" in path for _, path, _ in site.requests)
 
 
 @pytest.mark.parametrize("fault", ["drop", "busy", "garbage", "missing"])
@@ -176,7 +176,7 @@ def test_full_disk_is_named_before_anything_is_fetched(site: Site, repo, monkeyp
         fetch()
     assert "0.0 GB free" in str(error.value)
     assert not target.exists()
-    assert not any("/resolve/" in path for _, path, _ in site.asked)
+    assert not any("/resolve/" in path for _, path, _ in site.requests)
 
 
 def test_what_is_wanted_of_the_repositories() -> None:
@@ -296,7 +296,7 @@ def test_data_script(site: Site, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert held(tmp_path / "root") == expected
     assert "3 of 3 files are there and verified, 3 fetched now" in result.stdout
-    counts = Counter(path for method, path, _ in site.asked if method == "GET")
+    counts = Counter(path for method, path, _ in site.requests if method == "GET")
     assert all(counts[f"/train/{name}"] == 1 for name in IMAGES)
 
 

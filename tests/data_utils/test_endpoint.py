@@ -2,25 +2,13 @@
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from data_utils import endpoint as module
 from data_utils.endpoint import BudgetSpentError, ChatReply, ChatRequest, Endpoint, without_thinking
 from data_utils.errors import MMRoleError
-from tests.data_utils.loopback import Reply, Site, completion, refusal, serving, stay_at_home
-
-SECRET = "sk-verysecret1234567890"
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    stay_at_home(monkeypatch)
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with serving() as found:
-        yield found
+from tests.data_utils.loopback import SECRET, Reply, Site, completion, refusal, scripted
 
 
 def ask(site: Site, *requests: ChatRequest, **settings: object) -> list[ChatReply]:
@@ -29,11 +17,6 @@ def ask(site: Site, *requests: ChatRequest, **settings: object) -> list[ChatRepl
         replies = [future.result() for future in futures]
         site.endpoint = endpoint  # type: ignore[attr-defined]
         return replies
-
-
-def scripted(*replies: Reply | str):
-    """Replies with these, one after the other, and then always with the last."""
-    return lambda body, number: replies[min(number, len(replies)) - 1]
 
 
 def test_a_request_and_its_reply(site: Site) -> None:

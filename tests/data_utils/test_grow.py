@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +33,55 @@ from data_utils.grow.validation import (
     read_summary,
     read_turns,
 )
-from data_utils.network import PROXIES
 from data_utils.roots import Characters, read_profiles
 from data_utils.samples import iterate_samples
-from tests.data_utils.scripted_endpoint import (
-    DETAILED,
-    PARTS,
-    SECRET,
-    SUMMARY,
-    Site,
-    good_answer,
-    serving,
-    text_of,
-)
+from tests.data_utils.loopback import SECRET, Reply, Site, completion, refusal, scripted
 
 pytest.importorskip("openai")
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+PARTS = ("introduction", "personality", "experience", "relationship", "catchphrase")
+DETAILED = {part: f"Something about the {part} of the character." for part in PARTS}
+SUMMARY = "\n".join(f"### {part.title()}\nA sentence or two about this part of the character." for part in PARTS)
+
+
+def text_of(request: dict[str, Any]) -> str:
+    content = request["messages"][1]["content"]
+    return content if isinstance(content, str) else next(part["text"] for part in content if part["type"] == "text")
+
+
+def good_answer(request: dict[str, Any], number: int) -> str:
+    """What a strong model would write."""
+    text = text_of(request)
+    if "Shorten the profile" in text:
+        return SUMMARY
+    if "five keys" in text:
+        return f"Here it is:\n```json\n{json.dumps(DETAILED)}\n```"
+    turns = re.search(r"take turns, (\d+) turns", text)
+    if not turns:
+        return f"I see a picture, and it is the picture number {number} of this day."
+    first, second = re.search(r'"speaker": "([^"]+)" or "([^"]+)"', text).groups()
+    said = [{"speaker": (first, second)[i % 2], "text": f"I say {number} and {i}."} for i in range(int(turns[1]))]
+    return json.dumps(said)
+
+
+def quoting(status: int) -> Reply:
+    """An error that quotes the key, and another key as OpenAI shortens it."""
+    message = f"no: your key is {SECRET}, sk-abcd********wxyz"
+    return refusal(status, message, code="x", headers={"Retry-After": "0"} if status == 429 else {})
+
+
 @pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    for name in PROXIES:
-        monkeypatch.delenv(name, raising=False)
+def site(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setattr("data_utils.endpoint.random.uniform", lambda *_: 0.01)  # the wait before a retry
-    with serving() as found:
-        yield found
+    site.chat = good_answer
+    return site
+
+
+def endpoint(site: Site) -> list[str]:
+    return ["--model", "m", "--base_url", f"{site.url}/v1"]
 
 
 @pytest.fixture
@@ -74,7 +96,7 @@ def characters_of(root: Path) -> Characters:
 
 
 def grow_dialogues(site: Site, demo: Path, root: Path, *flags: str) -> int:
-    return main(["dialogues", str(root), "--source", str(demo), "--model", "m", "--base_url", site.url, *flags])
+    return main(["dialogues", str(root), "--source", str(demo), *endpoint(site), *flags])
 
 
 def dialogues_of(root: Path) -> list[dict[str, Any]]:
@@ -106,43 +128,43 @@ def test_dialogues_of_the_three_kinds(site: Site, demo: Path, tmp_path: Path, ca
     samples = list(iterate_samples(rows, cast))
     assert len(samples) == sum(1 if "from" in t else t["role"] != "human" for r in rows for t in r["conversations"]) - 2
     assert "6 grown, 0 failed, 0 left" in capsys.readouterr().out
-    request = site.asked[0]
+    request = site.chats[0]
     url = next(part["image_url"]["url"] for part in request["messages"][1]["content"] if "image_url" in part)
     sent = base64.b64decode(url.partition(",")[2])
     assert sent in {(demo / "images" / image).read_bytes() for image in images}
-    assert any(cast.profiles[name] in text_of(request) for request in site.asked)
+    assert any(cast.profiles[name] in text_of(request) for request in site.chats)
 
 
-FAULTS = [
-    'say <think>Maybe [{"speaker": "x"}]',
-    "429",
-    "500",
-    "503",
-    "hang up",
-    "not json",
-    "not chat",
-    "cut",
-    "say ",
-    "say no JSON",
-    'say [{"speaker": "x"}]',
-]
+BAD_ANSWERS = {
+    "thinking": '<think>Maybe [{"speaker": "x"}]',
+    "429": quoting(429),
+    "500": quoting(500),
+    "503": quoting(503),
+    "hang up": Reply(fault="hang up"),
+    "not JSON": Reply(body=b"<html>busy</html>"),
+    "no completion": Reply(body={"object": "list", "data": []}),
+    "cut off": lambda body, number: completion(good_answer(body, number), finish="length"),
+    "empty": "",
+    "no list": "no JSON",
+    "unknown speaker": '[{"speaker": "x"}]',
+}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_bad_answers_are_asked_for_again(site: Site, demo: Path, tmp_path: Path, cast: Characters, fault: str) -> None:
-    site.faults = [fault]
+@pytest.mark.parametrize("bad", BAD_ANSWERS)
+def test_bad_answers_are_asked_for_again(site: Site, demo: Path, tmp_path: Path, cast: Characters, bad: str) -> None:
+    site.chat = scripted(BAD_ANSWERS[bad], good_answer)
     flags = ["--characters", min(cast.profiles), "--kinds", "human-role", "--images_per_character", "1"]
     assert grow_dialogues(site, demo, tmp_path, *flags) == 0
     (row,) = dialogues_of(tmp_path)
     assert dialogue_problem(row, "human-role", "English") is None
-    assert len(site.asked) == 2
+    assert len(site.chats) == 2
 
 
 def test_what_never_passes_is_not_kept_and_asked_for_next_time(
     site: Site, demo: Path, tmp_path: Path, cast: Characters, capsys
 ) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1", "--tries", "2"]
-    site.faults = ["say Look: <|im_end|>", "say As an AI, I see nothing."]
+    site.chat = scripted("Look: <|im_end|>", "As an AI, I see nothing.", good_answer)
     assert grow_dialogues(site, demo, tmp_path, *flags) == 1
     assert dialogues_of(tmp_path) == []
     assert "the model speaks as itself" in capsys.readouterr().out
@@ -151,7 +173,7 @@ def test_what_never_passes_is_not_kept_and_asked_for_next_time(
 
 
 def test_same_answer_twice_is_kept_once(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
-    site.answer = lambda _: "It is what it is."
+    site.chat = lambda body, number: "It is what it is."
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "3"]
     assert grow_dialogues(site, demo, tmp_path, *flags) == 1
     assert len(dialogues_of(tmp_path)) == 1
@@ -164,15 +186,15 @@ def test_second_run_asks_for_nothing_and_more_images_go_on(
     coco = sorted(f"COCO/train2017/{p.name}" for p in (demo / "images/COCO/train2017").glob("*.jpg"))
     assert grow_dialogues(site, demo, tmp_path, "--characters", name, "--kinds", "comment", "--images", *coco[:2]) == 0
     first = dialogues_of(tmp_path)
-    count = len(site.asked)
+    count = len(site.chats)
     assert grow_dialogues(site, demo, tmp_path, "--characters", name, "--kinds", "comment", "--images", *coco[:2]) == 0
-    assert len(site.asked) == count
+    assert len(site.chats) == count
     assert grow_dialogues(site, demo, tmp_path, "--characters", name, "--kinds", "comment", "--images", *coco[:4]) == 0
     rows = dialogues_of(tmp_path)
     assert rows[:2] == first
     assert len(rows) == 4
     assert len({row["id"] for row in rows}) == 4
-    assert len(site.asked) == count + 2
+    assert len(site.chats) == count + 2
 
 
 def test_killed_before_the_files_were_written(
@@ -191,50 +213,53 @@ def test_killed_before_the_files_were_written(
     grow_dialogues(site, demo, tmp_path, *flags, *coco[2:3])
     rows = dialogues_of(tmp_path)
     assert sorted(row["image"] for row in rows) == coco[:3]
-    assert len({row["id"] for row in rows}) == 3 == len(site.asked)
+    assert len({row["id"] for row in rows}) == 3 == len(site.chats)
 
 
 def test_budget_of_requests_and_going_on(site: Site, demo: Path, tmp_path: Path, cast: Characters, capsys) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4"]
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_requests", "3") == 1
-    assert len(site.asked) == 3
+    assert len(site.chats) == 3
     assert len(dialogues_of(tmp_path)) == 3
     assert "3 grown, 0 failed, 1 left because the budget is spent; 3 requests, 300 tokens" in capsys.readouterr().out
     assert grow_dialogues(site, demo, tmp_path, *flags) == 0
     assert len(dialogues_of(tmp_path)) == 4
-    assert len(site.asked) == 4
+    assert len(site.chats) == 4
 
 
 def test_budget_of_tokens_is_never_exceeded(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4"]
-    site.tokens = 1200
+    site.chat = lambda body, number: completion(good_answer(body, number), tokens=1200)
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_tokens_total", "4000", "--max_tokens", "200") == 1
-    assert len(site.asked) == len(dialogues_of(tmp_path)) == 2  # a third might have gone over 4,000
+    assert len(site.chats) == len(dialogues_of(tmp_path)) == 2  # a third might have gone over 4,000
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_tokens_total", "100") == 1
-    assert len(site.asked) == 2
+    assert len(site.chats) == 2
 
 
-@pytest.mark.parametrize("fault", ["401", "403", "404", "quota"])
+@pytest.mark.parametrize(
+    "error",
+    [quoting(401), quoting(403), quoting(404), refusal(429, "spent", code="insufficient_quota")],
+    ids=["401", "403", "404", "quota"],
+)
 def test_refusal_ends_the_run_and_keeps_what_is_done(
-    site: Site, demo: Path, tmp_path: Path, cast: Characters, fault: str
+    site: Site, demo: Path, tmp_path: Path, cast: Characters, error: Reply
 ) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4", "--workers", "1"]
-    site.faults = ["say First of all, a picture.", fault]
+    site.chat = scripted("First of all, a picture.", error)
     with pytest.raises(MMRoleError, match="refuses"):
         grow_dialogues(site, demo, tmp_path, *flags)
     assert len(dialogues_of(tmp_path)) == 1
-    assert len(site.asked) == 2
+    assert len(site.chats) == 2
 
 
-@pytest.mark.parametrize("faults", [["401"], ["400"] * 20, ["500"] * 20], ids=["401", "400", "500"])
+@pytest.mark.parametrize("status", [401, 400, 500])
 def test_key_is_nowhere(
-    site: Site, demo: Path, tmp_path: Path, cast: Characters, faults: list[str], capfd, monkeypatch
+    site: Site, demo: Path, tmp_path: Path, cast: Characters, status: int, capfd, monkeypatch
 ) -> None:
     monkeypatch.setenv("OPENAI_LOG", "debug")
-    site.faults = list(faults)
+    site.chat = scripted(quoting(status))
     flags = ["--characters", min(cast.profiles), "--images_per_character", "1"]
-    status = run_main(lambda: grow_dialogues(site, demo, tmp_path, *flags))
-    assert status in (1, 2)
+    assert run_main(lambda: grow_dialogues(site, demo, tmp_path, *flags)) in (1, 2)
     assert set(site.keys) == {f"Bearer {SECRET}"}
     told = capfd.readouterr()
     assert SECRET not in told.out + told.err
@@ -247,10 +272,10 @@ def test_key_is_nowhere(
 
 ESCAPED = "".join(f"\\u{ord(c):04x}" for c in SECRET)
 LEAKS = {
-    "comment": f"say The key is {SECRET}, they say.",
-    "human-role": f'say [{{"speaker": "human", "text": "{SECRET}"}}]',
-    "speaker": f'say [{{"speaker": "{SECRET}", "text": "a"}}, {{"speaker": "{SECRET}", "text": "b"}}]',
-    "escaped": f'say [{{"speaker": "{ESCAPED}", "text": "a"}}, {{"speaker": "b", "text": "b"}}]',
+    "comment": f"The key is {SECRET}, they say.",
+    "human-role": f'[{{"speaker": "human", "text": "{SECRET}"}}]',
+    "speaker": f'[{{"speaker": "{SECRET}", "text": "a"}}, {{"speaker": "{SECRET}", "text": "b"}}]',
+    "escaped": f'[{{"speaker": "{ESCAPED}", "text": "a"}}, {{"speaker": "b", "text": "b"}}]',
 }
 
 
@@ -259,7 +284,7 @@ LEAKS = {
 def test_key_in_an_answer_is_nowhere(
     site: Site, demo: Path, tmp_path: Path, cast: Characters, capfd, leak: str, times: int
 ) -> None:
-    site.faults = [LEAKS[leak]] * times
+    site.chat = scripted(*[LEAKS[leak]] * times, good_answer)
     kind = "comment" if leak == "comment" else "human-role"
     flags = ["--characters", min(cast.profiles), "--images_per_character", "1", "--kinds", kind]
     # What is escaped comes to light when the answer is read, which asks again; the rest waits for the next run.
@@ -273,10 +298,7 @@ def test_key_in_an_answer_is_nowhere(
 
 
 def test_escaped_key_in_a_dialogue_is_nowhere(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
-    def answer(request: dict[str, Any]) -> str:
-        return good_answer(request, 0).replace("I say 0 and 1.", f"My key is {ESCAPED}.")
-
-    site.answer = answer
+    site.chat = lambda body, _: good_answer(body, 0).replace("I say 0 and 1.", f"My key is {ESCAPED}.")
     flags = ["--characters", min(cast.profiles), "--images_per_character", "1", "--kinds", "human-role"]
     assert grow_dialogues(site, demo, tmp_path, *flags) == 1
     assert dialogues_of(tmp_path) == []
@@ -291,7 +313,7 @@ def interrupt_after(
     end = Endpoint.end
     monkeypatch.setattr(Endpoint, "end", lambda endpoint: (end(endpoint), stopped.set()))
 
-    def wait_and_answer(request: dict[str, Any]) -> str:
+    def wait_and_answer(request: dict[str, Any], number: int) -> str:
         with lock:
             arrived.append(request)
             if len(arrived) == count:
@@ -299,7 +321,7 @@ def interrupt_after(
         assert stopped.wait(120)
         return answer(request)
 
-    site.answer = wait_and_answer
+    site.chat = wait_and_answer
 
 
 def test_interrupt_keeps_what_is_under_way(
@@ -311,11 +333,11 @@ def test_interrupt_keeps_what_is_under_way(
     )
     with pytest.raises(KeyboardInterrupt):
         grow_dialogues(site, demo, tmp_path, *flags)
-    assert len(site.asked) == len(dialogues_of(tmp_path)) == 2
+    assert len(site.chats) == len(dialogues_of(tmp_path)) == 2
     assert "waiting for 2 answer(s) under way" in capsys.readouterr().err
-    site.answer = None
+    site.chat = good_answer
     assert grow_dialogues(site, demo, tmp_path, *flags) == 0
-    assert len(site.asked) == len(dialogues_of(tmp_path)) == 4
+    assert len(site.chats) == len(dialogues_of(tmp_path)) == 4
 
 
 def test_interrupt_asks_for_nothing_again(
@@ -325,7 +347,7 @@ def test_interrupt_asks_for_nothing_again(
     interrupt_after(site, 2, lambda _: "As an AI, I see nothing.", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         grow_dialogues(site, demo, tmp_path, *flags)
-    assert len(site.asked) == 2
+    assert len(site.chats) == 2
     assert dialogues_of(tmp_path) == []
 
 
@@ -333,7 +355,7 @@ def test_second_interrupt_gives_up(
     site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second Ctrl-C arrives while the message about the first one is printed."""
-    over, messages = threading.Event(), []
+    messages = []
 
     class InterruptedStderr(io.StringIO):
         def write(self, text: str) -> int:
@@ -342,30 +364,26 @@ def test_second_interrupt_gives_up(
                 raise KeyboardInterrupt
             return len(text)
 
-    def answer(_: dict[str, Any]) -> str:
+    def answer(request: dict[str, Any], number: int) -> str:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        over.wait(240)
+        site.over.wait()  # until the test is over
         return "Too late."
 
-    site.answer = answer
+    site.chat = answer
     monkeypatch.setattr(sys, "stderr", InterruptedStderr())
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            grow_dialogues(site, demo, tmp_path, *flags)
-        assert messages
-        assert not over.is_set()
-        assert dialogues_of(tmp_path) == []
-    finally:
-        over.set()
+    with pytest.raises(KeyboardInterrupt):
+        grow_dialogues(site, demo, tmp_path, *flags)
+    assert messages
+    assert dialogues_of(tmp_path) == []
 
 
 def test_profile_from_a_text(site: Site, tmp_path: Path) -> None:
     text = tmp_path / "ada.txt"
     text.write_text("Ada was the first to see what the engine could do.\n", encoding="utf-8")
     root = tmp_path / "root"
-    flags = ["profile", str(root), "--model", "m", "--base_url", site.url, "--name", "Ada L", "--script", "My Novel"]
-    site.faults = ["500", "say {}", "say ### One heading"]
+    flags = ["profile", str(root), *endpoint(site), "--name", "Ada L", "--script", "My Novel"]
+    site.chat = scripted(quoting(500), "{}", "### One heading", good_answer)
     assert main([*flags, "--text", str(text)]) == 0
     folder = root / "profiles/in-distribution"
     assert read_json(folder / "profiles.json") == {"Ada L": SUMMARY}
@@ -373,12 +391,12 @@ def test_profile_from_a_text(site: Site, tmp_path: Path) -> None:
     assert read_json(folder / "detailed_profiles/Ada_L.json") == DETAILED
     assert "first to see" in (folder / "raw_info_en/Ada_L.txt").read_text(encoding="utf-8")
     assert characters_of(root).role("Ada L").script == "My Novel"
-    assert any("first to see" in text_of(request) for request in site.asked)
-    count = len(site.asked)
+    assert any("first to see" in text_of(request) for request in site.chats)
+    count = len(site.chats)
     assert main([*flags, "--text", str(text)]) == 0
-    assert len(site.asked) == count
+    assert len(site.chats) == count
     assert main([*flags, "--text", str(text), "--overwrite"]) == 0
-    assert len(site.asked) == count + 2
+    assert len(site.chats) == count + 2
     assert read_json(folder / "roles.json") == {"My Novel": ["Ada L"]}
 
 
@@ -387,16 +405,16 @@ def test_people_from_facts_then_their_dialogues(site: Site, demo: Path, tmp_path
     people = [{"name": "Ines Roth", "age": "41", "origin": "Basel"}, {"name": "Otto Ray", "origin": "Cork"}]
     facts.write_text(json.dumps(people), encoding="utf-8")
     root = tmp_path / "root"
-    assert main(["person", str(root), "--model", "m", "--base_url", site.url, "--facts", str(facts)]) == 0
+    assert main(["person", str(root), *endpoint(site), "--facts", str(facts)]) == 0
     folder = root / "profiles/in-distribution"
     assert list(read_json(folder / "profiles.json")) == ["Ines Roth", "Otto Ray"]
     assert read_json(folder / "roles.json") == {"Hypothetical Characters": ["Ines Roth", "Otto Ray"]}
     assert read_json(folder / "meta_info_hypo/Ines_Roth.json") == people[0]
-    assert any("41" in text_of(request) for request in site.asked)
+    assert any("41" in text_of(request) for request in site.chats)
     image = root / "images/mine/one.png"
     image.parent.mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(image)
-    flags = ["--model", "m", "--base_url", site.url, "--images", "mine/one.png"]
+    flags = [*endpoint(site), "--images", "mine/one.png"]
     assert main(["dialogues", str(root), *flags]) == 0
     rows = dialogues_of(root)
     assert len(rows) == 6
@@ -409,8 +427,8 @@ def test_profile_that_is_there_is_not_replaced(site: Site, demo: Path, tmp_path:
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps({"name": min(cast.profiles)}))
     with pytest.raises(MMRoleError, match="a profile already"):
-        main(["person", str(root), "--model", "m", "--base_url", site.url, "--facts", str(facts)])
-    assert site.asked == []
+        main(["person", str(root), *endpoint(site), "--facts", str(facts)])
+    assert site.chats == []
 
 
 NAMES = ["../../evil", "AC/DC", ".x", "Ada ", "A" * 300]
@@ -430,7 +448,7 @@ def test_names_of_the_source_that_lead_elsewhere(site: Site, tmp_path: Path, nam
     with pytest.raises(MMRoleError, match="cannot name a file") as caught:
         grow_dialogues(site, source, tmp_path / "a/b/root", "--kinds", "comment", "--images", "one.png")
     assert "roles.json" in str(caught.value)
-    assert site.asked == []
+    assert site.chats == []
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -462,10 +480,10 @@ def test_ill_typed_files_are_told(site: Site, demo: Path, tmp_path: Path, name: 
     assert name in str(caught.value)
     if name.startswith("profiles"):
         (tmp_path / "facts.json").write_text('{"name": "New"}', encoding="utf-8")
-        facts = ["person", str(root), "--model", "m", "--base_url", site.url, "--facts", str(tmp_path / "facts.json")]
+        facts = ["person", str(root), *endpoint(site), "--facts", str(tmp_path / "facts.json")]
         with pytest.raises(MMRoleError, match="valid dictionary"):
             main(facts)
-    assert site.asked == []
+    assert site.chats == []
 
 
 def test_a_broken_file_of_dialogues_is_told(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
@@ -475,7 +493,7 @@ def test_a_broken_file_of_dialogues_is_told(site: Site, demo: Path, tmp_path: Pa
     path.write_text("[", encoding="utf-8")
     with pytest.raises(MMRoleError, match="not valid JSON"):
         grow_dialogues(site, demo, tmp_path, *flags)
-    assert site.asked == []
+    assert site.chats == []
 
 
 def test_ids_go_on_after_the_highest(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
@@ -497,7 +515,7 @@ def test_names_that_lead_elsewhere(site: Site, tmp_path: Path, name: str) -> Non
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps({"name": name}))
     with pytest.raises(MMRoleError, match="cannot name a file"):
-        main(["person", str(tmp_path / "root"), "--model", "m", "--base_url", site.url, "--facts", str(facts)])
+        main(["person", str(tmp_path / "root"), *endpoint(site), "--facts", str(facts)])
     assert not (tmp_path / "root").exists()
 
 
@@ -513,7 +531,7 @@ def test_user_errors_come_before_any_request(site: Site, demo: Path, tmp_path: P
     for words, flags in cases.items():
         with pytest.raises(MMRoleError, match=words):
             grow_dialogues(site, demo, tmp_path / "root", *flags)
-    assert site.asked == []
+    assert site.chats == []
     assert not (tmp_path / "root").exists()
 
 
@@ -523,8 +541,8 @@ def test_templates_can_be_changed(site: Site, demo: Path, tmp_path: Path, cast: 
     (mine / "comment.txt").write_text("System $character\n---\nIt costs $$5, $character: $question", encoding="utf-8")
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
     assert grow_dialogues(site, demo, tmp_path / "root", *flags, "--prompts", str(mine)) == 0
-    assert text_of(site.asked[0]).startswith(f"It costs $5, {min(cast.profiles)}: ")
-    assert site.asked[0]["messages"][0]["content"] == f"System {min(cast.profiles)}"
+    assert text_of(site.chats[0]).startswith(f"It costs $5, {min(cast.profiles)}: ")
+    assert site.chats[0]["messages"][0]["content"] == f"System {min(cast.profiles)}"
     (mine / "comment.txt").write_text("a\n---\n$nothing", encoding="utf-8")
     with pytest.raises(MMRoleError, match="cannot be filled"):
         grow_dialogues(site, demo, tmp_path / "other", *flags, "--prompts", str(mine))
@@ -652,7 +670,7 @@ def ids_of(root: Path) -> list[str]:
 def grow_person(site: Site, root: Path, facts: Any, *flags: str) -> int:
     path = root.parent / "facts.json"
     path.write_text(json.dumps(facts), encoding="utf-8")
-    return main(["person", str(root), "--model", "m", "--base_url", site.url, "--facts", str(path), *flags])
+    return main(["person", str(root), *endpoint(site), "--facts", str(path), *flags])
 
 
 def profiles_of(root: Path) -> Path:
@@ -682,7 +700,7 @@ def test_what_is_named_twice_is_grown_once(site: Site, demo: Path, tmp_path: Pat
     image = min(f"COCO/train2017/{path.name}" for path in (demo / "images/COCO/train2017").glob("*.jpg"))
     flags = ["--characters", name, name, "--kinds", "comment", "--images", image, image]
     assert grow_dialogues(site, demo, tmp_path, *flags) == 0
-    assert len(site.asked) == len(dialogues_of(tmp_path)) == 1
+    assert len(site.chats) == len(dialogues_of(tmp_path)) == 1
 
 
 def test_edited_and_deleted_dialogues_stay_so(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
@@ -695,7 +713,7 @@ def test_edited_and_deleted_dialogues_stay_so(site: Site, demo: Path, tmp_path: 
     before = dialogues_of(tmp_path)
     assert grow_dialogues(site, demo, tmp_path, *flags, "3") == 0
     assert dialogues_of(tmp_path) == before
-    assert len(site.asked) == 3
+    assert len(site.chats) == 3
 
 
 def test_overwriting_replaces_what_has_passed(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
@@ -703,7 +721,7 @@ def test_overwriting_replaces_what_has_passed(site: Site, demo: Path, tmp_path: 
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--workers", "1", "--images"]
     assert grow_dialogues(site, demo, tmp_path, *flags, *coco[:3]) == 0
     before = dialogues_of(tmp_path)
-    site.faults = ["401"]
+    site.chat = scripted(quoting(401), good_answer)
     with pytest.raises(MMRoleError, match="refuses"):
         grow_dialogues(site, demo, tmp_path, *flags, *coco[:2], "--overwrite")
     assert dialogues_of(tmp_path) == before
@@ -712,7 +730,7 @@ def test_overwriting_replaces_what_has_passed(site: Site, demo: Path, tmp_path: 
     after = dialogues_of(tmp_path)
     assert [row["id"] for row in after] == [row["id"] for row in before]
     assert [a == b for a, b in zip(after, before, strict=True)] == [False, True, True]
-    assert site.asked[-1]["temperature"] == 0.5
+    assert site.chats[-1]["temperature"] == 0.5
     lines = (tmp_path / "grown.jsonl").read_text(encoding="utf-8").splitlines()
     by = [json.loads(line)["value"]["by"] for line in lines if '"grown"' in line]
     assert [(one["model"], one["temperature"]) for one in by] == [("m", None)] * 3 + [("m", 0.5)]
@@ -729,7 +747,7 @@ def test_edited_profiles_stay_so(site: Site, tmp_path: Path) -> None:
 
 
 def test_a_profile_of_ones_own_is_not_replaced(site: Site, tmp_path: Path) -> None:
-    site.faults = ["say no"] * 9
+    site.chat = scripted("no")
     assert grow_person(site, tmp_path / "root", {"name": "Otto"}) == 1
     profiles_of(tmp_path / "root").parent.mkdir(parents=True)
     rewrite(profiles_of(tmp_path / "root"), {"Otto": "By hand."})
@@ -756,13 +774,13 @@ def test_facts_that_are_not_asked_for(site: Site, tmp_path: Path, facts: Any, wo
     rewrite(profiles_of(root), {"Otto Ray": "A profile."})
     with pytest.raises(MMRoleError, match=words):
         grow_person(site, root, facts)
-    assert site.asked == []
+    assert site.chats == []
 
 
 def test_bytes_and_marks_of_other_encodings(site: Site, tmp_path: Path) -> None:
     text, root = tmp_path / "ada.txt", tmp_path / "root"
     text.write_text("Ada was here.", encoding="utf-8-sig")
-    flags = ["profile", str(root), "--model", "m", "--base_url", site.url, "--script", "My Novel", "--text", str(text)]
+    flags = ["profile", str(root), *endpoint(site), "--script", "My Novel", "--text", str(text)]
     with pytest.raises(MMRoleError, match="not UTF-8"):
         main([*flags, "--name", "\udcb0\udca1"])
     assert not root.exists()
@@ -797,16 +815,16 @@ def test_broken_images_are_told_before_any_request(site: Site, demo: Path, tmp_p
     with pytest.raises(MMRoleError) as caught:
         grow_dialogues(site, source, tmp_path / "root", "--characters", min(cast.profiles), "--images", *names)
     assert all(name in str(caught.value) for name in names[1:])
-    assert site.asked == []
+    assert site.chats == []
     assert not (tmp_path / "root").exists()
 
 
 def test_why_the_budget_was_spent(site: Site, demo: Path, tmp_path: Path, cast: Characters, capsys) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
-    site.faults = ["not json"] * 9
+    site.chat = scripted(Reply(body=b"<html>busy</html>"))
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_requests", "2") == 1
     assert "left after this: the budget of 2 requests is spent" in capsys.readouterr().out
-    site.faults = ["say As an AI, I see nothing."]
+    site.chat = scripted("As an AI, I see nothing.")
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_requests", "1") == 1
     assert "left after this: the model speaks as itself" in capsys.readouterr().out
     assert grow_dialogues(site, demo, tmp_path, *flags, "--max_tokens_total", "50") == 1

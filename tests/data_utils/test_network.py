@@ -9,7 +9,7 @@ import pytest
 from data_utils.errors import MMRoleError
 from data_utils.network import PROXIES, check_network_settings
 
-pytestmark = pytest.mark.usefixtures("hub_at_home")
+pytestmark = pytest.mark.usefixtures("at_home")
 
 
 @pytest.mark.parametrize("name", PROXIES)

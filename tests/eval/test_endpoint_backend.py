@@ -14,18 +14,15 @@ from PIL import Image
 import inference
 from data_utils.errors import MMRoleError
 from eval import RM_review
-from tests.data_utils.loopback import completion, refusal, serving, stay_at_home
+from tests.data_utils.loopback import SECRET, completion, refusal, serving, stay_at_home
 from tests.eval.test_RM_review import make_answers
 from tests.fake_backend import make_world, results, sample, write_rows
 from tests.processes import killed_at
-
-SECRET = "sk-verysecret1234567890"
 
 
 @pytest.fixture
 def site(monkeypatch):
     stay_at_home(monkeypatch)
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     with serving() as found:
         found.chat = echo
         yield found
