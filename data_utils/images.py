@@ -175,6 +175,13 @@ def upright_rgb(data: bytes) -> tuple[bytes, str]:
     return content.getvalue(), ".png"
 
 
+def plain_picture() -> Image.Image:
+    """Return the grey picture that is shown where there is no other."""
+    from PIL import Image
+
+    return Image.new("RGB", (448, 448), (160, 160, 160))
+
+
 def _stays_out(images: Path, folder: Path) -> bool:
     """Return whether a folder is a link to MS-COCO's images, or to a folder that contains it."""
     if not folder.is_symlink():

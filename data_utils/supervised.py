@@ -1,19 +1,15 @@
-"""Samples to tokens, labels and lengths, as the released trainer makes them, without its padding and its caches."""
+"""Tokens and labels of a sample, as the released trainer makes them, without its padding and its caches."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_utils.images import find_image
-from data_utils.prompts import SYSTEM_MESSAGE, TRAINING_SYSTEM
+from data_utils.prompts import TRAINING_SYSTEM
 from qwen_vl import QwenVLTokenizer
-from qwen_vl.chat import make_context
 from qwen_vl.loss import IGNORED
 from qwen_vl.special_tokens import IMAGE_SPAN
-
-_NEXT_LINE = re.compile(r"(?<=\n)(?=\S)")
 
 
 def preprocess(
@@ -94,35 +90,3 @@ def image_path(data_root: str | Path, name: str) -> Path:
     if path is None:
         raise FileNotFoundError(f"no such image file: {Path(data_root) / name}")
     return path
-
-
-class LengthCounter:
-    """Counts a sample's prompt and answer: tokens as the model reads them, or characters without a tokenizer.
-
-    The tokenizer never joins the texts before and after a line's end, so lines can be counted one by one, and repeated
-    ones only once.
-    """
-
-    def __init__(self, tokenizer: QwenVLTokenizer | None) -> None:
-        self._tokenizer = tokenizer
-        self._counts: dict[str, int] = {}  # of lines
-        self._frame = 0
-        if tokenizer is not None:
-            ids = make_context(tokenizer, [{"image": "x"}, {"text": "T"}], system=SYSTEM_MESSAGE)[1]
-            self._frame = len(ids) - self.count("T")
-
-    def count(self, text: str) -> int:
-        """Return the tokens of a plain text, or its characters."""
-        if self._tokenizer is None:
-            return len(text)
-        return sum(map(self._line, _NEXT_LINE.split(text)))
-
-    def prompt(self, text: str) -> int:
-        """Return the tokens of the whole prompt with system message and picture, or the characters of the text."""
-        return self._frame + self.count(text)
-
-    def _line(self, line: str) -> int:
-        if line not in self._counts:
-            assert self._tokenizer is not None
-            self._counts[line] = len(self._tokenizer.encode(line, allowed_special=()))
-        return self._counts[line]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    # This file is named as its package: run as a script, its folder must not come first, or it would stand in for it.
+    # Started by path, Python looks for imports in this folder first, and finds this file for the package `finetune`.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_utils.errors import run_main

@@ -8,11 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # count NAME: the setting must be a whole number from 1
 count() {
-  if [[ ! ${!1} =~ ^[1-9][0-9]{0,3}$ ]]; then
-    printf 'error\nproblem: %s\nvalue:   %s\nwhere:   %s\nto do:   %s\n' "this must be a whole number from 1 to 9999" \
-      "${!1}" "$1" "set $1 to such a number, or leave it away" >&2
-    exit 2
-  fi
+  [[ ${!1} =~ ^[1-9][0-9]{0,3}$ ]] || fail "this must be a whole number from 1 to 9999" "${!1}" "$1" \
+    "set $1 to such a number, or leave it out"
 }
 NNODES=${NNODES:-1}
 count NNODES

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from data_utils.errors import MMRoleError, run_main
 from data_utils.supervised import preprocess
 from qwen_vl.chat import make_context
 from qwen_vl.special_tokens import VISION_TAGS
+from reference.run import run_cases
 
 Case = Mapping[str, Any]
 
@@ -95,28 +96,6 @@ class Ours:
         return list(preprocess(case["conversations"], self.tokenizer, case["max_length"]))
 
 
-def run_cases(side: Ours, cases: Sequence[Case]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns what the side computes of every case: JSON values and arrays; a failed case gets its error."""
-    values: dict[str, Any] = {}
-    arrays: dict[str, np.ndarray] = {}
-    part = None
-    for case in cases:
-        if case["part"] != part:
-            part = case["part"]
-            print(f"[parity] ours: {part}", file=sys.stderr, flush=True)
-        try:
-            compute: Callable[[Case], Any] = getattr(side, case["kind"])
-            with torch.no_grad():
-                found = compute(case)
-            if isinstance(found, np.ndarray):
-                arrays[case["name"]] = found
-            else:
-                values[case["name"]] = {"value": found}
-        except Exception as error:  # noqa: BLE001 - the failure becomes data
-            values[case["name"]] = {"failed": f"{type(error).__name__}: {error}"[:500]}
-    return values, arrays
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs all cases and writes what came out."""
     work, folder, device, dtype = arguments or sys.argv[1:]
@@ -124,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("[parity] ours: loading the model, without the folder's code", file=sys.stderr, flush=True)
     side = Ours(Path(folder), device, dtype)
     cases = json.loads((Path(work) / "cases.json").read_text(encoding="utf-8"))
-    values, arrays = run_cases(side, cases)
+    values, arrays = run_cases(side, cases, "ours")
     facts = {"device": str(side.model.device), "dtype": str(side.model.dtype).removeprefix("torch.")}
     facts |= {"python": platform.python_version(), "torch": torch.__version__}
     facts |= {"transformers": transformers.__version__, "numpy": np.__version__, "class": type(side.model).__name__}

@@ -10,15 +10,11 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+source "$(dirname "${BASH_SOURCE[0]}")/basics.sh"
+
 MODEL_PATH=${MODEL_PATH:-$ROOT/model_weights/MMRole-Agent}
 PORT=${PORT:-8000}
 ADDRESS=http://127.0.0.1:$PORT
-
-fail() { # what is wrong, the value, where, what to do
-    printf 'error\nproblem: %s\nvalue:   %s\nwhere:   %s\nto do:   %s\n' "$@" >&2
-    exit 2
-}
 
 [[ $PORT =~ ^[1-9][0-9]{0,4}$ && $PORT -le 65535 ]] || fail "this is no port" "$PORT" "PORT" "set PORT to a number from 1 to 65535"
 if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then

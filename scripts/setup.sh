@@ -11,15 +11,9 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-SUPPORTED='import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))'
+source "$(dirname "${BASH_SOURCE[0]}")/basics.sh"
 
 say() { printf '[setup] %s\n' "$*" >&2; }
-
-fail() { # what is wrong, the value, where, what to do
-    printf 'error\nproblem: %s\nvalue:   %s\nwhere:   %s\nto do:   %s\n' "$@" >&2
-    exit 2
-}
 
 # Names on stderr the packages that the active environment lacks; a version out of the tested range is only warned of.
 check_packages() {
@@ -52,28 +46,15 @@ sys.exit(bool(missing))
 PY
 }
 
-find_python() {
-    local candidate candidates=${PYTHON_FOR_VENV:-python3.12 python3.13 python3.11 python3.10 python3.14 python3}
-    for candidate in $candidates; do
-        if "$candidate" -c "$SUPPORTED" >/dev/null 2>&1; then
-            echo "$candidate"
-            return
-        fi
-    done
-    fail "no Python from 3.10 to 3.14 was found" "tried: $candidates" "your PATH" \
-        "install Python 3.12, or name one: PYTHON_FOR_VENV=/path/to/python3.12 bash scripts/setup.sh"
-}
-
 has_torch() { compgen -G "$PREFIX/lib*/python3*/site-packages/torch-${1:-}*.dist-info" >/dev/null; }
 
 install() {
     local python torch="torch==${TORCH_VERSION:-2.13.0}" # a build for CPUs, where pip finds one
     if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
         if [[ $PREFIX == "$OWN" ]]; then
-            python=$(find_python)
+            python=$(find_python 10 scripts/setup.sh)
             say "making $PREFIX with $("$python" --version)"
-            "$python" -m venv --clear "$PREFIX" || fail "the virtual environment could not be made" "$python -m venv" \
-                "$PREFIX" "on Debian or Ubuntu: sudo apt install python3-venv; then run again: bash scripts/setup.sh"
+            make_venv "$python" "$PREFIX" scripts/setup.sh
         else
             "$PYTHON" -m ensurepip >&2
         fi
@@ -119,7 +100,7 @@ STAMP=$PREFIX/mmrole-setup.txt
 # Once installed, the tests' packages stay: a plain set-up after one with --test is nothing new.
 if [[ -f $STAMP ]] && grep -qx 'extra test' "$STAMP"; then EXTRA=test; fi
 
-if [[ -n $ACTIVE ]] && ! "$PYTHON" -c "$SUPPORTED" 2>/dev/null; then
+if [[ -n $ACTIVE ]] && ! supported "$PYTHON" 10; then
     fail "the active environment has no Python from 3.10 to 3.14" "$("$PYTHON" --version 2>&1 || true)" "$PREFIX" \
         "leave it (deactivate, conda deactivate) and run the same command again: .venv is used then"
 fi

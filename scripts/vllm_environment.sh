@@ -11,30 +11,13 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+source "$(dirname "${BASH_SOURCE[0]}")/basics.sh"
+
 VENV=${VLLM_VENV:-$ROOT/.venv-vllm}
 PYTHON=$VENV/bin/python
 STAMP=$VENV/mmrole-vllm.txt
-SUPPORTED='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
 
 say() { printf '[vllm] %s\n' "$*" >&2; }
-
-fail() { # what is wrong, the value, where, what to do
-    printf 'error\nproblem: %s\nvalue:   %s\nwhere:   %s\nto do:   %s\n' "$@" >&2
-    exit 2
-}
-
-find_python() {
-    local candidate tried=${PYTHON_FOR_VENV:-python3.12 python3.13 python3.11 python3.14 python3}
-    for candidate in $tried; do
-        if "$candidate" -c "$SUPPORTED" >/dev/null 2>&1; then
-            echo "$candidate"
-            return
-        fi
-    done
-    fail "no Python from 3.11 to 3.14 was found" "tried: $tried" "your PATH" \
-        "install one, or name one: PYTHON_FOR_VENV=/path/to/python3.12 bash scripts/vllm_environment.sh"
-}
 
 # What the finished environment is compared with: the same text means that nothing has to be done.
 fingerprint() {
@@ -42,21 +25,20 @@ fingerprint() {
     sed -n '/^dependencies/,/^]/p; /^vllm/p' "$ROOT/pyproject.toml"
 }
 
-make_venv() {
+new_environment() {
     local python
     [[ ! -e $VENV || -f $STAMP ]] || fail "the folder is there and was not made by this script" "$VENV" "VLLM_VENV" \
         "remove it, or name another folder"
-    python=$(find_python)
+    python=$(find_python 11 scripts/vllm_environment.sh)
     say "making $VENV with $("$python" --version), vLLM's $BUILD build; this downloads gigabytes"
-    "$python" -m venv --clear "$VENV" || fail "the virtual environment could not be made" "$python -m venv" "$VENV" \
-        "on Debian or Ubuntu: sudo apt install python3-venv; then run again: bash scripts/vllm_environment.sh"
+    make_venv "$python" "$VENV" scripts/vllm_environment.sh
     echo unfinished >"$STAMP"
 }
 
 install() {
     local started=$SECONDS
     # One that was being made when the script was stopped is made again.
-    if [[ ! -f $STAMP || "$(<"$STAMP")" == unfinished ]]; then make_venv; fi
+    if [[ ! -f $STAMP || "$(<"$STAMP")" == unfinished ]]; then new_environment; fi
     # No source builds: vLLM's takes hours.
     (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check --quiet --only-binary :all: \
         -e ".[$EXTRA]" ${TESTS[@]+"${TESTS[@]}"}) >&2 ||

@@ -56,6 +56,7 @@ SOURCES = sorted(
 )
 SHELL = sorted([*ROOT.glob("*.sh"), *(p for d in [*MAY_IMPORT, "scripts"] for p in (ROOT / d).rglob("*.sh"))])
 SHELL.append(ROOT / ".ci" / "run")
+SOURCED = ("basics.sh", "environment.sh", "launch.sh")  # read by the other scripts, not run
 
 
 def name_of(path: Path) -> str:
@@ -229,14 +230,10 @@ def test_nobody_is_let_in(path: Path) -> None:
 @pytest.mark.parametrize("path", SHELL, ids=name_of)
 def test_shell_scripts(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").split("\n")
-    if path.name != "environment.sh":  # it is read by the others, not run
-        assert lines[0] == "#!/usr/bin/env bash"
-        assert lines[1].startswith("# ")
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[1].startswith("# ")
     start = lines.index("set -euo pipefail")
-    if path.name not in (
-        "environment.sh",
-        "launch.sh",
-    ):  # `sh script`: the first command, before what only bash can read
+    if path.name not in SOURCED:  # `sh script`: the first command, before what only bash can read
         assert lines[start - 1] == '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too'
         assert all(line.startswith("#") or not line for line in lines[: start - 1])
     subprocess.run(["bash", "-n", path], check=True)

@@ -12,10 +12,11 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data_utils.images import plain_picture
 from data_utils.prompts import HUMAN, SYSTEM_MESSAGE, ImageInformation, Role, role_play_prompt
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-PLAIN_PICTURE = Image.new("RGB", (448, 448), (160, 160, 160))  # shown where a chat has no picture
+PLAIN_PICTURE = plain_picture()  # shown where a chat has no picture
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _SYSTEM_ROLES = ("system", "developer")
 

@@ -22,7 +22,7 @@ from data_utils.characters.card_files import CardFile, decode_base64, read_card_
 from data_utils.characters.importer import CARD_SUFFIXES, NewCharacter, Picture, stored_picture
 from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import write_bytes
-from data_utils.images import file_name_problem, find_image
+from data_utils.images import file_name_problem, find_image, plain_picture
 from data_utils.layout import SPLITS, card_path, file_name
 from data_utils.prompts import HYPOTHETICAL_CHARACTERS
 from data_utils.roots import read_annotations, read_profiles
@@ -162,7 +162,7 @@ def _first_png(pictures: Iterable[Picture]) -> bytes:
         with Image.open(io.BytesIO(stored)) as image:
             image.convert("RGB").save(out, "PNG")
         return out.getvalue()
-    Image.new("RGB", (448, 448), (160, 160, 160)).save(out, "PNG")
+    plain_picture().save(out, "PNG")
     return out.getvalue()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_utils.errors import MMRoleError, raise_problems, shown
 from data_utils.files import Row, write_bytes, write_json
-from data_utils.images import IMAGE_SUFFIXES, NO_IMAGES, file_name_problem, upright_rgb
+from data_utils.images import IMAGE_SUFFIXES, NO_IMAGES, file_name_problem, plain_picture, upright_rgb
 from data_utils.layout import PLAIN_IMAGE, SPLITS, card_path, file_name, play_path, profiles_folder
 from data_utils.paths import listed
 from data_utils.prompts import HUMAN, ImageInformation, prompt_language
@@ -34,7 +34,6 @@ QUESTIONS = {
 }
 CARD_SUFFIXES = (".png", ".json", ".charx")
 _TEXTS = (".txt", ".md")
-_PLAIN_GREY = (160, 160, 160)
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _write_questions(root: Path, character: NewCharacter, annotations: Sequence[
     pictures = [row for row in annotations if row["image"].startswith(folder)]
     if not pictures:
         plain = io.BytesIO()
-        Image.new("RGB", (448, 448), _PLAIN_GREY).save(plain, "PNG")
+        plain_picture().save(plain, "PNG")
         write_bytes(root / "images" / PLAIN_IMAGE, plain.getvalue())
         pictures = [{"image": PLAIN_IMAGE}]
     path = play_path(root, character.name)

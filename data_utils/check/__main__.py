@@ -19,8 +19,9 @@ from pathlib import Path
 
 from data_utils.check.roots import as_json, as_text, check_roots, exit_status
 from data_utils.check.samples import LengthMeter
-from data_utils.errors import MMRoleError, run_main
+from data_utils.errors import run_main
 from data_utils.files import write_text
+from data_utils.lengths import read_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--examples", type=_at_least(0), default=5, help="how many to show of each finding (%(default)s)"
     )
     options = parser.parse_args(arguments)
-    meter = _meter(options.tokenizer, options.max_length) if options.tokenizer else None
+    meter = LengthMeter(read_tokenizer(options.tokenizer), options.max_length) if options.tokenizer else None
     reports = check_roots(
         options.data_root, options.extra_root, decode=options.decode, meter=meter, examples=options.examples
     )
@@ -63,15 +64,6 @@ def _show(text: str) -> None:
         print(text.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:  # `| head` has seen enough; the status still counts
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _meter(checkpoint: Path, max_length: int) -> LengthMeter:
-    from qwen_vl import QwenVLTokenizer
-
-    try:
-        return LengthMeter(QwenVLTokenizer.from_pretrained(checkpoint), max_length)
-    except (FileNotFoundError, ValueError) as error:
-        raise MMRoleError("no tokenizer there", str(error), "--tokenizer", "choose a checkpoint's folder") from error
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from data_utils.check.checker import Checker
 from data_utils.errors import MMRoleError
 from data_utils.files import Row
 from data_utils.layout import KINDS, SPLITS, file_of_tests
+from data_utils.lengths import LengthCounter
 from data_utils.paths import is_folder
 from data_utils.prompts import picture_line
 from data_utils.roots import dialogue_id
@@ -36,7 +37,7 @@ class LengthMeter:
     """
 
     def __init__(self, tokenizer: QwenVLTokenizer, max_length: int) -> None:
-        from data_utils.supervised import LengthCounter, preprocess
+        from data_utils.supervised import preprocess  # torch, which the other checks do without
 
         self._tokenizer, self._preprocess, self.max_length = tokenizer, preprocess, max_length
         self._counter = LengthCounter(tokenizer)

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_utils.errors import MMRoleError, run_main
+from data_utils.errors import run_main
+from data_utils.lengths import read_tokenizer
 from data_utils.stats.card import summary
 from data_utils.stats.measure import collect, write_card
-from qwen_vl import QwenVLTokenizer
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "model_weights"
 CHECKPOINTS = ("Qwen-VL-Chat", "MMRole-Agent", "MMRole-Eval_RM")
@@ -20,13 +20,6 @@ def default_tokenizer() -> Path | None:
     """Return a released checkpoint that has been downloaded, or None; they all have the same tokenizer."""
     folders = [WEIGHTS / name for name in CHECKPOINTS]
     return next((folder for folder in folders if (folder / "qwen.tiktoken").is_file()), None)
-
-
-def _tokenizer(checkpoint: Path) -> QwenVLTokenizer:
-    try:
-        return QwenVLTokenizer.from_pretrained(checkpoint)
-    except (FileNotFoundError, ValueError) as error:
-        raise MMRoleError("no tokenizer there", str(error), "--tokenizer", "choose a checkpoint's folder") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     checkpoint = options.tokenizer or default_tokenizer()
-    tokenizer = _tokenizer(checkpoint) if checkpoint else None
+    tokenizer = read_tokenizer(checkpoint) if checkpoint else None
     if tokenizer is None:
         print(
             f"no tokenizer in {WEIGHTS}, so lengths are in characters; --tokenizer CHECKPOINT gives them in tokens, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -13,13 +13,15 @@ from data_utils.errors import MMRoleError, raise_problems
 from data_utils.files import write_bytes, write_text
 from data_utils.images import find_image, images_below
 from data_utils.layout import KINDS, SPLITS, file_of_tests, paths_of_tests
+from data_utils.lengths import LengthCounter
 from data_utils.prompts import category
 from data_utils.roots import Characters, DataRoots, dialogue_files
 from data_utils.samples import iterate_samples
 from data_utils.schema import TestSample
 from data_utils.stats.card import Card, Dialogues, Lengths, markdown
-from data_utils.supervised import LengthCounter
-from qwen_vl import QwenVLTokenizer
+
+if TYPE_CHECKING:
+    from qwen_vl import QwenVLTokenizer
 
 
 def collect(data_root: Path, tokenizer: QwenVLTokenizer | None = None) -> Card:

@@ -166,15 +166,15 @@ def training_labels(tokenizer: Any, conversations: Sequence[Case], limit: int) -
     return ids[:limit], labels[:limit]
 
 
-def run_cases(side: Any, cases: Sequence[Case]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns what the side computes of every case: JSON values and arrays; a failed case gets its error."""
+def run_cases(side: Any, cases: Sequence[Case], name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Runs every case on a side: JSON values and arrays by the case's name; a failed case gets its error."""
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     part = None
     for case in cases:
         if case["part"] != part:
             part = case["part"]
-            print(f"[parity] released: {part}", file=sys.stderr, flush=True)
+            print(f"[parity] {name}: {part}", file=sys.stderr, flush=True)
         try:
             compute: Callable[[Case], Any] = getattr(side, case["kind"])
             with torch.no_grad():
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str]) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tried = close_the_network()
     side = Released(folder, device, None if dtype == "auto" else getattr(torch, dtype))
-    values, arrays = run_cases(side, json.loads((work / "cases.json").read_text(encoding="utf-8")))
+    values, arrays = run_cases(side, json.loads((work / "cases.json").read_text(encoding="utf-8")), "released")
     facts = {"device": device, "dtype": str(side.dtype).removeprefix("torch."), "python": platform.python_version()}
     facts |= {"torch": torch.__version__} | {name: importlib.metadata.version(name) for name in SHOWN_PACKAGES}
     facts |= {"class": type(side.model).__name__, "network": tried}

@@ -24,7 +24,7 @@ from data_utils.stats import __main__ as stats
 from data_utils.stats import plots as stats_plots
 from data_utils.stats.card import Card, Lengths, markdown
 from data_utils.stats.measure import collect, write_card
-from data_utils.supervised import LengthCounter
+from data_utils.lengths import LengthCounter
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.chat import make_context
 from tests.conftest import ROOT

@@ -41,7 +41,7 @@ class Project:
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "scripts").mkdir(parents=True)
-        for script in ("setup.sh", "environment.sh"):
+        for script in ("setup.sh", "environment.sh", "basics.sh"):
             shutil.copy(ROOT / "scripts" / script, root / "scripts" / script)
         shutil.copy(stub_wheels.__file__, root / "stub_wheels.py")
         (root / "requirements.txt").write_text("-e .[train]\n")

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_house import SHELL, name_of
+from tests.test_house import SHELL, SOURCED, name_of
 
-SOURCED = ("environment.sh", "launch.sh")
 SCRIPTS = [path for path in SHELL if path.name not in SOURCED]
 needs_dash = pytest.mark.skipif(shutil.which("dash") is None, reason="no dash here, the `sh` of Debian and Ubuntu")
 
@@ -51,6 +50,6 @@ def test_no_file_of_a_tool_hides_a_package() -> None:
 
 def test_tools_of_the_data_start_without_torch() -> None:
     """It takes seconds to import, and few of their settings need it."""
-    tools = ["build", "characters", "check", "download", "export", "grow"]
+    tools = ["build", "characters", "check", "download", "export", "grow", "stats"]
     code = f"import sys, importlib\nfor tool in {tools}: importlib.import_module(f'data_utils.{{tool}}.__main__')\n"
     subprocess.run([sys.executable, "-c", f"{code}assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
