@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from reference.run import run_cases
 
 import qwen_vl
 from data_utils.errors import MMRoleError, run_main
 from data_utils.supervised import preprocess
 from qwen_vl.chat import make_context
 from qwen_vl.special_tokens import VISION_TAGS
-from reference.run import run_cases
 
 Case = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,13 @@ def kill_at(count: int) -> None:
     os.write, Path.replace = dying_write, dying_replace
 
 
-def free_port() -> str:
-    """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[str]:
+    """A port of loopback at which a server may listen, and which the system gives to nobody else in the meantime."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield str(held.getsockname()[1])
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:

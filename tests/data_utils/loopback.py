@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "stall":
             self.send(206 if start else 200, body[: len(body) // 2], headers, announced=len(body))
             self.site.stalled.set()
-            self.site.over.wait(300)
+            self.site.over.wait()
             return None
         return self.send(206 if start else 200, body, headers)
 

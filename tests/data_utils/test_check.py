@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,7 @@ def change(root: Path, name: str, edit: Callable[[Any], Any]) -> str:
 
 
 def test_snapshot_has_exactly_the_known_findings(shared: Path) -> None:
-    started = time.process_time()  # not what other processes take
     reports = check_roots(shared / "mmrole_data")
-    assert time.process_time() - started < 20
     report = reports[0][1]
     assert report.counts() == {kind: SNAPSHOT[kind] for kind in KINDS if kind in SNAPSHOT}
     assert exit_status(reports) == 3

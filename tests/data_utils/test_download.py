@@ -128,10 +128,11 @@ def test_ctrl_c_ends_a_download_at_once(site: Site, tmp_path: Path) -> None:
     site.faults[weights] = ["stall"]
     command = [sys.executable, str(ROOT / "data_utils/download"), "weights", "reward-model", "--out_dir", str(tmp_path)]
     environ = {**os.environ, "HF_ENDPOINT": site.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert site.stalled.wait(100)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=100)[1]
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, env=environ, **streams) as process:
+        site.stalled.wait()
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate()[1]
     assert process.returncode == 130
     assert "finished files are kept" in errors
     assert not site.over.is_set()
@@ -325,4 +326,4 @@ def test_failure_gives_status_1_and_user_errors_2(site: Site, tmp_path: Path) ->
 def run_script(name: str, folder: Path, environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "HF_HOME": str(folder / "hf"), "VIRTUAL_ENV": sys.prefix, **environment}
     command = ["bash", str(ROOT / "scripts" / name), *flags]
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)

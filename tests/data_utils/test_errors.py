@@ -87,5 +87,5 @@ def test_run_main_after_ctrl_c(capsys):
 def test_names_that_stdout_cannot_show_are_escaped(tmp_path):
     code = "from data_utils.errors import run_main; run_main(lambda: print('评测 \\udcff'))"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
     assert done.stdout == b"\\u8bc4\\u6d4b \\udcff\n", done.stderr

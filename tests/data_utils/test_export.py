@@ -113,18 +113,16 @@ EXPORT = """
 import resource, sys
 from data_utils.export.__main__ import main
 main(sys.argv[1:])
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 @pytest.mark.slow
-def test_snapshot_is_exported_in_a_minute(shared: Path, tmp_path: Path) -> None:
+def test_snapshot_is_exported_in_little_memory(shared: Path, tmp_path: Path) -> None:
     command = [str(shared / "mmrole_data"), "--format", "llamafactory", "--output", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", EXPORT, *command], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "train: 72,551 samples" in done.stdout and "test: 294 samples" in done.stdout
-    seconds, kilobytes = map(float, done.stdout.splitlines()[-1].split())
-    assert seconds < 60  # of processors
+    kilobytes = int(done.stdout.splitlines()[-1])
     assert kilobytes < 1.5 * 2**20

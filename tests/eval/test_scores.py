@@ -1,7 +1,6 @@
 """Reading scores out of reviews, and storing them."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +135,13 @@ def test_the_prompt_itself_holds_no_scores() -> None:
         assert read_scores(f"{text}\n8, 9").pair is None
 
 
-@pytest.mark.parametrize(
-    "text", ["[" * 20_000, "[ " * 20_000, "\n" * 20_000, "[Scores]: A 8" + " b" * 20_000, " " * 20_000]
-)
-def test_long_nonsense_is_refused_quickly(text: str) -> None:
-    start = time.perf_counter()
+LONG = 500_000
+
+
+@pytest.mark.parametrize("text", ["[" * LONG, "[ " * LONG, "\n" * LONG, "[Scores]: A 8" + " b" * LONG, " " * LONG])
+def test_long_nonsense_is_refused(text: str) -> None:
+    """A pattern whose time grows with the square of the length would not end."""
     assert read_scores(text).pair is None
-    assert time.perf_counter() - start < 2
 
 
 def test_stored_forms() -> None:

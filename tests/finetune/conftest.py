@@ -21,7 +21,7 @@ from tests.processes import run_group
 from tests.qwen_vl.conftest import RANKS, one_thread, small_model  # noqa: F401 - the fixture, for these tests too
 
 SCRIPT = ROOT / "finetune" / "finetune.py"
-SECONDS = 240
+SECONDS = 560  # less than the time limit of a test, so that a run that hangs is ended and shown
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 import qwen_vl
 from tests.conftest import ROOT
 from tests.finetune.conftest import SECONDS, Data, losses, report
-from tests.processes import free_port, run_group
+from tests.processes import reserved_port, run_group
 
 SCRIPTS = {"finetune_lora_ds": ("agent", 3.0, 3072), "finetune_RM_lora_ds": ("reward_model", 10.0, 4096)}
 
@@ -48,12 +48,12 @@ def test_the_lora_scripts_take_the_recipe(name: str, base: Path, data: Data, tmp
 def test_two_launches_are_two_nodes(base: Path, data: Data, tmp_path: Path) -> None:
     flags = ["--max_steps", "2", "--bf16", "False", "--sequential"]
     output_of(run("finetune_ds", base, data, tmp_path / "one", *flags))
-    settings = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    settings = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
 
     def node(rank: str) -> subprocess.CompletedProcess[str]:
-        return run("finetune_ds", base, data, tmp_path / "two", *flags, NODE_RANK=rank, **settings)
+        return run("finetune_ds", base, data, tmp_path / "two", *flags, NODE_RANK=rank, MASTER_PORT=port, **settings)
 
-    with ThreadPoolExecutor() as pool:
+    with reserved_port() as port, ThreadPoolExecutor() as pool:
         outputs = [output_of(done) for done in pool.map(node, "01")]
     assert "micro-batch 1 x accumulation 4 x 2 process(es)" in outputs[0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

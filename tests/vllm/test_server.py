@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import ROOT, shared_folder
 from tests.golden_checkpoint import write_golden_checkpoint
-from tests.processes import free_port
+from tests.processes import reserved_port
 from tests.vllm.conftest import NEW_TOKENS, SYSTEM, Native, Prompt, needs_vllm
 
 pytestmark = needs_vllm
@@ -67,9 +67,10 @@ def server(native: Native, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     if shared_folder():
         folder = write_golden_checkpoint(tmp_path_factory.mktemp("bin") / "tiny_a", kind="bin")
         shutil.copyfile(native.folder / "qwen.tiktoken", folder / "qwen.tiktoken")
-    running = Server(folder, free_port())
-    yield running
-    running.stop()
+    with reserved_port() as port:
+        running = Server(folder, port)
+        yield running
+        running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,8 @@ def test_pictures_are_not_fetched(client: Any) -> None:
 def test_folders_that_are_refused(files: list[str], problem: str, tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).write_text("{}")
-    environ = {**os.environ, "MODEL_PATH": str(tmp_path), "PORT": free_port()}
-    result = subprocess.run(["bash", ROOT / "scripts/serve_vllm.sh"], env=environ, capture_output=True, text=True)
+    with reserved_port() as port:
+        environ = {**os.environ, "MODEL_PATH": str(tmp_path), "PORT": port}
+        result = subprocess.run(["bash", ROOT / "scripts/serve_vllm.sh"], env=environ, capture_output=True, text=True)
     assert result.returncode == 2
     assert problem in result.stderr

@@ -185,7 +185,7 @@ def test_who_leaves_frees_the_place(served: Served, client: Any) -> None:
             done.set()
 
     service.call(look)
-    assert done.wait(60)
+    done.wait()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_what_cannot_be_answered(client: Any, change: dict[str, Any], message: s
 
 
 def raw(served: Served, headers: dict[str, str], body: Any = None, path: str = "") -> tuple[int, dict[str, Any]]:
-    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=60)
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
     path = path or ("/v1/models" if body is None else "/v1/chat/completions")
     connection.request("GET" if body is None else "POST", path, body, headers)
     response = connection.getresponse()
