@@ -1,4 +1,4 @@
-"""How answers and reviews were made: what the journals beside the files say, where there are any."""
+"""How answers and reviews were made, by the journals beside the files, where there are any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eval.results.reviews import Agent
 
 @dataclass
 class Origin:
-    """What journals say of an agent's answers, or of a judge's reviews of them.
+    """How an agent's answers, or a judge's reviews of them, were made, by their journals.
 
     Attributes:
         agent: The agent's folder.
@@ -37,19 +37,15 @@ class Origin:
             content = read_journal(journal_path(path))
             if content is None:
                 return
-            names = content.info.get("names")
-            shown = {**content.settings, **(names if isinstance(names, dict) else {})}
-            versions = content.info.get("versions")
-            shown |= versions if isinstance(versions, dict) else {}
+            shown = {**content.settings, **content.info.get("names", {}), **content.info.get("versions", {})}
             for name, value in shown.items():
-                self.settings.setdefault(str(name), set()).add(str(value))
-            entries = [entry for entry in content.entries.values() if isinstance(entry, dict)]
-            self.refused += sum("refusal" in entry for entry in entries)
-            self.cut += sum(entry.get("cut") is True for entry in entries)
+                self.settings.setdefault(name, set()).add(str(value))
+            self.refused += sum("refusal" in entry for entry in content.entries.values())
+            self.cut += sum("cut" in entry for entry in content.entries.values())
 
 
 def origins(eval_dir: Path, agents: Iterable[Agent]) -> list[Origin]:
-    """Return what is known of the answers and reviews of some agents; nothing about files without a journal."""
+    """Return how the answers and reviews of some agents were made; nothing for files without a journal."""
     found = []
     for agent in agents:
         answers, reviews = Origin(agent.folder, "answers"), Origin(agent.folder, "reviews")

@@ -26,7 +26,6 @@ from eval.backends.backend import Completion, Prompt, another_model
 from eval.running.task import Task
 
 FILE_KEY = ""  # a journal's lines about the result file itself; no prompt has an empty key
-_GENERATION = "times_begun_anew"  # generation number of the file, which only the earlier version counted
 _NAMED = 10  # prompts or rows that an error names; more are counted
 
 
@@ -149,12 +148,12 @@ class ResultWriter:
     def __init__(self, file: ResultFile, settings: Settings, *, overwrite: bool = False) -> None:
         self.file = file
         make_folder(file.target.parent, "nothing was started")
-        known = None if overwrite else _read(file.target, settings)
-        info = {**settings.info, "replaces": sha256_of(file.target), _GENERATION: _generation(known) if known else 0}
-        compared = known.settings if known else settings.compared
-        self._journal = Journal.open(file.journal, compared, info, overwrite=overwrite, at_once=not overwrite)
+        content = None if overwrite else _read(file.target, settings)
+        info = {**settings.info, "replaces": sha256_of(file.target)}
+        compared = content.settings if content else settings.compared
+        self._journal = Journal.open(file.journal, compared, info, overwrite=overwrite)
         self._outdated = _part_journals(file.target) if overwrite else []
-        self.completions = _completions(file, known) if known else {}
+        self.completions = _completions(file, content) if content else {}
         self._served = next((c.served for c in self.completions.values() if c.served), "")
 
     def record(self, prompt: Prompt, completion: Completion) -> Completion:
@@ -298,59 +297,27 @@ def _read(target: Path, settings: Settings) -> JournalContent | None:
     """Return what a result file's journal holds; None if it holds no text yet.
 
     Raises:
-        MMRoleError: It is damaged, or was begun with other settings.
+        MMRoleError: It is damaged, was begun with other settings, or an earlier version wrote it in parts.
     """
-    contents = []
-    for path in (journal_path(target), *_part_journals(target)):
-        content = read_journal(path, _is_entry)
-        if content is not None and content.entries:
-            contents.append((path, content))
-    # Journals of the earlier version: several processes had one each, and an overwriting run numbered them anew.
-    latest = max((_generation(content) for _, content in contents), default=0)
-    found: JournalContent | None = None
-    for path, content in contents:
-        if _generation(content) < latest:
-            continue
-        check_settings(path, _renewed(content, settings), settings.compared, settings.info)
-        found = found or JournalContent(content.settings, content.info)
-        for key, entry in content.entries.items():
-            if key not in found.entries or _progress(entry) >= _progress(found.entries[key]):
-                found.entries[key] = entry
-    if found and contents[0][0] == journal_path(target) and _generation(contents[0][1]) < latest:
-        fix = "give --overwrite to start anew"
-        raise MMRoleError("an earlier version was stopped here while it began the file anew", None, target, fix)
-    return found
+    parts = [str(path) for path in _part_journals(target)]
+    if parts:
+        what = "an earlier version has written the journal in parts, one per process, which are not read any more"
+        raise MMRoleError(what, parts, target, "give --overwrite to start again, or choose another output folder")
+    content = read_journal(journal_path(target))
+    if content is None or not content.entries:
+        return None
+    check_settings(journal_path(target), _with_dtype(content, settings), settings.compared, settings.info)
+    return content
 
 
-def _renewed(content: JournalContent, settings: Settings) -> JournalContent:
-    """Return a journal with the dtype that `auto` stands for; the earlier version wrote `auto`."""
+def _with_dtype(content: JournalContent, settings: Settings) -> JournalContent:
+    """Return a journal with the dtype that `auto` stands for; an earlier version wrote `auto`."""
     if content.settings.get("dtype") != "auto" or settings.info.get("options", {}).get("dtype") != "auto":
         return content
     return replace(content, settings={**content.settings, "dtype": settings.compared.get("dtype")})
 
 
 def _part_journals(target: Path) -> list[Path]:
-    """Return the journals that processes of the earlier version wrote: `<name>.journal.part-<process>`."""
+    """Return the journals that the processes of an earlier version wrote: `<name>.journal.part-<process>`."""
     start = f"{journal_path(target).name}.part-"
     return [path for path in listed(target.parent) if path.name.startswith(start) and path.name[len(start) :].isdigit()]
-
-
-def _generation(content: JournalContent) -> int:
-    number = content.info.get(_GENERATION)
-    return number if isinstance(number, int) else 0
-
-
-def _progress(entry: Mapping[str, Any]) -> tuple[int, bool]:
-    """Orders what two journals say of one prompt: a later attempt counts more, and of one attempt the text."""
-    return entry.get("attempt", 0), "error" not in entry
-
-
-def _is_entry(key: str, value: Any) -> bool:
-    """Whether a journal's line is one that a run writes."""
-    if not isinstance(value, dict):
-        return False
-    if key == FILE_KEY:
-        return isinstance(value.get("sha256"), list) and bool(value["sha256"]) and isinstance(value.get("rows"), int)
-    texts = [value[name] for name in ("text", "error") if name in value]
-    sound = isinstance(value.get("prompt"), str) and isinstance(value.get("attempt"), int)
-    return sound and bool(texts) and all(isinstance(text, str) for text in texts)
