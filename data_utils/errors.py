@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from qwen_vl.checkpoint import CheckpointError
 
@@ -125,6 +125,11 @@ def shown(value: object) -> str:
         return text
     half = _MAX_VALUE // 2
     return f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[-half:]}"
+
+
+def first_of(names: Sequence[str], most: int = 10) -> list[str]:
+    """Return the first of many names for a message, and how many more there are."""
+    return [*names[:most], *([f"… and {len(names) - most:,} more"] if len(names) > most else [])]
 
 
 def _indented(text: str) -> str:

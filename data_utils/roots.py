@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_utils.errors import MMRoleError, raise_problems
+from data_utils.errors import MMRoleError, first_of, raise_problems
 from data_utils.files import Row, write_json
 from data_utils.images import clashing_images
 from data_utils.layout import SPLITS, annotations_path, dialogues_folder, paths_of_tests, profiles_folder
 from data_utils.paths import is_file, is_folder, listed
 from data_utils.prompts import Role
 from data_utils.schema import Annotation, Dialogue, Named, Profiles, Roles, read_rows, read_value
-
-_MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ class DataRoots:
                 names = [name for name, place in places.items() if place == other]
                 what = f"{len(names):,} dialogue(s) of two files have the same id"
                 fix = "give each a different id, or remove those of one file"
-                self.problems.append(MMRoleError(what, _first_names(names), f"{path} and {other}", fix))
+                self.problems.append(MMRoleError(what, first_of(names), f"{path} and {other}", fix))
             yield from rows
 
     def _files(self, root: Path, split: str, kind: str) -> list[Path]:
@@ -264,7 +262,7 @@ class DataRoots:
                     "or give its script another name"
                 )
                 place = f"{root / 'images'} and {other / 'images'}"
-                self.problems.append(MMRoleError(what, _first_names(names), place, fix))
+                self.problems.append(MMRoleError(what, first_of(names), place, fix))
 
 
 def root_problems(roots: Sequence[Path]) -> list[MMRoleError]:
@@ -293,9 +291,4 @@ def _different_characters(
         return []
     what = f"{len(changed):,} character(s) of two data roots have the same name and are different people"
     fix = "rename those of one root, also in its dialogues and samples, or take them out of its profiles and roles"
-    return [MMRoleError(what, _first_names(sorted(changed)), root / "profiles", fix)]
-
-
-def _first_names(names: Sequence[str]) -> list[str]:
-    more = [f"… and {len(names) - _MOST_NAMES:,} more"] if len(names) > _MOST_NAMES else []
-    return [*names[:_MOST_NAMES], *more]
+    return [MMRoleError(what, first_of(sorted(changed)), root / "profiles", fix)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from data_utils.errors import MMRoleError, ProblemsError, shown
+from data_utils.errors import MMRoleError, ProblemsError, first_of, shown
 
 if TYPE_CHECKING:
     import transformers
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 _SECONDS_TO_END = 30  # in which the launcher ends the other processes, once the first has ended
 _LOST = ("Connection closed by peer", "Connection reset by peer")
 _REPORTED_ALONE = 3  # equal problems up to this many are reported one by one, more of them as one
-_LISTED = 10
 
 
 @contextmanager
@@ -97,9 +96,8 @@ def grouped(problems: Sequence[MMRoleError]) -> list[MMRoleError]:
         if len(group) <= _REPORTED_ALONE:
             joined += group
             continue
-        listed = [f"{shown(problem.value)} ({shown(problem.where)})" for problem in group[:_LISTED]]
-        more = [f"… and {len(group) - _LISTED:,} more"] if len(group) > _LISTED else []
-        joined.append(MMRoleError(f"{what} ({len(group):,} times)", [*listed, *more], None, fix))
+        values = [f"{shown(problem.value)} ({shown(problem.where)})" for problem in group]
+        joined.append(MMRoleError(f"{what} ({len(group):,} times)", first_of(values), None, fix))
     return joined
 
 

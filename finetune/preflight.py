@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_utils.errors import MMRoleError, four_parts, raise_problems, shown
+from data_utils.errors import MMRoleError, first_of, four_parts, raise_problems, shown
 from finetune.report import size
 
 if TYPE_CHECKING:
@@ -421,9 +421,8 @@ def _check_tensors(base: Path) -> None:
         if there.get(name, shape) != shape
     ]
     if wrong:
-        listed = wrong if len(wrong) <= _LISTED else [*wrong[:_LISTED], f"… and {len(wrong) - _LISTED} more"]
         fix = "fetch the checkpoint again, or give another folder with --model_name_or_path"
-        raise MMRoleError("the weights do not fit config.json", listed, base, fix)
+        raise MMRoleError("the weights do not fit config.json", first_of(wrong), base, fix)
 
 
 # ---- the output folder

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-from data_utils.errors import MMRoleError, raise_problems
+from data_utils.errors import MMRoleError, first_of, raise_problems
 from data_utils.files import make_folder, read_json, write_json
 from data_utils.layout import KINDS, SHORT_SPLITS, answers_folder, check_folder_name, file_of_tests
 from data_utils.paths import is_there
 from data_utils.schema import Record, Row, TestSample, Text, read_rows, validate_row
-
-_SHOWN = 20  # ids that an error lists; more are counted
 
 
 class _Answer(Record):
@@ -57,10 +54,10 @@ def write_answers(
                 files[answers_folder(eval_dir, split, agent) / file_of_tests(kind)] = answered
     if missing and not partial:
         fix = "answer these samples too, or give --partial to leave them out"
-        problems.append(MMRoleError(f"{len(missing)} samples have no answer", _some(missing), answers, fix))
+        problems.append(MMRoleError(f"{len(missing)} samples have no answer", first_of(missing), answers, fix))
     if unknown := [name for name in texts if name not in known]:
         fix = "use the ids of the test files below data/test/"
-        problems.append(MMRoleError(f"{len(unknown)} ids are of no test sample", _some(unknown), answers, fix))
+        problems.append(MMRoleError(f"{len(unknown)} ids are of no test sample", first_of(unknown), answers, fix))
     for path in files:
         if not overwrite and is_there(path):
             problems.append(MMRoleError("there are answers already", path, fix="give another --agent, or --overwrite"))
@@ -85,14 +82,10 @@ def _read(path: Path) -> tuple[dict[str, str], list[MMRoleError]]:
     counts = Counter(line["id"] for line in lines)
     if double := [name for name, count in counts.items() if count > 1]:
         fix = "leave one answer of each"
-        problems.append(MMRoleError(f"{len(double)} ids come more than once", _some(double), path, fix))
+        problems.append(MMRoleError(f"{len(double)} ids come more than once", first_of(double), path, fix))
     return {line["id"]: line["answer"] for line in lines}, problems
 
 
 def _with_answer(row: Row, answer: str) -> Row:
     user, assistant = row["conversations"]
     return {**row, "conversations": [user, {**assistant, "answer": answer}]}
-
-
-def _some(names: Sequence[str]) -> list[str]:
-    return [*names[:_SHOWN], *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])]

@@ -12,15 +12,16 @@ and not checked. Exit status:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_utils.check.roots import as_json, as_text, check_roots, exit_status
 from data_utils.check.samples import LengthMeter
+from data_utils.console import ignore_lost_output
 from data_utils.errors import run_main
 from data_utils.files import write_text
+from data_utils.flag_types import natural, positive
 from data_utils.lengths import read_tokenizer
 
 
@@ -34,10 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there, as JSON")
     parser.add_argument("--decode", action="store_true", help="decode every image that is referred to")
     parser.add_argument("--tokenizer", type=Path, metavar="CHECKPOINT", help="measure training samples in its tokens")
-    parser.add_argument("--max_length", type=_at_least(1), default=3072, help="tokens the trainer keeps (%(default)s)")
-    parser.add_argument(
-        "--examples", type=_at_least(0), default=5, help="how many to show of each finding (%(default)s)"
-    )
+    parser.add_argument("--max_length", type=positive, default=3072, help="tokens the trainer keeps (%(default)s)")
+    parser.add_argument("--examples", type=natural, default=5, help="how many to show of each finding (%(default)s)")
     options = parser.parse_args(arguments)
     meter = LengthMeter(read_tokenizer(options.tokenizer), options.max_length) if options.tokenizer else None
     reports = check_roots(
@@ -45,26 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.json:
         write_text(options.json, as_json(reports))
-    _show(as_text(reports))
+    print(as_text(reports), flush=True)
     return exit_status(reports)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
-
-
-def _show(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; the status still counts
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 if __name__ == "__main__":
+    ignore_lost_output()  # after `| head` the status still counts
     sys.exit(run_main(main))

@@ -101,21 +101,24 @@ def check_dialogues(checker: Checker) -> None:
     """Check all dialogues, and compare test samples with what is built from their dialogue."""
     answers: dict[str, tuple[str, str]] = {}
     shared: dict[str, list[tuple[str, str]]] = {}
-    odd_elsewhere = 0
+    blank = odd_elsewhere = 0
+    report = checker.report
     for split, kind in itertools.product(SPLITS, KINDS):
         for path in _files(checker, split, kind):
             for row in checker.rows(path, Dialogue, "dialogue"):
-                checker.report.checked["dialogues"] += 1
-                odd_elsewhere += _check_dialogue(checker, path, row, split, kind)
+                report.checked["dialogues"] += 1
+                before = report.count("turn_blanks")
+                _check_dialogue(checker, path, row, split, kind)
+                blank += report.count("turn_blanks") > before
+                odd_elsewhere += split != SPLITS[0] and kind == "inter-role" and len(row["conversations"]) % 2
                 _collect_answers(row, checker.name(path), answers, shared)
     for text, places in shared.items():
         file, first = answers[text]
         others = ", ".join(name for _, name in places)
-        checker.report.add("duplicate_answer", file, f"{first}, {others}", text)
-    blank_dialogues = checker.report.checked.pop("_blank", 0)
-    checker.report.remark("turn_blanks", f"in {blank_dialogues:,} dialogues")
+        report.add("duplicate_answer", file, f"{first}, {others}", text)
+    report.remark("turn_blanks", f"in {blank:,} dialogues")
     if odd_elsewhere:
-        checker.report.remark("odd_inter_role", f"and {odd_elsewhere:,} {SPLITS[1]}, which train nothing")
+        report.remark("odd_inter_role", f"and {odd_elsewhere:,} {SPLITS[1]}, which train nothing")
 
 
 def _files(checker: Checker, split: str, kind: str) -> list[Path]:
@@ -130,14 +133,13 @@ def _files(checker: Checker, split: str, kind: str) -> list[Path]:
     return files
 
 
-def _check_dialogue(checker: Checker, path: Path, row: Row, split: str, kind: str) -> int:
-    """Check one dialogue; return 1 if it has an odd length but trains nothing."""
+def _check_dialogue(checker: Checker, path: Path, row: Row, split: str, kind: str) -> None:
     report, file, name = checker.report, checker.name(path), row["id"]
     checker.images.setdefault(row["image"], (file, name))
     turns = row["conversations"]
     if not turns:
         report.add("empty_dialogue", file, name)
-        return 0
+        return
     if split == SPLITS[0] and name not in checker.tested:
         checker.trained.add(row["image"])
     check_rebuilt(checker, row)
@@ -154,12 +156,8 @@ def _check_dialogue(checker: Checker, path: Path, row: Row, split: str, kind: st
         elif turn["value"] != turn["value"].strip():
             report.add("turn_blanks", file, where, _edges(turn["value"]))
         checker.check_text(file, where, turn["value"])
-    report.checked["_blank"] += any(t["value"] != t["value"].strip() for t in turns if t["value"].strip())
-    if kind == "inter-role" and len(turns) % 2:
-        if split == SPLITS[0]:
-            report.add("odd_inter_role", file, name, f"{len(turns)} turns")
-        return int(split != SPLITS[0])
-    return 0
+    if split == SPLITS[0] and kind == "inter-role" and len(turns) % 2:
+        report.add("odd_inter_role", file, name, f"{len(turns)} turns")
 
 
 def _check_speakers(checker: Checker, file: str, name: str, speakers: list[str]) -> None:

@@ -143,6 +143,10 @@ class Report:
         if kind in self.findings:
             self.findings[kind].remark = text
 
+    def count(self, kind: str) -> int:
+        """Return the number of findings of a kind."""
+        return self.findings[kind].count if kind in self.findings else 0
+
     def counts(self) -> dict[str, int]:
         """Return the number of findings of each kind, the worst first."""
         return {kind: self.findings[kind].count for kind in KINDS if kind in self.findings}

@@ -87,7 +87,7 @@ def _characters_table(card: Card) -> str:
 
 def _scripts_table(card: Card) -> str:
     rows = [[split, script, sort, len(names), ", ".join(names)] for split, script, sort, names in card.scripts]
-    return _table(["split", "script", "category", "characters", "names"], rows, numbers={3})
+    return _table(["split", "script", "category", "characters", "names"], rows)
 
 
 def _dialogues_table(card: Card) -> str:
@@ -141,18 +141,14 @@ def _images_table(card: Card) -> str:
         for source, (used, present, unused, dialogues) in card.images.items()
     ]
     rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, 6))])
-    return _table(
-        ["source", "referred to", "here", "missing", "here, not referred to", "dialogues"], rows, numbers=None
-    )
+    return _table(["source", "referred to", "here", "missing", "here, not referred to", "dialogues"], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: set[int] | None = None) -> str:
-    def right(column: int) -> bool:
-        if numbers is not None:
-            return column in numbers
-        return bool(rows) and all(not isinstance(row[column], str) or row[column][:1].isdigit() for row in rows)
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    def is_number(cell: object) -> bool:
+        return not isinstance(cell, str) or cell[:1].isdigit()
 
-    marks = ["---:" if right(column) else "---" for column in range(len(head))]
+    marks = ["---:" if rows and all(is_number(row[i]) for row in rows) else "---" for i in range(len(head))]
     lines = [[_cell(value) for value in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(head), marks, *lines])
 

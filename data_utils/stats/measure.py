@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from data_utils.images import find_image, images_below
 from data_utils.layout import KINDS, SPLITS, file_of_tests, paths_of_tests
 from data_utils.lengths import LengthCounter
 from data_utils.prompts import category
-from data_utils.roots import Characters, DataRoots, dialogue_files
+from data_utils.roots import DataRoots, dialogue_files
 from data_utils.samples import iterate_samples
 from data_utils.schema import TestSample
 from data_utils.stats.card import Card, Dialogues, Lengths, markdown
@@ -34,20 +35,13 @@ def collect(data_root: Path, tokenizer: QwenVLTokenizer | None = None) -> Card:
     Raises:
         ProblemsError: There are no profiles, or files are wrong, with everything that is.
     """
-    card = Card(unit="characters" if tokenizer is None else "tokens")
-    roots = DataRoots([data_root])
-    for split in SPLITS:
-        for script, names in roots.roles.get(split, {}).items():
-            card.scripts.append((split, script, category(script), names))
-    counter, uses = LengthCounter(tokenizer), Counter[str]()
-    _count_tests(roots, card, counter, uses)
-    tested = _tested(roots, card)
-    for place in [(split, kind) for split in roots.roles for kind in KINDS]:
-        found = _dialogues(roots, place, card)
-        _count_dialogues(found, place, card, roots.characters, counter, tested, uses)
-    raise_problems(roots.problems)
-    _count_images(data_root, card, uses)
-    return card
+    counting = _Counting(data_root, tokenizer)
+    counting.characters()
+    counting.tests()
+    counting.dialogues()
+    raise_problems(counting.roots.problems)
+    counting.images()
+    return counting.card
 
 
 def write_card(card: Card, data_root: Path, out: Path) -> Path:
@@ -68,78 +62,68 @@ def write_card(card: Card, data_root: Path, out: Path) -> Path:
     return out / "data_card.md"
 
 
-def _dialogues(roots: DataRoots, place: tuple[str, str], card: Card) -> Iterable[dict[str, Any]]:
-    split, kind = place
-    if not dialogue_files(roots.roots[0], split, kind):
-        card.notes.append(f"no dialogues/{split}/{kind} here")
-    found = list(roots.dialogues(split, kind))
-    return tqdm(found, f"{split}, {kind}", disable=None, leave=False)
+class _Counting:
+    """Fills the card of a data root, part by part."""
 
+    def __init__(self, data_root: Path, tokenizer: QwenVLTokenizer | None) -> None:
+        self.card = Card(unit="characters" if tokenizer is None else "tokens")
+        self.root, self.roots = data_root, DataRoots([data_root])
+        self._lengths = LengthCounter(tokenizer)
+        self._uses = Counter[str]()  # dialogues of each image
 
-def _tested(roots: DataRoots, card: Card) -> frozenset[str]:
-    if all(path.is_file() for path in paths_of_tests(roots.roots[0])):
-        return roots.tested()
-    card.notes.append("no data/test, or not all of it: no dialogue is left out of the training samples")
-    return frozenset()
+    def characters(self) -> None:
+        for split in SPLITS:
+            for script, names in self.roots.roles.get(split, {}).items():
+                self.card.scripts.append((split, script, category(script), names))
 
-
-def _count_dialogues(
-    dialogues: Iterable[dict[str, Any]],
-    place: tuple[str, str],
-    card: Card,
-    characters: Characters,
-    counter: LengthCounter,
-    tested: frozenset[str],
-    uses: Counter[str],
-) -> None:
-    seen = card.dialogues.setdefault(place, Dialogues())
-    split, kind = place
-    lengths = Lengths()
-    for dialogue in dialogues:
-        seen.total += 1
-        uses[dialogue["image"]] += 1
-        turns = dialogue["conversations"]
-        if turns:
-            seen.turns.append(len(turns))
-        if split != SPLITS[0] or dialogue["id"] in tested:
-            continue
-        try:
-            samples = list(iterate_samples([dialogue], characters))
-        except MMRoleError:  # data_utils.check says why
-            seen.unusable += 1
-            continue
-        for sample in samples:
-            _add(sample, lengths, counter)
-    if lengths.prompts:
-        card.samples["training", kind] = lengths
-
-
-def _count_tests(roots: DataRoots, card: Card, counter: LengthCounter, uses: Counter[str]) -> None:
-    for split in SPLITS:
-        for kind in KINDS:
-            path = roots.roots[0] / "data" / "test" / split / file_of_tests(kind)
-            samples = roots.rows(path, TestSample) if path.is_file() else []
-            if samples:
-                lengths = card.samples.setdefault((f"test, {split}", kind), Lengths())
+    def tests(self) -> None:
+        for split, kind in product(SPLITS, KINDS):
+            path = self.root / "data" / "test" / split / file_of_tests(kind)
+            samples = self.roots.rows(path, TestSample) if path.is_file() else []
             for sample in samples:
-                uses[sample["image"]] += 0  # its dialogue counts
-                _add(sample, lengths, counter)
+                self._measure(sample, f"test, {split}", kind)
+                self._uses[sample["image"]] += 0  # its dialogue counts
 
+    def dialogues(self) -> None:
+        tested = frozenset[str]()
+        if all(path.is_file() for path in paths_of_tests(self.root)):
+            tested = self.roots.tested()
+        else:
+            self.card.notes.append("no data/test, or not all of it: no dialogue is left out of the training samples")
+        for split, kind in product(self.roots.roles, KINDS):
+            if not dialogue_files(self.root, split, kind):
+                self.card.notes.append(f"no dialogues/{split}/{kind} here")
+            found = list(self.roots.dialogues(split, kind))
+            counts = self.card.dialogues[split, kind] = Dialogues(len(found))
+            for dialogue in tqdm(found, f"{split}, {kind}", disable=None, leave=False):
+                self._uses[dialogue["image"]] += 1
+                if dialogue["conversations"]:
+                    counts.turns.append(len(dialogue["conversations"]))
+                if split != SPLITS[0] or dialogue["id"] in tested:
+                    continue
+                try:
+                    samples = list(iterate_samples([dialogue], self.roots.characters))
+                except MMRoleError:  # data_utils.check says why
+                    counts.unusable += 1
+                    continue
+                for sample in samples:
+                    self._measure(sample, "training", kind)
 
-def _add(sample: Mapping[str, Any], lengths: Lengths, counter: LengthCounter) -> None:
-    user, assistant = sample["conversations"]
-    lengths.prompts.append(counter.prompt(user["value"]))
-    lengths.answers.append(counter.count(assistant["value"]))
+    def _measure(self, sample: Mapping[str, Any], part: str, kind: str) -> None:
+        lengths = self.card.samples.setdefault((part, kind), Lengths())
+        user, assistant = sample["conversations"]
+        lengths.prompts.append(self._lengths.prompt(user["value"]))
+        lengths.answers.append(self._lengths.count(assistant["value"]))
 
-
-def _count_images(data_root: Path, card: Card, uses: Counter[str]) -> None:
-    root = data_root / "images"
-    files = {name for name, _ in images_below(data_root)}
-    by_source: dict[str, list[str]] = {}
-    for name in sorted(files | uses.keys()):
-        by_source.setdefault(name.split("/")[0] if "/" in name else ".", []).append(name)
-    for source, names in by_source.items():
-        used = [name for name in names if name in uses]
-        # A linked folder, such as a copy of COCO's, is not searched, but what is referred to is found in it.
-        present = sum(1 for name in used if name in files or find_image(root, name, follow_links=True) is not None)
-        card.images[source] = (len(used), present, len(names) - len(used), sum(uses[name] for name in used))
+    def images(self) -> None:
+        files = {name for name, _ in images_below(self.root)}
+        by_source: dict[str, list[str]] = {}
+        for name in sorted(files | self._uses.keys()):
+            by_source.setdefault(name.split("/")[0] if "/" in name else ".", []).append(name)
+        folder = self.root / "images"
+        for source, names in by_source.items():
+            used = [name for name in names if name in self._uses]
+            # A linked folder, such as a copy of COCO's, is not searched, but what is referred to is found in it.
+            present = sum(name in files or find_image(folder, name, follow_links=True) is not None for name in used)
+            dialogues = sum(self._uses[name] for name in used)
+            self.card.images[source] = (len(used), present, len(names) - len(used), dialogues)

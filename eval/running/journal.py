@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from data_utils.errors import MMRoleError
+from data_utils.errors import MMRoleError, first_of
 from data_utils.files import make_folder, published_json, read_json, write_bytes
 from data_utils.journal import Journal, JournalContent, check_settings, read_journal
 from data_utils.layout import journal_path
@@ -26,7 +26,6 @@ from eval.backends.backend import Completion, Prompt, another_model
 from eval.running.task import Task
 
 FILE_KEY = ""  # a journal's lines about the result file itself; no prompt has an empty key
-_NAMED = 10  # prompts or rows that an error names; more are counted
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,6 @@ class ResultWriter:
         self._journal.close()
 
 
-def some(names: Sequence[str]) -> list[str]:
-    """Return the first of many names, and how many more there are."""
-    return [*names[:_NAMED], *([f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
-
-
 def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -251,7 +245,7 @@ def _check_same_input(file: ResultFile, present: Sequence[str]) -> None:
     if strangers:
         raise MMRoleError(
             f"the file was made from another input: {len(strangers)} of its {len(present)} rows are not in this one",
-            some(strangers),
+            first_of(strangers),
             file.target,
             "choose another output folder for this input, or give --overwrite to throw those results away",
         )
@@ -273,7 +267,7 @@ def _completions(file: ResultFile, content: JournalContent) -> dict[str, Complet
     if changed:
         raise MMRoleError(
             "the input has changed since these results were made; they would be mixed in one file",
-            some(changed),
+            first_of(changed),
             file.journal,
             "bring the input back, or choose another output folder, or give --overwrite to start anew",
         )

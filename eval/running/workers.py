@@ -19,9 +19,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from data_utils.console import ignore_lost_output
-from data_utils.errors import MMRoleError, raise_problems
+from data_utils.errors import MMRoleError, first_of, raise_problems
 from eval.backends.backend import Backend, Completion, MakeBackend, Prompt
-from eval.running.journal import some
 
 Rows = deque[list[Prompt]]  # what is left to do; the prompts of a row stay together
 _LEAST = 512  # texts that a worker gets at once, as long as there are so many: the engine's largest batch
@@ -224,4 +223,4 @@ def _run(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[Completion]:
         yield completion
     if waiting:
         what = f"the backend ended without a text for {len(waiting)} prompt(s)"
-        raise MMRoleError(what, some([prompt.key for prompt in waiting.values()]), fix=_AGAIN)
+        raise MMRoleError(what, first_of([prompt.key for prompt in waiting.values()]), fix=_AGAIN)
