@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_utils.demo.world import draw_world, write_world
 from qwen_vl import QwenVLTokenizer
 from tests.golden_checkpoint import write_golden_checkpoint
 
@@ -48,6 +49,14 @@ def tiny_a(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_golden_checkpoint(tmp_path_factory.mktemp("golden") / "tiny_a")
     shutil.copyfile(shared / "qwen_vl_chat" / "qwen.tiktoken", folder / "qwen.tiktoken")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up data root; tests must not change it."""
+    root = tmp_path_factory.mktemp("demo") / "world"
+    write_world(draw_world(3), root)
+    return root
 
 
 @pytest.fixture(scope="session")

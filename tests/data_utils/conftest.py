@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from data_utils.demo.world import draw_world, write_world
 from data_utils.layout import TRAIN_FILE
 from tests.data_utils.loopback import Site, serving, stay_at_home
 
@@ -22,14 +21,6 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
 def site(at_home: None) -> Iterator[Site]:
     with serving() as found:
         yield found
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A made-up data root; tests must not change it."""
-    root = tmp_path_factory.mktemp("demo") / "world"
-    write_world(draw_world(3), root)
-    return root
 
 
 @pytest.fixture

@@ -44,6 +44,14 @@ def model() -> QwenVLForCausalLM:
 
 
 @pytest.fixture(scope="session")
+def sampler() -> QwenVLForCausalLM:
+    """A model whose own settings sample; its training length lies between the requests' lengths."""
+    model = small_model(seq_length=200)
+    model.generation_config.update(do_sample=True, top_p=0.5, top_k=0, max_new_tokens=8)
+    return model
+
+
+@pytest.fixture(scope="session")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("pictures") / "picture.png"
     Image.radial_gradient("L").convert("RGB").save(file)

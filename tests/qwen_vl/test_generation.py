@@ -77,14 +77,6 @@ SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens")
 
 
 @pytest.fixture(scope="module")
-def sampler() -> QwenVLForCausalLM:
-    """A model whose own settings sample; its training length lies between the requests' lengths."""
-    model = small_model(seq_length=200)
-    model.generation_config.update(do_sample=True, top_p=0.5, top_k=0, max_new_tokens=8)
-    return model
-
-
-@pytest.fixture(scope="module")
 def expected(sampler: QwenVLForCausalLM, tokenizer: QwenVLTokenizer, requests: list[Request]) -> dict[str, str]:
     """One by one, by `chat()` after `torch.manual_seed`."""
     answers = {}

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import qwen_vl
-from data_utils.demo.world import draw_world, write_world
 from data_utils.errors import MMRoleError
 from qwen_vl.special_tokens import SPECIAL_TOKENS
 
@@ -27,13 +26,6 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "world"
-    write_world(draw_world(0), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,10 @@ import pytest
 import torch
 
 import qwen_vl
-from data_utils.demo.world import draw_world, write_world
 from qwen_vl import QwenVLTokenizer
 from tests.qwen_vl.conftest import small_model
 
 uvicorn = pytest.importorskip("uvicorn", reason="the web extra is not installed")
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("web") / "world"
-    write_world(draw_world(0), folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +46,7 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def served(chat_model, world: Path) -> Iterator[Served]:
+def served(chat_model, demo: Path) -> Iterator[Served]:
     from web.cast import read_cast
     from web.chats import Limits
     from web.server import LOOPBACK, build_app
@@ -62,7 +54,7 @@ def served(chat_model, world: Path) -> Iterator[Served]:
 
     service = EngineService(*chat_model, "tiny", most_waiting=40)
     app = build_app(
-        service, read_cast(world), hosts=frozenset(LOOPBACK), key=None, limits=Limits(body=4_000_000, pixels=1_000_000)
+        service, read_cast(demo), hosts=frozenset(LOOPBACK), key=None, limits=Limits(body=4_000_000, pixels=1_000_000)
     )
     with Served(app) as running:
         running.service = service

@@ -35,8 +35,8 @@ def checkpoint(chat_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def name_of(world: Path) -> str:
-    return min(json.loads((world / "profiles/in-distribution/profiles.json").read_text(encoding="utf-8")))
+def name_of(demo: Path) -> str:
+    return min(json.loads((demo / "profiles/in-distribution/profiles.json").read_text(encoding="utf-8")))
 
 
 def run_chat(settings: dict[str, Any], said: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -46,17 +46,17 @@ def run_chat(settings: dict[str, Any], said: str, *flags: str, cwd: Path) -> sub
     return subprocess.run(command, input=said, env=environment, cwd=cwd, capture_output=True, text=True)
 
 
-def test_the_terminal(checkpoint: Path, world: Path, tmp_path: Path) -> None:
-    name = name_of(world)
+def test_the_terminal(checkpoint: Path, demo: Path, tmp_path: Path) -> None:
+    name = name_of(demo)
     said = "/again\n/agian\nHello\n/again\n/prompt\n/begin\n/quit\n"
-    settings = {"MODEL_PATH": checkpoint, "DATA_ROOT": world}
+    settings = {"MODEL_PATH": checkpoint, "DATA_ROOT": demo}
     done = run_chat(settings, said, "--terminal", "--character", name, "--max_new_tokens", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{name}: ") >= 3
     assert "[human]: Hello" in done.stdout or "the curious human about the image" in done.stdout
     assert "there is no answer yet" in done.stderr
     assert "there is no command /agian" in done.stderr
-    own = read_cast(world).pictures_of(name)
+    own = read_cast(demo).pictures_of(name)
     assert name in own[0].information.role
     assert name not in json.loads((world / "images" / "annotations.json").read_text(encoding="utf-8"))[0]["role_info"]
     assert f" - Scene information: {own[0].information.scene}\n" in done.stdout
@@ -167,8 +167,8 @@ def test_a_port_that_is_taken_is_told_before_the_model_loads() -> None:
             main(flags)
 
 
-def test_a_character_that_is_not_there(world: Path) -> None:
-    flags = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--data_root", str(world), "--terminal"]
+def test_a_character_that_is_not_there(demo: Path) -> None:
+    flags = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--data_root", str(demo), "--terminal"]
     with pytest.raises(MMRoleError, match="no such character") as error:
         main([*flags, "--character", "Nobody"])
-    assert name_of(world) in str(error.value)
+    assert name_of(demo) in str(error.value)

@@ -33,7 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(chat_model: Any, world: Path, saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(chat_model: Any, demo: Path, saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from web.chats import Limits
     from web.page import Page, mount_page
     from web.server import LOOPBACK, build_app
@@ -43,7 +43,7 @@ def address(chat_model: Any, world: Path, saved: Path, tmp_path_factory: pytest.
     environment = pytest.MonkeyPatch()
     environment.setenv("GRADIO_TEMP_DIR", str(uploads))
     service, limits = EngineService(*chat_model, "tiny"), Limits()
-    cast = read_cast(world)
+    cast = read_cast(demo)
     app = build_app(service, cast, hosts=frozenset(LOOPBACK), key=None, limits=limits)
     with Served(mount_page(app, Page(service, cast, uploads, saved, limits))) as served:
         yield served.url
@@ -92,7 +92,7 @@ def press(page: Any, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
 
 
-def test_a_whole_visit(page: Any, saved: Path, world: Path) -> None:
+def test_a_whole_visit(page: Any, saved: Path, demo: Path) -> None:
     page.set_input_files("input[type=file]", PICTURE)
     page.locator(".thumbnail-item, .thumbnails img").first.wait_for()
     message_box(page).fill("What is this?")
@@ -131,8 +131,8 @@ def test_a_whole_visit(page: Any, saved: Path, world: Path) -> None:
     expect(answers(page)).to_have_count(0)
 
 
-def test_what_is_known_belongs_to_the_picture_that_is_shown(page: Any, world: Path) -> None:
-    own = read_cast(world).pictures_of(page.get_by_label("Character", exact=True).input_value())
+def test_what_is_known_belongs_to_the_picture_that_is_shown(page: Any, demo: Path) -> None:
+    own = read_cast(demo).pictures_of(page.get_by_label("Character", exact=True).input_value())
     page.get_by_text("Pictures of this character").click()
     happens = page.get_by_label("Known about the picture: what happens")
     expect(happens).to_have_value(own[0].information.scene)

@@ -66,9 +66,9 @@ def expected(chat_model: Any, query: Any, **more: Any) -> str:
     return model.chat(tokenizer, query, do_sample=False, max_new_tokens=12, **more)[0]
 
 
-def test_models(client: Any, world) -> None:
+def test_models(client: Any, demo) -> None:
     names = [model.id for model in client.models.list()]
-    characters = DataRoots([world]).characters
+    characters = DataRoots([demo]).characters
     assert names == ["tiny", *sorted(f"mmrole/{name}" for name in characters.profiles)]
     assert client.models.retrieve(names[1]).id == names[1]
     with pytest.raises(openai.NotFoundError):
@@ -107,8 +107,8 @@ def test_kinds_of_pictures(client: Any, kind: str) -> None:
     assert ask(client, [shown(data_url("blue", kind), "?")], max_tokens=1).usage.completion_tokens == 1
 
 
-def test_a_character_gets_the_published_prompt(client: Any, chat_model, world) -> None:
-    characters = DataRoots([world]).characters
+def test_a_character_gets_the_published_prompt(client: Any, chat_model, demo) -> None:
+    characters = DataRoots([demo]).characters
     name = min(characters.profiles)
     turns = [{"role": "human", "value": "Hello"}, {"role": name, "value": "Yes?"}, {"role": "human", "value": "Who?"}]
     dialogue = {"id": "x", "image": "x", "scene_info": "A sea.", "conversations": [*turns, {"role": name, "value": ""}]}

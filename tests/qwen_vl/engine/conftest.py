@@ -1,20 +1,9 @@
-"""A model that samples, for the engine's tests."""
+"""Made-up texts for the engine's tests."""
 
 import random
 from collections.abc import Callable
 
 import pytest
-
-from qwen_vl import QwenVLForCausalLM
-from tests.qwen_vl.conftest import small_model
-
-
-@pytest.fixture(scope="session")
-def sampler() -> QwenVLForCausalLM:
-    """A model whose own settings sample; its training length lies between the requests' lengths."""
-    model = small_model(seq_length=200)
-    model.generation_config.update(do_sample=True, top_p=0.5, top_k=0, max_new_tokens=8)
-    return model
 
 
 @pytest.fixture(scope="session")
