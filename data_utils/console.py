@@ -1,4 +1,4 @@
-"""Keeps long work going when its output can no longer be written."""
+"""Keeps long runs going when their output can no longer be written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _LossyFile(io.FileIO):
 
 
 def ignore_lost_output() -> None:
-    """Make sure that no print of this process fails, our own or a library's progress bar.
+    """Make every print of this process safe, our own or a library's progress bar.
 
-    For work whose results are files; a tool whose stdout is the result must fail instead.
+    For programs whose results are files; a program whose result is its stdout must fail instead.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

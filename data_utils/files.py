@@ -24,7 +24,7 @@ def read_json(path: str | Path, *, nan: bool = False) -> Any:
 
     Args:
         path: The file.
-        nan: Also takes NaN and Infinity, which JSON does not have and Python writes.
+        nan: Also accept NaN and Infinity, which Python writes although JSON does not have them.
 
     Raises:
         UnreadableError: If the file is missing, not readable, not UTF-8 or not JSON (with line and column).

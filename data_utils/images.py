@@ -30,13 +30,13 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and suffixes are added
 
 
 def image_name_problem(name: str) -> str | None:
-    """Return why an image name is not allowed, or None. It must be a relative path below the image folder."""
+    """Return why an image name is not allowed, or None; it must be a relative path below the image folder."""
     if not name.strip():
         return "the image name is empty"
     if "://" in name or name.lower().startswith(("data:", "file:", "http:", "https:")):
         return "an image must be a file below the image folder, not a URL"
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or name.startswith("\\"):
-        return "an image must be named relative to the image folder, not by an absolute path"
+        return "an image name must be relative to the image folder, not an absolute path"
     if ".." in name.replace("\\", "/").split("/"):
         return "an image name must not climb out of the image folder"
     if any(ord(character) < 32 or ord(character) == 127 for character in name):
@@ -47,11 +47,11 @@ def image_name_problem(name: str) -> str | None:
 def file_name_problem(name: str) -> str | None:
     """Return why a character's or a script's name cannot be a part of file names, or None."""
     if not name.strip() or name != name.strip():
-        return "it is empty or has blanks at its edges"
+        return "it is empty or has leading or trailing blanks"
     if any("\ud800" <= character <= "\udfff" for character in name):
         return "it is not UTF-8 text, or holds half of a surrogate pair"
     if "/" in name or "\\" in name or name.startswith("."):
-        return "it holds / or \\ or begins with a full stop"
+        return "it contains / or \\ or begins with a dot"
     if len(name.encode("utf-8")) > _LONGEST_NAME:
         return f"it is longer than {_LONGEST_NAME} bytes"
     return image_name_problem(name)
@@ -67,7 +67,7 @@ def find_image(image_dir: str | Path, name: str, *, follow_links: bool = False) 
 
     Raises:
         MMRoleError: If the name is not allowed, or a link leads out of the folder and links are not allowed.
-        UnreadableError: If the folder may not be looked into.
+        UnreadableError: If the folder cannot be read.
     """
     problem = image_name_problem(name)
     if problem:
@@ -86,14 +86,14 @@ def find_image(image_dir: str | Path, name: str, *, follow_links: bool = False) 
 
 
 def leads_outside(image_dir: Path, path: Path) -> bool:
-    """Return whether links lead from an image's path out of the image folder, which may itself be a link."""
+    """Return whether an image's path leads out of the image folder through links; the folder may itself be a link."""
     return not path.resolve().is_relative_to(image_dir.resolve())
 
 
 def images_below(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the images of a data root in order, with their names: all files below `images/` but texts and hidden ones.
+    """Yield the images of a data root in order, with their names: all files below `images/` but texts and hidden files.
 
-    Links to folders are entered, but not one to MS-COCO's images, which are the same everywhere.
+    Links to folders are followed, except one to MS-COCO's images, which are the same everywhere.
     """
     images = root / "images"
     for place, folders, files in os.walk(images, followlinks=True):
@@ -105,17 +105,17 @@ def images_below(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def clashing_images(root: Path, others: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """Yield the images that are another picture in another data root: one name, different bytes.
+    """Yield the images that differ from an image of the same name in another data root.
 
     Args:
         root: The data root whose images are compared.
         others: The data roots that they are compared with.
 
     Yields:
-        The name, and the first of the others in which it is another picture.
+        The name, and the first of the others whose picture differs.
 
     Raises:
-        ProblemsError: Images cannot be read, with all of them.
+        ProblemsError: Images cannot be read; every one is reported.
     """
     problems = []
     for name, path in images_below(root):
@@ -153,7 +153,7 @@ def upright_rgb(data: bytes) -> tuple[bytes, str]:
         data: The content of a picture file.
 
     Returns:
-        The content and suffix of a JPEG or WebP or PNG file; the very bytes if nothing needs to change.
+        The content and suffix of a JPEG or WebP or PNG file; unchanged if possible.
     """
     from PIL import Image, ImageOps
 

@@ -1,4 +1,4 @@
-"""Where the files of MMRole lie: splits, kinds, and every path below a data root and below an evaluation folder."""
+"""Where the files of MMRole are: splits, kinds, and every path below a data root or an evaluation folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def card_path(data_root: str | Path, split: str, name: str, suffix: str) -> Path
 
 
 def annotations_path(data_root: str | Path) -> Path:
-    """Return the path of what is known about images."""
+    """Return the path of the image annotations."""
     return Path(data_root) / "images" / "annotations.json"
 
 
@@ -47,12 +47,12 @@ def dialogues_folder(data_root: str | Path, split: str, kind: str) -> Path:
 
 
 def play_path(data_root: str | Path, name: str) -> Path:
-    """Return the path of the questions that a character of one's own is asked."""
+    """Return the path of the test input with the questions for a new character."""
     return Path(data_root) / "data" / "play" / f"{file_name(name)}.json"
 
 
 def file_of_tests(kind: str) -> str:
-    """Return the name of a kind's test file; its answers, reviews and (with .csv) results are called alike."""
+    """Return the name of a kind's test file; its answers, reviews and (with .csv) results have the same name."""
     return f"{kind}_test.json"
 
 
@@ -83,7 +83,7 @@ def results_folder(eval_dir: Path, split: str, agent: str = "", *, judge: str = 
 
 
 def judge_folder(eval_dir: Path, judge: str = RELEASED_JUDGE) -> Path:
-    """Return the folder that holds what a judge wrote; for the released one the evaluation folder itself."""
+    """Return the folder of a judge's reviews and results; for the released judge the evaluation folder itself."""
     return eval_dir if judge == RELEASED_JUDGE else eval_dir / "judges" / judge
 
 
@@ -93,12 +93,12 @@ def journal_path(target: Path) -> Path:
 
 
 def swapped_judge(judge: str) -> str:
-    """Return the name under which a judge's reviews of exchanged answers lie."""
+    """Return the name for a judge's reviews with the two answers exchanged."""
     return f"{judge}-swapped"
 
 
 def repeated_judge(judge: str, number: int) -> str:
-    """Return the name under which a judge's reviews lie that it wrote for the `number`th time; from 2 on."""
+    """Return the name for a judge's `number`th repetition of its reviews, from 2 on."""
     return f"{judge}-repeat-{number}"
 
 
@@ -114,8 +114,8 @@ def check_folder_name(name: str, flag: str) -> None:
     """Refuse an agent's or a judge's name that is not the name of one folder.
 
     Args:
-        name: What the user gave.
-        flag: With which flag, for the message.
+        name: The name that the user gave.
+        flag: Its flag, for the message.
 
     Raises:
         MMRoleError: It holds a slash, begins with a dot, or is empty.

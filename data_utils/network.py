@@ -1,4 +1,4 @@
-"""Checks the environment variables that say how to reach the network, before anything uses them."""
+"""Checks the environment variables for proxies and mirrors before anything uses them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SOCKS_MODULES = ("socksio", "socks")  # of httpx (the Hugging Face Hub, OpenAI)
 
 
 def check_network_settings(addresses: Sequence[str] = ()) -> None:
-    """Raises for each proxy or mirror variable that cannot work.
+    """Refuse proxy and mirror variables that cannot work.
 
     Args:
         addresses: Names of the variables that hold the address of a server, such as "HF_ENDPOINT".
 
     Raises:
-        ProblemsError: All that are wrong.
+        ProblemsError: Variables are wrong; every one is reported.
     """
     raise_problems([problem for name in (*PROXIES, *addresses) if (problem := _problem(name))])
 

@@ -1,4 +1,4 @@
-"""Looks at files and folders; one that may not be read is an error here, and not, as for `Path.glob`, an empty one."""
+"""Looks at files and folders. An unreadable folder is an error here; for `Path.glob` it would be an empty one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_there(path: Path) -> bool:
     """Return whether a path exists.
 
     Raises:
-        UnreadableError: If that may not be seen.
+        UnreadableError: If a folder above it cannot be read.
     """
     return _is(lambda mode: True, path)
 
@@ -31,7 +31,7 @@ def is_folder(path: Path) -> bool:
     """Return whether there is such a folder.
 
     Raises:
-        UnreadableError: If that may not be seen.
+        UnreadableError: If a folder above it cannot be read.
     """
     return _is(stat.S_ISDIR, path)
 
@@ -40,22 +40,22 @@ def is_file(path: Path) -> bool:
     """Return whether there is such a file.
 
     Raises:
-        UnreadableError: If that may not be seen.
+        UnreadableError: If a folder above it cannot be read.
     """
     return _is(stat.S_ISREG, path)
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
-    """Return what a folder holds, in order, without hidden files; nothing if there is no such folder.
+    """Return the content of a folder in order, without hidden files; nothing if there is no such folder.
 
-    macOS puts a hidden `._x` beside each `x` on foreign disks, which is no data.
+    macOS puts a hidden `._x` beside each `x` on foreign disks.
 
     Args:
         folder: The folder.
-        pattern: What the names must match.
+        pattern: A pattern for the names.
 
     Raises:
-        UnreadableError: If it may not be read.
+        UnreadableError: If it cannot be read.
     """
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.match(pattern))
@@ -95,7 +95,7 @@ def _unreadable(path: Path, error: OSError) -> UnreadableError:
 
 
 def _closed(path: Path) -> Path:
-    """Return the folder on the way to a path that may not be entered, or the path itself."""
+    """Return the unreadable folder above a path, or the path itself."""
     for part in [*reversed(path.parents), path]:
         try:
             part.stat()

@@ -34,7 +34,7 @@ class Role:
 
 @dataclass(frozen=True)
 class ImageInformation:
-    """The auxiliary information of a script image; an empty string says nothing."""
+    """The auxiliary information of a script image; texts may be empty."""
 
     role: str = ""
     place: str = ""
@@ -83,8 +83,8 @@ def role_play_prompt(
         role: The character that answers.
         partner: The character it talks with; None is "a curious human".
         information: The image's annotation.
-        history: The (speaker, words) before the partner's last words, oldest first; the human is called "human".
-        last_words: What the partner said last, verbatim; None lets the role begin the conversation.
+        history: (speaker, words) before the partner's last words, oldest first; the human is called "human".
+        last_words: The partner's last words, verbatim; None lets the role begin the conversation.
 
     Source: MMRole, appendix on prompts, and the published test files.
     """
@@ -131,7 +131,7 @@ def _auxiliary(information: ImageInformation) -> str:
         # published: the full stop is added whether or not the place ends on one.
         lines.append(f" - Place information: {information.place}.\n")
     if information.scene:
-        # published: only the scene loses its edge blanks.
+        # published: only the scene is stripped.
         lines.append(f" - Scene information: {information.scene.strip()}\n")
     if not lines:
         return ""

@@ -21,7 +21,7 @@ from data_utils.schema import Annotation, Dialogue, Named, Profiles, Roles, read
 
 @dataclass(frozen=True)
 class Characters:
-    """All characters who can speak.
+    """The characters that can speak.
 
     Attributes:
         profiles: The profile text of each.
@@ -69,7 +69,7 @@ def read_profiles(data_root: Path, split: str, *, may_lack: bool = False) -> tup
     Args:
         data_root: The data root.
         split: The split.
-        may_lack: Takes a missing file for an empty one.
+        may_lack: Treat a missing file as an empty one.
 
     Returns:
         The characters, and everything that is wrong with their files.
@@ -99,7 +99,7 @@ def add_profile(data_root: Path, split: str, name: str, script: str, profile: st
     """Add a character to a split, or give it a new profile.
 
     Raises:
-        ProblemsError: Files that exist are wrong, with everything that is.
+        ProblemsError: Existing files are wrong; every problem is reported.
         MMRoleError: A file cannot be written.
     """
     characters, problems = read_profiles(data_root, split, may_lack=True)
@@ -111,13 +111,13 @@ def add_profile(data_root: Path, split: str, name: str, script: str, profile: st
 
 
 def read_annotations(data_root: Path) -> tuple[list[Row], list[MMRoleError]]:
-    """Read what is known about images: the rows, none if there is no file, and everything that is wrong with it."""
+    """Read the image annotations: the rows, none if there is no file, and everything that is wrong with it."""
     path = annotations_path(data_root)
     return read_rows(path, Annotation) if is_file(path) else ([], [])
 
 
 def write_annotations(data_root: Path, rows: Sequence[Row]) -> None:
-    """Write what is known about images.
+    """Write the image annotations.
 
     Raises:
         MMRoleError: The file cannot be written.
@@ -128,10 +128,10 @@ def write_annotations(data_root: Path, rows: Sequence[Row]) -> None:
 def dialogue_files(data_root: str | Path, split: str, kind: str) -> list[Path]:
     """Return the files of a kind's dialogues: the single file first, then a folder's in order of file name.
 
-    Published splits have the one or the other; new dialogues beside a published single file make a folder.
+    Published splits have one or the other; new dialogues go to the folder, beside a published single file.
 
     Raises:
-        UnreadableError: A folder may not be read.
+        UnreadableError: A folder cannot be read.
     """
     folder = dialogues_folder(data_root, split, kind)
     single = folder.with_name(f"{kind}.json")
@@ -150,13 +150,13 @@ class DataRoots:
         roots: The data root, and further ones.
 
     Attributes:
-        characters: Everybody who may speak.
+        characters: The characters that may speak.
         roles: The characters by script, of each split of the roots.
-        problems: What was found wrong so far; whoever reads dialogues raises them when all are read.
+        problems: All problems found so far; the caller raises them after reading the dialogues.
 
     Raises:
         ProblemsError: Roots do not exist or are given twice; files of characters are missing or wrong, or two roots
-            have different ones of one name, with everything that is.
+            have different characters of one name; every problem is reported.
     """
 
     def __init__(self, roots: Sequence[Path]) -> None:
@@ -205,7 +205,7 @@ class DataRoots:
     def _files(self, root: Path, split: str, kind: str) -> list[Path]:
         try:
             return dialogue_files(root, split, kind)
-        except MMRoleError as error:  # a folder that may not be read
+        except MMRoleError as error:  # an unreadable folder
             self.problems.append(error)
             return []
 
@@ -216,10 +216,10 @@ class DataRoots:
         return rows
 
     def tested(self) -> frozenset[str]:
-        """Return the dialogues that test samples of any root were drawn from; these never train.
+        """Return the ids of the dialogues that test samples of any root were drawn from; these never train.
 
-        What is wrong with the test sets goes to `problems`, a missing file too: without it nobody knows which
-        dialogues must not train.
+        Problems of the test sets go to `problems`, missing files included: without them it is unknown which dialogues
+        must not train.
         """
         found: list[str] = []
         for root in (root for root in self.roots if is_folder(root / "data" / "test")):
@@ -251,12 +251,12 @@ class DataRoots:
         return complete
 
     def compare_images(self) -> None:
-        """Find images of a root that are another picture in an earlier one, which would be shown; see `problems`."""
+        """Add to `problems` images that differ from one of the same name in an earlier root, that would be shown."""
         for number, root in enumerate(self.roots):
             clashes = list(clashing_images(root, self.roots[:number]))
             for other in dict.fromkeys(other for _, other in clashes):
                 names = [name for name, where in clashes if where == other]
-                what = f"{len(names):,} image(s) of two data roots have the same name and are different pictures"
+                what = f"{len(names):,} image(s) of two data roots have the same name but differ"
                 fix = (
                     "rename those of one root, also in its annotations, dialogues and samples, "
                     "or give its script another name"
@@ -266,7 +266,7 @@ class DataRoots:
 
 
 def root_problems(roots: Sequence[Path]) -> list[MMRoleError]:
-    """Return the roots that do not exist, and those that are given twice, under whatever names."""
+    """Return a problem for each root that does not exist or is given twice, even under another name."""
     problems = []
     found: list[Path] = []
     for root in roots:
@@ -284,11 +284,11 @@ def root_problems(roots: Sequence[Path]) -> list[MMRoleError]:
 def _different_characters(
     root: Path, profiles: Mapping[str, str], scripts: Mapping[str, str], new: Characters
 ) -> list[MMRoleError]:
-    """Return the characters whose profile or script differs from that of a character of the same name before."""
+    """Return a problem if profiles or scripts differ from those of earlier characters of the same name."""
     changed = {name for name in new.profiles.keys() & profiles.keys() if new.profiles[name] != profiles[name]}
     changed |= {name for name in new.scripts.keys() & scripts.keys() if new.scripts[name] != scripts[name]}
     if not changed:
         return []
-    what = f"{len(changed):,} character(s) of two data roots have the same name and are different people"
-    fix = "rename those of one root, also in its dialogues and samples, or take them out of its profiles and roles"
+    what = f"{len(changed):,} character(s) of two data roots have the same name but differ"
+    fix = "rename those of one root, also in its dialogues and samples, or remove them from its profiles and roles"
     return [MMRoleError(what, first_of(sorted(changed)), root / "profiles", fix)]

@@ -1,4 +1,4 @@
-"""From dialogues to samples: one for every turn that a character speaks."""
+"""Turns dialogues into samples: one for every turn that a character speaks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_sample(
     name = speaker(conversation[turn])
     if name == HUMAN:
         raise _problem(
-            dialogue, "a sample is asked for the human's turn", turn, "choose a turn that a character speaks"
+            dialogue, "a sample cannot be made of the human's turn", turn, "choose a turn that a character speaks"
         )
     partner_name = _sane_partner(conversation, turn) if sane_partner else _published_partner(conversation, turn)
     try:
@@ -96,8 +96,8 @@ def training_samples(
 ) -> Iterator[Row]:
     """Yield the in-distribution training samples of data roots, one kind after the other.
 
-    A dialogue from which a test sample was drawn is left out whole. On all 14,346 published dialogues this gives the
-    85,456 samples of train_85k.json.
+    A dialogue from which a test sample was drawn is left out completely. All 14,346 published dialogues give the 85,456
+    samples of train_85k.json.
 
     Args:
         roots: Where dialogues and characters come from.
@@ -106,8 +106,8 @@ def training_samples(
         counts: Counts samples by kind, and dialogues ("dialogues", "held out").
 
     Raises:
-        ProblemsError: After the last sample, if files are wrong or dialogues cannot be built, with everything that is;
-            or if there is no sample.
+        ProblemsError: After the last sample, if files are wrong, dialogues cannot be built, or there is no sample;
+            every problem is reported.
     """
     counts = Counter() if counts is None else counts
     tested = roots.tested()
@@ -123,7 +123,7 @@ def training_samples(
             except MMRoleError as error:
                 roots.problems.append(error)
     if not any(counts[kind] for kind in kinds) and not roots.problems:
-        fix = "see data_utils.grow for how to get dialogues, data_utils.check for what is wrong"
+        fix = "data_utils.grow makes dialogues; data_utils.check reports what is wrong"
         roots.problems.append(MMRoleError("no dialogue gives a training sample", None, roots.roots[0], fix))
     raise_problems(roots.problems)
 

@@ -1,7 +1,7 @@
 """The records of MMRole-Data and of its evaluation, and a check that reports everything wrong with a file at once.
 
-Rows are checked, never changed: the functions return the dicts of the file with their key order and any further keys,
-so that a file written from them has the same bytes.
+Rows are checked, never changed: the functions return the dicts of the file with their key order and extra keys, so that
+a file written from them has the same bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ImageName = Annotated[Text, AfterValidator(_check_image_name)]
 
 
 class Record(BaseModel):
-    """A record of a data file; types are strict, further keys are allowed."""
+    """A record of a data file; types are strict, extra keys are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", populate_by_name=False)
 
@@ -60,7 +60,7 @@ class Record(BaseModel):
 
 
 class Annotation(Record):
-    """What is known about an image; an empty text says nothing."""
+    """The annotation of an image; texts may be empty."""
 
     image: ImageName
     role_info: Text
@@ -78,12 +78,12 @@ class DialogueTurn(Record):
     @model_validator(mode="after")
     def _someone_speaks(self) -> DialogueTurn:
         if (self.role is None) == (self.sender is None):
-            raise ValueError('a turn must have either "role" or "from", to say who speaks')
+            raise ValueError('a turn must have either "role" or "from" to name the speaker')
         return self
 
 
 class Dialogue(Record):
-    """A dialogue about an image, maybe with the image's information; published ones may have no turns."""
+    """A dialogue about an image, possibly with the image's information; published ones may have no turns."""
 
     id: Name
     image: ImageName
@@ -123,7 +123,7 @@ class Turn(Record):
 class TestSample(Record):
     """A sample of the test sets."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of the name
+    __test__ = False  # tells pytest that it is not a test class
 
     id: Name
     system: Text
@@ -186,7 +186,7 @@ def validate_value(value: object, form: TypeAdapter[Any], source: str | Path) ->
 
     Args:
         value: The file's content.
-        form: What it must be: `Profiles` or `Roles`.
+        form: Its type: `Profiles` or `Roles`.
         source: The file, for the messages.
     """
     try:
@@ -201,7 +201,7 @@ def validate_row(row: object, record: type[Record], number: int, source: str | P
 
     Args:
         row: The row.
-        record: What it must be.
+        record: The type of the row.
         number: Its place in the file, from 1.
         source: The file, for the messages.
     """
@@ -217,7 +217,7 @@ def validate_rows(rows: object, record: type[Record], source: str | Path) -> lis
 
     Args:
         rows: The file's content.
-        record: What each row must be.
+        record: The type of each row.
         source: The file, for the messages.
 
     Returns:
@@ -243,7 +243,7 @@ def read_rows(path: str | Path, record: type[Record]) -> tuple[list[Row], list[M
 
     Args:
         path: A JSON file.
-        record: What each of its rows must be.
+        record: The type of its rows.
 
     Returns:
         The rows exactly as they stand in the file and no problems; or no rows and everything that is wrong.
@@ -261,7 +261,7 @@ def read_value(path: str | Path, form: TypeAdapter[Any]) -> tuple[dict[str, Any]
 
     Args:
         path: A JSON file.
-        form: What it must be: `Profiles` or `Roles`.
+        form: Its type: `Profiles` or `Roles`.
 
     Returns:
         Its content and no problems; or an empty one and everything that is wrong.

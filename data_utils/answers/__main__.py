@@ -2,8 +2,8 @@
 
     python -m data_utils.answers DATA_ROOT --answers FILE.jsonl --agent NAME
 
-Each line of the file is {"id": ..., "answer": ...}, with the id of a test sample. Ids that are missing, come twice or
-are unknown are listed, and then nothing is written; --partial leaves out the samples without an answer.
+Each line of the file is {"id": ..., "answer": ...}, with the id of a test sample. If ids are missing, repeated or
+unknown, they are listed and nothing is written; --partial leaves out the samples without an answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line given, or the process's own."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_utils.answers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""From lines of ids and answers to the published files of answers."""
+"""Converts lines of ids and answers to the published files of answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_answers(
         How many answers each file has.
 
     Raises:
-        ProblemsError: Ids are missing, double or unknown, or a file cannot be read or exists; nothing is written.
+        ProblemsError: Ids are missing, repeated or unknown, or a file cannot be read or exists; nothing is written.
     """
     check_folder_name(agent, "--agent")
     texts, problems = _read(answers)
@@ -57,10 +57,11 @@ def write_answers(
         problems.append(MMRoleError(f"{len(missing)} samples have no answer", first_of(missing), answers, fix))
     if unknown := [name for name in texts if name not in known]:
         fix = "use the ids of the test files below data/test/"
-        problems.append(MMRoleError(f"{len(unknown)} ids are of no test sample", first_of(unknown), answers, fix))
+        problems.append(MMRoleError(f"{len(unknown)} ids belong to no test sample", first_of(unknown), answers, fix))
     for path in files:
         if not overwrite and is_there(path):
-            problems.append(MMRoleError("there are answers already", path, fix="give another --agent, or --overwrite"))
+            fix = "give another --agent, or --overwrite"
+            problems.append(MMRoleError("answers of this name exist already", path, fix=fix))
     raise_problems(problems)
     for path, rows in files.items():
         make_folder(path.parent, "nothing was written")
@@ -81,8 +82,8 @@ def _read(path: Path) -> tuple[dict[str, str], list[MMRoleError]]:
         return {}, problems
     counts = Counter(line["id"] for line in lines)
     if double := [name for name, count in counts.items() if count > 1]:
-        fix = "leave one answer of each"
-        problems.append(MMRoleError(f"{len(double)} ids come more than once", first_of(double), path, fix))
+        fix = "keep one answer for each id"
+        problems.append(MMRoleError(f"{len(double)} ids are repeated", first_of(double), path, fix))
     return {line["id"]: line["answer"] for line in lines}, problems
 
 

@@ -38,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--test", action="store_true", help="write test samples")
     what.add_argument("--reviews", type=Path, metavar="FOLDER", help="write reward-model samples from these reviews")
     parser.add_argument("--validation", type=int, default=PUBLISHED_VALIDATION, help="reviews held out (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (%(default)s)")
     parser.add_argument(
         "--review_prompts",
         metavar="MODULE:FUNCTION",
         default="eval.review_prompt:review_prompts",
-        help="what makes the judge's prompts (%(default)s)",
+        help="the function that makes the judge's prompts (%(default)s)",
     )
     options = parser.parse_args(arguments)
     roots = [options.data_root, *options.extra_root]

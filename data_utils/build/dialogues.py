@@ -25,7 +25,7 @@ PUBLISHED_SAMPLES = 85_456
 def build_training(
     data_roots: Sequence[Path], out: Path | None = None, *, sane_partner: bool = False, link_images: bool = False
 ) -> None:
-    """Write the training file and print what it holds.
+    """Write the training file and print its counts.
 
     Args:
         data_roots: The data root, and further ones.
@@ -54,13 +54,13 @@ def build_training(
 
 
 def build_tests(data_roots: Sequence[Path], out: Path, *, sane_partner: bool = False, seed: int = 0) -> None:
-    """Write the six test files and print what they hold.
+    """Write the six test files and print their counts.
 
     Args:
         data_roots: The data root, and further ones.
         out: The folder to write to.
         sane_partner: The partner is the dialogue's other speaker, instead of the published rule.
-        seed: Of the turns that are drawn if there is no data/test.
+        seed: Seed of the drawn turns, if there is no data/test.
 
     Raises:
         MMRoleError: Roots, dialogues or images are wrong, test samples would be lost, or a file cannot be written.
@@ -68,7 +68,7 @@ def build_tests(data_roots: Sequence[Path], out: Path, *, sane_partner: bool = F
     roots = DataRoots(data_roots)
     roots.compare_images()
     named = roots.complete_tests(out)
-    files: dict[Path, list[Row]] = {}  # all six: a file without samples holds []
+    files: dict[Path, list[Row]] = {}  # always six: a file without samples holds []
     absent: list[str] = []
     for split in SPLITS:
         for kind in KINDS:
@@ -90,8 +90,8 @@ def _test_rows(
 ) -> tuple[list[Row], list[str]]:
     """Return the test samples of a split and kind, and the ids of those whose dialogue is missing.
 
-    Samples are those that data/test of the roots `named` names, in its order; without such roots, one drawn turn of
-    each out-of-distribution dialogue.
+    The samples are those listed in data/test of the roots `named`, in the same order; without such roots, one drawn
+    turn of each out-of-distribution dialogue.
     """
     paths = [root / "data" / "test" / split / file_of_tests(kind) for root in named]
     wanted = list(dict.fromkeys(row["id"] for path in paths for row in roots.rows(path, Named)))
@@ -119,7 +119,7 @@ def _drawn(dialogue: Row, seed: int) -> str | None:
 
 
 def _check_lost_tests(roots: DataRoots, out: Path, built: set[str]) -> None:
-    """Find samples of a root's test set that would be lost when it is written over; see `roots.problems`."""
+    """Add to `roots.problems` the samples of a root's test set that would be lost when it is overwritten."""
     over = [root for root in roots.roots if out.resolve() == (root / "data" / "test").resolve()]
     files = [path for path in paths_of_tests(over[0]) if is_file(path)] if over else []
     lost = [row["id"] for path in files for row in roots.rows(path, Named) if row["id"] not in built]
@@ -148,5 +148,6 @@ def _link_images(data_root: Path, extra_roots: Sequence[Path], *, link: bool) ->
             place.unlink(missing_ok=True)  # a link to a file that has moved
             place.symlink_to(source)
         except OSError as error:
-            raise write_error(place, error, "the samples are written, not all of their images linked") from error
+            kept = "the samples are written, but not all of their images are linked"
+            raise write_error(place, error, kept) from error
     print(f"{len(missing):,} images of the further roots linked below {data_root / 'images'}")

@@ -1,4 +1,4 @@
-"""Reward-model files from reviews: what trains, and the paper's 320 for validation."""
+"""Builds the reward model's files from reviews: training samples, and the paper's 320 for validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ReviewPrompts = Callable[[Mapping[str, Any]], Mapping[str, tuple[str, str]]]
 
 
 def build_reviews(reviews: Path, out: Path, prompts: ReviewPrompts, *, validation: int, seed: int) -> None:
-    """Write the reward model's files from a folder of reviews, and print what they hold; see `write_reviews`."""
+    """Write the reward model's files from a folder of reviews, and print their counts; see `write_reviews`."""
     if validation < 0:
         raise MMRoleError("a number must be at least 0", validation, "--validation", "give a larger number")
     rows = read_reviews(reviews)
@@ -36,14 +36,14 @@ def build_reviews(reviews: Path, out: Path, prompts: ReviewPrompts, *, validatio
 def read_reviews(folder: Path) -> list[tuple[str, Row]]:
     """Return the reviewed rows below a folder, each with the reviewed agent (the name of its file's folder).
 
-    If there are folders `<split>-test_reviews` below it, only these are read; of an evaluation folder, its own only and
-    not those below `judges/`.
+    If it has folders `<split>-test_reviews`, only these are read: in an evaluation folder the released judge's, not
+    those below `judges/`.
 
     Raises:
-        ProblemsError: There are none, or files are wrong, with everything that is.
+        ProblemsError: There are none, or files are wrong; every problem is reported.
     """
     files = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
-    files = [path for path in files if path.relative_to(folder).parts[0] != "judges"]  # those of other judges
+    files = [path for path in files if path.relative_to(folder).parts[0] != "judges"]  # reviews by other judges
     inside = [path for path in files if any(part.endswith("_reviews") for part in path.parts)]
     problems: list[MMRoleError] = []
     found: list[tuple[str, Row]] = []
@@ -73,19 +73,19 @@ def write_reviews(
         reviews: Agents and their reviewed rows.
         prompts: Makes {metric: (system, text)} from a row.
         validation: How many reviews are kept for validation, drawn from all.
-        seed: Of the drawing.
+        seed: Seed of the draw.
 
     Returns:
         The numbers of training and of validation samples.
 
     Raises:
-        MMRoleError: There are too few reviews, ids come again, or a file cannot be written.
+        MMRoleError: There are too few reviews, ids are repeated, or a file cannot be written.
     """
     names = [sample["id"] for sample in _review_samples(reviews, lambda row: dict.fromkeys(row["rm_review"], ("", "")))]
     again = [name for name, count in Counter(names).items() if count > 1]
     if again:
         fix = "give the reviews of one reviewer, one folder per agent"
-        raise MMRoleError(f"{len(again)} reviews come more than once", again[:5], "--reviews", fix)
+        raise MMRoleError(f"{len(again)} reviews are repeated", again[:5], "--reviews", fix)
     if len(names) <= validation:
         fix = "give more reviews, or a smaller --validation"
         raise MMRoleError("too few reviews", f"{len(names)} reviews, {validation} for validation", "--reviews", fix)
@@ -99,7 +99,7 @@ def write_reviews(
 
 
 def named_function(name: str) -> ReviewPrompts:
-    """Return the function that `module:function` names; whenever it is called, its result is checked.
+    """Return the function that `module:function` names, with its result checked at each call.
 
     Raises:
         MMRoleError: There is no such function.
@@ -114,7 +114,7 @@ def named_function(name: str) -> ReviewPrompts:
         fix = "name a function that takes a reviewed row and gives {metric: (system, text)}"
         try:
             found = function(row)
-        except TypeError as error:  # it takes something else, or is no function
+        except TypeError as error:  # it takes something else, or is not a function
             raise MMRoleError(f"it makes no prompts: {error}", name, "--review_prompts", fix) from error
         if not isinstance(found, Mapping) or not all(map(_is_prompt, found.values())):
             raise MMRoleError(f"it makes no prompts, but {shown(repr(found))}", name, "--review_prompts", fix)
@@ -143,7 +143,7 @@ def reward_model_samples(
         agent: The reviewed agent; put before the ids, which would otherwise repeat from agent to agent.
 
     Raises:
-        MMRoleError: A review is of a metric for which there is no prompt.
+        MMRoleError: A review has a metric without a prompt.
     """
     for row in rows:
         if not row.get("rm_review"):

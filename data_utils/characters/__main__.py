@@ -10,7 +10,7 @@ ROOT is created, or added to, in the published layout: profiles/<split>/{profile
 and images/annotations.json. A folder holds profile.txt (or profile.md) and optionally pictures, each with a description
 in a text file of the same name. ROOT/data/play/<name>.json then asks the questions about each picture, for
 inference.sh --input_dir ROOT/data/play; a character without pictures is shown a plain one. A card is a
-Tavern card (V1, V2, V3) as role-play front ends exchange them: JSON, PNG or .charx.
+Tavern card (V1, V2, V3), the format in which role-play front ends exchange characters: JSON, PNG or .charx.
 """
 
 from __future__ import annotations

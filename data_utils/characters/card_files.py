@@ -35,14 +35,14 @@ _LATIN1 = "latin-1"
 
 @dataclass(frozen=True)
 class CardFile:
-    """What a file of a card holds.
+    """The content of a card file.
 
     Attributes:
-        card: The JSON object, as it is.
-        picture: The PNG itself without its cards and assets, or None where the card has no picture around it.
-        assets: Embedded files by the URI that the card calls them by (`embeded://…`, `__asset:…`).
+        card: The JSON object, unchanged.
+        picture: The PNG without its cards and assets, or None if the card is not inside a picture.
+        assets: Embedded files by their URI in the card (`embeded://…`, `__asset:…`).
         suffix: `.json`, `.png` or `.charx`, by the content and not by the name.
-        notes: What was passed over, for the user.
+        notes: Skipped content, for the user.
         content: The file itself; a pipe can be read only once.
     """
 
@@ -79,7 +79,7 @@ def _read(content: bytes, path: Path) -> CardFile:
     if content.startswith(PNG_SIGNATURE):
         return _read_png(content, path)
     if content.startswith((b"\xff\xd8", b"RIFF")) and not zipfile.is_zipfile(io.BytesIO(content)):
-        _fail("a picture that is no PNG carries no card", path.suffix, path, "export the card as PNG, JSON or .charx")
+        _fail("only PNG pictures carry a card", path.suffix, path, "export the card as PNG, JSON or .charx")
     if zipfile.is_zipfile(io.BytesIO(content)):  # also behind a JPEG, as RisuAI writes it
         return _read_archive(content, path)
     return CardFile(_card_object(content, path))
@@ -89,7 +89,7 @@ def write_card_png(picture: bytes, cards: Mapping[str, Mapping[str, Any]]) -> by
     """Puts cards into a PNG, each in a tEXt chunk before the end.
 
     Args:
-        picture: A PNG; cards that are in it go.
+        picture: A PNG; cards in it are replaced.
         cards: The JSON objects by keyword, `chara` or `ccv3`.
     """
     kept = [chunk for chunk in _chunks(picture) if not _card_text(*chunk)]
@@ -182,15 +182,15 @@ def _card_object(content: bytes, path: Path) -> dict[str, Any]:
         _fail(f"the card is not valid JSON: {error}", content[:40], path, "export the card again")
     fields = card.get("data", card) if isinstance(card, dict) else None
     if isinstance(card, dict) and not isinstance(fields, dict) and "name" in card:
-        fields = card  # `data` that is no object: what V1 knows stands beside it
+        fields = card  # `data` is not an object: the fields of V1 may stand beside it
     if not isinstance(fields, dict) or "name" not in fields:
         fix = "give a card of V1, V2 or V3: a JSON object with a name (in `data` from V2 on)"
-        _fail("this is no character card", content[:40], path, fix)
+        _fail("this is not a character card", content[:40], path, fix)
     return card
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The chunks of a PNG in order, those behind its end included; checksums are not held against anything."""
+    """Yield the chunks of a PNG in order, those after its end included; checksums are ignored."""
     place = len(PNG_SIGNATURE)
     while place + 8 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, place)
@@ -234,7 +234,7 @@ def _text_of(kind: bytes, data: bytes, most: int) -> tuple[str, bytes | None]:
 
 
 def _unwrapped(text: bytes) -> bytes:
-    """The JSON in a text chunk: base64 by the specification, as it is by some exporters."""
+    """Return the JSON in a text chunk: base64 by the specification, plain from some exporters."""
     if text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return text
     try:
@@ -247,7 +247,7 @@ def decode_base64(text: bytes | str) -> bytes:
     """The bytes of a base64 text; line breaks and missing padding are allowed.
 
     Raises:
-        ValueError: It is no base64.
+        ValueError: It is not base64.
     """
     kept = b"".join((text.encode("ascii", "replace") if isinstance(text, str) else text).split()).rstrip(b"=")
     try:

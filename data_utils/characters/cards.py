@@ -1,7 +1,7 @@
 """Tavern character cards as characters of a data root, and back.
 
 Name, description, personality, scenario and example messages become the sections of a profile; the picture and the
-assets become the character's pictures. Everything else stays in the card's own file, which is kept word for word in
+assets become the character's pictures. Everything else stays in the card's file, which is kept byte for byte in
 `profiles/<split>/cards/`, so that an export loses nothing.
 """
 
@@ -36,7 +36,7 @@ SECTIONS = {
     "Catchphrases": "mes_example",
 }
 _WORLD = "World"  # the heading of a lorebook's constant entries
-_PARTNER = "the human"  # `{{user}}`: MMRole's partner is a curious human unless a dialogue says otherwise
+_PARTNER = "the human"  # `{{user}}`: in MMRole a curious human, unless a dialogue says otherwise
 _NOT_PICTURED = ("user_icon",)  # the person's at the keyboard, not the character's
 _SHOWN_ONLY = ("system_prompt", "post_history_instructions")
 _COMMENT = re.compile(r"\{\{\s*(?://|comment:|hidden_key:).*?\}\}", re.IGNORECASE | re.DOTALL)
@@ -49,7 +49,7 @@ _MARKS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 @dataclass(frozen=True)
 class CardPicture:
-    """A picture of a card: its bytes in whatever format, and what the card says of it."""
+    """A picture of a card: its bytes in any format, and its name in the card."""
 
     content: bytes
     name: str
@@ -61,11 +61,11 @@ class CardCharacter:
     """A card, read as a character.
 
     Attributes:
-        name: The card's name; may be unfit to name files, which whoever adds the character checks.
+        name: The card's name; not checked yet as a file name.
         script: From the card's tags, else its source, else the published name for made-up characters.
         profile: Markdown in the published sections.
         pictures: The portrait first.
-        notes: What was changed, passed over or not applied, for the user.
+        notes: What was changed, skipped or not applied, for the user.
     """
 
     name: str
@@ -87,7 +87,7 @@ def character_from_card(
         split: Where the character belongs.
 
     Returns:
-        The character, and what the user should know: what was changed, passed over or not applied.
+        The character, and notes for the user on what was changed, skipped or not applied.
 
     Raises:
         MMRoleError: The card cannot be read, or has no name and none is given.
@@ -108,7 +108,7 @@ def character_from_card(
         except ValueError as error:
             if file.picture is not None and number == 0:
                 raise MMRoleError("the card's picture cannot be used", str(error), path, "export it again") from None
-            notes.append(f"the asset {picture.name!r} is passed over: not a usable picture ({error})")
+            notes.append(f"the asset {picture.name!r} is skipped: not a usable picture ({error})")
             continue
         pictures.append(found)
     script = script or character.script
@@ -152,7 +152,7 @@ def _script_pictures(root: Path, script: str, name: str) -> Iterator[Picture]:
 
 
 def _first_png(pictures: Iterable[Picture]) -> bytes:
-    """The first picture that can be read, or a plain one, as PNG."""
+    """Return the first readable picture, or a plain one, as PNG."""
     out = io.BytesIO()
     for picture in pictures:
         try:
@@ -167,7 +167,7 @@ def _first_png(pictures: Iterable[Picture]) -> bytes:
 
 
 def character_of(file: CardFile, name: str | None = None) -> CardCharacter:
-    """Reads a card's fields; wrong types are read as what they most likely mean.
+    """Read a card's fields; values of a wrong type are converted to the most likely meaning.
 
     Args:
         file: The card.
@@ -186,7 +186,7 @@ def character_of(file: CardFile, name: str | None = None) -> CardCharacter:
     profile = "\n".join(f"### {heading}\n{text}" for heading, text in sections.items() if text)
     clean = _plain(profile)
     if clean != profile:
-        notes.append("halves of surrogate pairs, or tokens that training reads as marks, were replaced in the profile")
+        notes.append("surrogate characters or special tokens were replaced in the profile")
     shown_only = [(key, _text(fields.get(key)).strip()) for key in _SHOWN_ONLY]
     notes += [f"{key}, shown here and not applied: {text}" for key, text in shown_only if text]
     pictures = [*_pictures(file, fields, notes)]
@@ -194,7 +194,7 @@ def character_of(file: CardFile, name: str | None = None) -> CardCharacter:
 
 
 def card_fields(card: Mapping[str, Any]) -> dict[str, Any]:
-    """A card's fields, wherever its version has them: `data` from V2 on, with V1's beside it where `data` lacks one."""
+    """Return a card's fields: `data` from V2 on, completed by V1's fields beside it."""
     data = card.get("data")
     return {**card, **data} if isinstance(data, dict) else dict(card)
 
@@ -244,7 +244,7 @@ def _with_data_url(asset: Any, file: CardFile) -> Any:
 
 
 def _pictures(file: CardFile, fields: Mapping[str, Any], notes: list[str]) -> Iterator[CardPicture]:
-    """The PNG around a card, then its assets: icons, emotions, backgrounds and others that are at hand."""
+    """Return the PNG around a card, then its assets: icons, emotions, backgrounds and others in the file."""
     if file.picture is not None:
         yield CardPicture(file.picture, "the card's picture", portrait=True)
     assets = fields.get("assets")
@@ -260,11 +260,11 @@ def _pictures(file: CardFile, fields: Mapping[str, Any], notes: list[str]) -> It
             try:
                 content = decode_base64(uri.partition(",")[2])
             except ValueError:
-                notes.append(f"the asset {name!r} is passed over: its data URL is not base64")
+                notes.append(f"the asset {name!r} is skipped: its data URL is not base64")
                 continue
         if content is None:
             why = "URLs are not fetched" if "://" in uri and not uri.startswith("embeded:") else "it is not in the file"
-            notes.append(f"the asset {name!r} is passed over: {why} ({uri[:80]})")
+            notes.append(f"the asset {name!r} is skipped: {why} ({uri[:80]})")
             continue
         yield CardPicture(content, name, portrait=kind in ("icon", "emotion"))
 
@@ -292,19 +292,19 @@ def _script(fields: Mapping[str, Any]) -> str:
 
 
 def _filled(text: str, name: str) -> str:
-    """A text with the names of both sides, and without comments to the front end."""
+    """Return a text with both names filled in, and without comments to the front end."""
     text = _COMMENT.sub("", text.replace("\r\n", "\n"))
     text = _CHARACTER.sub(lambda _: name, text)
     return _USER.sub(_PARTNER, text).strip()
 
 
 def _plain(text: str) -> str:
-    """Without what no file of text can hold, and without the tokens that training reads as marks."""
+    """Return a text without surrogate characters and special tokens."""
     return _MARKS.sub(lambda mark: mark[0].replace("<", "‹").replace(">", "›"), _SURROGATE.sub("\ufffd", text))
 
 
 def _text(value: Any) -> str:
-    """A field that should be a text: lists are joined, null and objects are empty."""
+    """Return a field as a text: lists are joined, null and objects give an empty text."""
     if isinstance(value, list):
         return "\n".join(_text(item) for item in value)
     if isinstance(value, bool) or value is None or isinstance(value, dict):

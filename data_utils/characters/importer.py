@@ -1,4 +1,4 @@
-"""A character of one's own, from its profile and pictures to the files of a data root."""
+"""Adds a character to a data root, from its profile and pictures."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _TEXTS = (".txt", ".md")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a character, and what is known about it.
+    """A picture of a character, and its description.
 
     Attributes:
-        path: Its file, or a label of a picture that comes with its content.
+        path: Its file, or a label for messages if `content` is given.
         about, place, who: What it shows, where that is, and who is on it.
-        content: The picture itself, where it is not in a file.
+        content: The picture's bytes, if it is not in a file.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class NewCharacter:
     """A character to be added.
 
     Attributes:
-        name: As it stands in prompts.
+        name: As prompts name it.
         script: What the character comes from.
         profile: The profile text.
         pictures: Related pictures; there may be none.
@@ -75,14 +75,14 @@ class NewCharacter:
 
 
 def read_folder(folder: Path) -> tuple[str, list[Picture]]:
-    """Return the profile and the pictures of a character's folder, and print the names of files that are not used.
+    """Return the profile and the pictures in a character's folder, and print the names of unused files.
 
     Raises:
         MMRoleError: There is no profile, or a text cannot be read.
     """
     profiles = [folder / name for name in ("profile.txt", "profile.md") if (folder / name).is_file()]
     if not profiles:
-        fix = "write down who the character is in profile.txt"
+        fix = "describe the character in profile.txt"
         raise MMRoleError("no profile.txt or profile.md", None, folder, fix)
     files = listed(folder)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -99,7 +99,7 @@ def read_folder(folder: Path) -> tuple[str, list[Picture]]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, without blanks at its edges.
+    """Return the text of a file, stripped.
 
     Raises:
         MMRoleError: It cannot be read, or is not UTF-8.
@@ -113,19 +113,19 @@ def read_text(path: Path) -> str:
 def add_character(root: Path, character: NewCharacter, questions: Sequence[str] = ()) -> Path:
     """Add a character to a data root; nothing is written if anything is wrong.
 
-    A picture is stored as an upright 8-bit RGB copy, because the model reads neither EXIF nor transparency; one that is
-    so already is copied as it is.
+    A picture is stored as an upright 8-bit RGB copy, because the model reads neither EXIF nor transparency; one that
+    already is such a copy is stored unchanged.
 
     Args:
         root: A data root, new or existing.
         character: The character; an existing one gets the new profile, and further pictures.
-        questions: What is asked about each picture; none gives two general ones.
+        questions: Questions about each picture; by default two general ones.
 
     Returns:
         The test input that was written.
 
     Raises:
-        ProblemsError: The character or the data root has faults, with all of them.
+        ProblemsError: The character or the data root has faults; every one is reported.
         MMRoleError: A file cannot be written.
     """
     annotations, problems = read_annotations(root)
@@ -177,7 +177,7 @@ def _write_questions(root: Path, character: NewCharacter, annotations: Sequence[
 
 
 def _picture_contents(character: NewCharacter) -> tuple[dict[Path, tuple[bytes, str]], list[MMRoleError]]:
-    """Return the content and suffix to store of each picture, and which pictures cannot be used."""
+    """Return the content and suffix to store for each picture, and a problem for each unusable one."""
     contents: dict[Path, tuple[bytes, str]] = {}
     problems = []
     for picture in character.pictures:
@@ -193,7 +193,7 @@ def stored_picture(picture: Picture) -> tuple[bytes, str]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no picture, is cut short, or has more pixels than Pillow thinks safe.
+        ValueError: It is not a picture, is cut short, or has more pixels than Pillow allows.
     """
     content = picture.path.read_bytes() if picture.content is None else picture.content
     try:
@@ -202,7 +202,7 @@ def stored_picture(picture: Picture) -> tuple[bytes, str]:
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
             return upright_rgb(content)
-    except Exception as error:  # one image's boundary: each of Pillow's decoders fails in its own way
+    except Exception as error:  # per-sample boundary: each of Pillow's decoders raises other errors
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -225,28 +225,29 @@ def _problems(
         if problem:
             problems.append(MMRoleError(f"a name that cannot name a file: {problem}", text, option, "choose another"))
     if name == HUMAN:
-        what = "this name stands for the human who talks with characters"
+        what = "this name is reserved for the human who talks with characters"
         problems.append(MMRoleError(what, name, "--name", "choose another name"))
     script = splits[character.split].scripts.get(name, character.script)
     if script != character.script:
         where = profiles_folder(root, character.split) / "roles.json"
-        problems.append(MMRoleError("the character is of another script", script, where, "give that one"))
+        problems.append(MMRoleError("the character exists in another script", script, where, "give the same script"))
     others = [split for split, found in splits.items() if split != character.split and name in found.profiles]
     if others:
         where = profiles_folder(root, others[0])
-        problems.append(MMRoleError("the character is of the other split", others[0], where, "give that --split"))
+        what = "the character exists in the other split"
+        problems.append(MMRoleError(what, others[0], where, "give the same --split"))
     names = {other for found in splits.values() for other in found.profiles}
     alike = sorted(other for other in names if file_name(other) == file_name(name) and other != name)
     if alike:
         what = f"another character's files have this name: {alike[0]}"
         problems.append(MMRoleError(what, name, "--name", "choose another name"))
     if not character.profile.strip():
-        problems.append(MMRoleError("the profile is empty", None, "--profile", "write down who the character is"))
+        problems.append(MMRoleError("the profile is empty", None, "--profile", "describe the character"))
     abouts = [text for picture in character.pictures for text in (picture.about, picture.place, picture.who)]
     for text in (name, character.script, character.profile, *questions, *abouts):
         token = next((token for token in SPECIAL_TOKENS if token in text), None)
         if token:
-            what = "a text holds a special token of the tokenizer, which training would obey"
+            what = "a text contains a special token, which training would interpret"
             problems.append(MMRoleError(what, token, fix="reword it"))
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             what = "a text is not UTF-8, or holds half of a surrogate pair"
@@ -257,10 +258,10 @@ def _problems(
 def _image_names(
     root: Path, character: NewCharacter, contents: Mapping[Path, tuple[bytes, str]], annotated: Collection[str]
 ) -> dict[str, Picture]:
-    """Return the new pictures by name, numbered on from those of the script.
+    """Return the new pictures by name, numbered after those of the script.
 
-    A picture whose content is already in the folder keeps its name, and is left out if it is annotated: it is not if a
-    run was killed before it wrote the annotations.
+    A picture whose content is already in the folder keeps its name. It is left out if it is annotated, which it is not
+    if a run was killed before writing the annotations.
     """
     folder = root / "images" / file_name(character.script)
     files = [path for path in listed(folder) if path.is_file()]

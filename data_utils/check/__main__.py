@@ -5,7 +5,7 @@ and not checked. Exit status:
 
     0  nothing is wrong, or warnings and notes only (quirks of the published data are warnings)
     1  errors: what stops training or evaluation, or makes their results wrong
-    2  it could not be run: no data root, a wrong option
+    2  the check could not run: no data root, or a wrong option
     3  no errors, but MS-COCO images are missing, which scripts/download_data.sh fetches
 """
 

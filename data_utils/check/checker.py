@@ -1,4 +1,4 @@
-"""What the checks of one data root share: its report, the ids and images seen so far, and how files are read."""
+"""The state that the checks of one data root share, and how they read files."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Checker:
         characters: The characters of all roots.
         image_roots: The data roots whose images may be referred to, this one first.
         tested: Ids of the dialogues that test samples were drawn from, of all roots.
-        test_samples: Test samples and their files by the id of their dialogue.
-        images: The file and id that first refers to an image.
+        test_samples: Test samples with their files, by the id of their dialogue.
+        images: For each image the file and id that first refer to it.
         trained: Images of dialogues that training samples are made of.
-        ids: The root and the file in which an id was seen first, by kind of record.
+        ids: The root and file in which an id was first seen, by kind of record and id.
     """
 
     root: Path
@@ -47,11 +47,11 @@ class Checker:
     ids: dict[tuple[str, str], tuple[Path, str]] = field(default_factory=dict)
 
     def name(self, path: Path) -> str:
-        """Return a file's name as findings show it."""
+        """Return a file's name for findings."""
         return path.relative_to(self.root).as_posix()
 
     def files(self, folder: str) -> list[Path]:
-        """Return the JSON files of a folder, in order; a folder that may not be read is a finding."""
+        """Return the JSON files of a folder, in order; an unreadable folder is a finding."""
         try:
             return listed(self.root / folder, "*.json")
         except MMRoleError as error:
@@ -59,11 +59,11 @@ class Checker:
             return []
 
     def rows(self, path: Path, record: type[Record], sort: str) -> Iterator[Row]:
-        """Yield the valid rows of a file; all others, and repeated ids, are findings.
+        """Yield the valid rows of a file; invalid ones and repeated ids are findings.
 
         Args:
             path: The file.
-            record: What its rows must be.
+            record: The type of its rows.
             sort: The kind of record within which ids must differ; empty if rows have none.
         """
         try:
@@ -92,7 +92,7 @@ class Checker:
             yield row
 
     def problem(self, path: Path, problem: MMRoleError) -> None:
-        """Report a file that cannot be read, or a wrong field of one."""
+        """Report a file that cannot be read, or a wrong field in it."""
         if isinstance(problem, UnreadableError):
             parts = (str(part) for part in (problem.what, problem.value) if part and str(part) != str(path))
             self.report.add("unreadable_file", self.name(path), _place(problem, path), ", ".join(parts))
@@ -119,14 +119,14 @@ class Checker:
         return [root / "images" for root in self.image_roots]
 
     def check_text(self, file: str, name: str, text: str) -> None:
-        """Report a special token or a leftover of a template in a text of the sources."""
+        """Report a special token or an unfilled template field in a source text."""
         self.check_special(file, name, text)
         leftover = _LEFTOVER.search(text)
         if leftover:
             self.report.add("template_leftover", file, name, leftover[0])
 
     def check_special(self, file: str, name: str, text: str) -> None:
-        """Report a special token, which training would obey."""
+        """Report a special token, which training would interpret."""
         token = SPECIAL.search(text)
         if token:
             self.report.add("special_token", file, name, token[0])

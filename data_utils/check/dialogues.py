@@ -87,12 +87,12 @@ def check_annotations(checker: Checker) -> None:
 
 
 def _report_unfound(checker: Checker, name: str, image: str, other: str | None) -> None:
-    """Report an annotated image that does not exist; `other` is a file whose name differs in case at most."""
+    """Report an annotated image that does not exist; `other` is a file whose name differs only in case, if any."""
     kind = "missing_coco" if image.startswith(COCO) else "unknown_image"
     if other is not None and other != image:
         checker.report.add("misnamed_image", name, image, f"there is {other}")
     elif (checker.root / "images" / image).is_symlink():
-        checker.report.add(kind, name, image, "its link leads nowhere")
+        checker.report.add(kind, name, image, "its link is broken")
     else:
         checker.report.add(kind, name, image)
 
@@ -125,7 +125,7 @@ def _files(checker: Checker, split: str, kind: str) -> list[Path]:
     """Return the files of a split's dialogues of a kind; the report names a kind without any."""
     try:
         files = dialogue_files(checker.root, split, kind)
-    except MMRoleError as error:  # a folder that may not be read
+    except MMRoleError as error:  # an unreadable folder
         checker.report.add("unreadable_file", f"dialogues/{split}/{kind}", detail=error.what)
         return []
     if not files:

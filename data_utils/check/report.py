@@ -32,25 +32,25 @@ KINDS: dict[str, Kind] = {
     "duplicate_id": Kind(ERROR, "ids that occur more than once", "give each a different id"),
     "unknown_speaker": Kind(ERROR, "speakers that no roles.json lists", "list the character under its script"),
     "missing_profile": Kind(ERROR, "characters without a profile", "add the profile to profiles.json"),
-    "broken_alternation": Kind(ERROR, "dialogues in which somebody speaks twice in a row", "join or part the turns"),
+    "broken_alternation": Kind(ERROR, "dialogues in which someone speaks twice in a row", "merge or split the turns"),
     "missing_image": Kind(ERROR, "images that are missing", "put them below images/, or correct the name"),
     "broken_image": Kind(ERROR, "images that cannot be decoded", "download or make the file again"),
     "clashing_image": Kind(
         ERROR,
-        "images that are another picture in another data root, by the same name",
-        "rename one, also in annotations, dialogues and samples, or give its script another name",
+        "images that share their name with a different picture of another data root",
+        "rename one of them, also in annotations, dialogues and samples, or rename its script",
     ),
     "wrong_turns": Kind(ERROR, "samples whose turns are not user and assistant in turn", _TRAIN_FIX),
     "broken_image_tag": Kind(ERROR, "samples with a broken image tag", _TRAIN_FIX),
     "test_in_train": Kind(ERROR, "training samples of a dialogue that a test sample was drawn from", _TRAIN_FIX),
     "test_differs": Kind(ERROR, "test samples that differ from their dialogue", "download the test file again"),
     "review_in_both": Kind(ERROR, "reviews that both train and validate the reward model", _TRAIN_FIX),
-    # What is downloaded from elsewhere.
+    # Files to be downloaded.
     "missing_coco": Kind(MISSING, "MS-COCO images that are missing", "download them: bash scripts/download_data.sh"),
-    # What the published data has too, and does little or no harm.
+    # The published data has these too; they do little or no harm.
     "image_outside": Kind(
         WARNING,
-        "images that lie outside of the image folder, behind a link",
+        "images outside of the image folder, behind a link",
         "give --follow_links when answering and reviewing if that link is yours; training follows it",
     ),
     **{
@@ -59,35 +59,35 @@ KINDS: dict[str, Kind] = {
         )
         for form, what in FORMS.items()
     },
-    "lost_answer": Kind(WARNING, "samples so long that all of their answer is cut off", "raise --max_length"),
-    "cut_answer": Kind(WARNING, "samples so long that a part of their answer is cut off", "raise --max_length"),
-    "cut_end": Kind(NOTE, "samples so long that the end token after their answer is cut off", "raise --max_length"),
-    "other_image_tag": Kind(WARNING, "samples with image tags that are not their picture line", "reword the text"),
-    "special_token": Kind(WARNING, "texts with a special token, which training obeys", "reword the text"),
+    "lost_answer": Kind(WARNING, "samples whose whole answer is cut off", "raise --max_length"),
+    "cut_answer": Kind(WARNING, "samples whose answer is partly cut off", "raise --max_length"),
+    "cut_end": Kind(NOTE, "samples whose end token after the answer is cut off", "raise --max_length"),
+    "other_image_tag": Kind(WARNING, "samples with image tags besides their picture line", "reword the text"),
+    "special_token": Kind(WARNING, "texts with a special token, which training interprets", "reword the text"),
     "empty_dialogue": Kind(WARNING, "dialogues without turns", "none needed: they give no samples"),
     "no_answer": Kind(WARNING, "comments without an answer", "none needed: they give no samples"),
     "ends_on_human": Kind(
-        WARNING, "human-role dialogues that end on the human", "none needed: that turn trains nothing"
+        WARNING, "human-role dialogues that end with the human's turn", "none needed: that turn trains nothing"
     ),
     "odd_inter_role": Kind(
         WARNING,
-        "inter-role dialogues of odd length, whose last turn trains talking with itself",
+        "inter-role dialogues of odd length, whose last turn has the speaker as its own partner",
         "as published; python -m data_utils.build --sane_partner avoids it",
     ),
-    "misnamed_image": Kind(WARNING, "annotations whose image has another case in its name", "correct the name"),
+    "misnamed_image": Kind(WARNING, "annotations whose image name differs in case", "correct the name"),
     "unknown_image": Kind(ERROR, "annotations whose image is missing", "correct the name, or add the image"),
-    "scene_blanks": Kind(
-        WARNING, "annotations with blanks at the edges of a text", "none needed: prompts strip scenes"
-    ),
-    "turn_blanks": Kind(WARNING, "turns with blanks at their edges", "none needed: used verbatim, as published"),
-    "empty_turn": Kind(WARNING, "turns that say nothing", "leave the dialogue out, or write the turn"),
-    "template_leftover": Kind(WARNING, "texts with a leftover of a template", "reword the text"),
+    "scene_blanks": Kind(WARNING, "annotations with leading or trailing blanks", "none needed: prompts strip scenes"),
+    "turn_blanks": Kind(WARNING, "turns with leading or trailing blanks", "none needed: used verbatim, as published"),
+    "empty_turn": Kind(WARNING, "turns without text", "remove the dialogue, or write the turn"),
+    "template_leftover": Kind(WARNING, "texts with an unfilled template field", "reword the text"),
     "test_image_trains": Kind(
-        WARNING, "script images of in-distribution tests that training dialogues show too", "none needed: as published"
+        WARNING,
+        "script images of in-distribution tests that also appear in training dialogues",
+        "none needed: as published",
     ),
     "unlisted_profile": Kind(NOTE, "profiles of characters that no roles.json lists", "list them under their script"),
-    "unused_image": Kind(NOTE, "images that nothing refers to", "none needed"),
-    "duplicate_answer": Kind(NOTE, "answers that several dialogues share word for word", "none needed"),
+    "unused_image": Kind(NOTE, "unreferenced images", "none needed"),
+    "duplicate_answer": Kind(NOTE, "identical answers in several dialogues", "none needed"),
 }
 
 
@@ -95,7 +95,7 @@ KINDS: dict[str, Kind] = {
 class Finding:
     """All findings of one kind: how many, in which files, and the first examples.
 
-    `remark` says what the count leaves out.
+    `remark` adds to the count.
     """
 
     count: int = 0

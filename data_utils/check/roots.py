@@ -1,4 +1,4 @@
-"""Checks data roots: everything that is wrong with them at once."""
+"""Checks data roots and reports everything that is wrong with them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_roots(
         Each root with its report.
 
     Raises:
-        MMRoleError: A folder does not exist, holds nothing of a data root, or is given twice.
+        MMRoleError: A folder does not exist, is not a data root, or is given twice.
     """
     roots = [data_root, *extra_roots]
     for root in roots:
@@ -73,7 +73,7 @@ def check_roots(
         _check_test_images(checker)
         if meter is not None:
             lengths = [f"{file}: the longest sample has {n:,} tokens" for file, n in meter.longest.items()]
-            checker.report.remarks += lengths or ["no training file here to measure: build it first"]
+            checker.report.remarks += lengths or ["no training file to measure: build it first"]
             meter.longest.clear()
     return [(checker.root, checker.report) for checker in checkers]
 
@@ -88,7 +88,7 @@ def _add_characters(checker: Checker, new: Characters) -> None:
 
 
 def _check_images(checker: Checker, decode: bool) -> None:
-    """Find images that are referred to and missing or broken, and those that nothing refers to."""
+    """Report referenced images that are missing or broken, and unreferenced images."""
     report = checker.report
     if decode:
         from qwen_vl import QwenVLImageProcessor

@@ -54,12 +54,12 @@ class LengthMeter:
         if over <= 0:
             return
         answer = len(self._tokenizer.encode(turns[-1]["value"])) if turns[-1]["from"] == "assistant" else 0
-        lost = over - 2  # the end token and the newline after the answer go first
+        lost = over - 2  # the end token and the newline after the answer are cut first
         kind = "cut_end" if lost <= 0 or not answer else "lost_answer" if lost >= answer else "cut_answer"
         checker.report.add(kind, file, row["id"], f"{total:,} tokens, {min(max(lost, 0), answer)} of {answer} lost")
 
     def _length(self, turns: list[Row]) -> int:
-        """Return the tokens of a whole sample; repeated lines are counted once where that is exact."""
+        """Return the number of tokens of a sample; repeated lines are tokenized once where that is exact."""
         line = _PICTURE_LINE.match(turns[0]["value"])
         if len(turns) == 2 and turns[0]["from"] == "user" and line:
             prompt, answer = turns[0]["value"][line.end() :], turns[1]["value"]
@@ -192,7 +192,7 @@ def _refer(checker: Checker, file: str, row: Row, image: str) -> None:
 
 
 def _tag_faults(checker: Checker, file: str, name: str, text: str) -> int:
-    """Report image tags in a text; return the number of those that cannot be tokenized."""
+    """Report image tags in a text; return how many of them cannot be tokenized."""
     paths = _TAG.findall(text)
     for path in paths:
         checker.report.add("other_image_tag", file, name, path)

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--review_prompts",
         metavar="MODULE:FUNCTION",
-        help="what makes the judge's prompts, eval.review_prompt:review_prompts; writes the reward-model file too",
+        help="also write the reward-model file, with this function's prompts: eval.review_prompt:review_prompts",
     )
     options = parser.parse_args(arguments)
     review_prompts = named_function(options.review_prompts) if options.review_prompts else None

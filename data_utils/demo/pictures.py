@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT = 400, 300
-_SCALE = 3  # drawn larger, then reduced: smooth edges
+_SCALE = 3  # drawn larger and then reduced, for smooth edges
 _LINE = (45, 42, 50)
 
 COLOURS = {
@@ -74,7 +74,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
 
     Args:
         scene: What to show; its words are keys of COLOURS, PLACES, TIMES and THINGS.
-        rng: Moves things about a little, so that two pictures of one scene differ.
+        rng: Shifts things a little, so that two pictures of one scene differ.
     """
     picture = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE))
     pen = _Pen(ImageDraw.Draw(picture))

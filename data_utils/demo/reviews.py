@@ -12,7 +12,7 @@ from data_utils.demo.story import ASSISTANT, COMMENT_ANSWERS, TRADES, Persona, d
 
 Answer = Callable[[Scene, Persona, Persona, random.Random], str]
 
-# Of each metric: what a good answer does, in the plural and in the singular, and what a bad one fails to do.
+# For each metric: what a good answer does, in plural and singular, and what a bad one fails to do.
 VERDICTS = {
     "Instruction Adherence": ("speak as {role} and add nothing", "speaks as {role}", "does not speak as {role}"),
     "Fluency": ("read smoothly", "reads smoothly", "is hard to read"),

@@ -19,7 +19,7 @@ NAMES = {
     "Chinese": ("柳青舟", "沈墨白", "陆小渔", "顾长风"),
 }  # fmt: skip
 
-# By trade: what a character of that trade says of a thing, and its catchphrase.
+# By trade: a sentence about a thing, and a catchphrase.
 TRADES = {
     "English": {
         "lighthouse keeper": ("The {thing} would guide my ships home.", "Keep the lamp burning!"),
@@ -36,7 +36,7 @@ TRADES = {
         "茶商": ("看着这{thing}，我想泡一壶茶。", "好茶待好友！"),
     },
 }
-# By temper: how such a character begins to speak, and how the profile describes it.
+# By temper: the opening of each answer, and a description for the profile.
 TEMPERS = {
     "English": {
         "cheerful": ("Ha ha!", "laughs before every answer and sees the good in all things"),

@@ -34,9 +34,9 @@ from data_utils.samples import build_sample, iterate_samples, speaker, training_
 MARKER = "demo.json"
 ROWS_PER_AGENT = 6
 _COCO_PICTURES, _SCRIPT_PICTURES = 8, 4
-_FIRST_COCO_NUMBER = 900001  # above all numbers of MS-COCO, so that no made-up picture is taken for one of its
+_FIRST_COCO_NUMBER = 900001  # above all numbers of MS-COCO, so that no made-up picture is mistaken for one of them
 _WRITERS = {"comment": comment_turns, "human-role": human_turns, "inter-role": pair_turns}
-# In-distribution dialogues of one character by kind: on pictures without and with annotations.
+# In-distribution dialogues of one character, by kind: on pictures without and with annotations.
 _DIALOGUES = {"comment": (8, 4), "human-role": (5, 3), "inter-role": (4, 2)}
 
 
@@ -116,7 +116,7 @@ def write_world(world: World, out_dir: Path, review_prompts: ReviewPrompts | Non
 
 def _draw_pictures(seed: int, cast: Sequence[Persona]) -> list[Picture]:
     rng = _rng(seed, "pictures")
-    # Each thing comes up as often as any other, in a drawn order.
+    # Each thing appears equally often, in random order.
     things = iter([thing for _ in range(8) for thing in rng.sample(sorted(THINGS), len(THINGS))])
 
     def draw(people: Sequence[Persona] = ()) -> Scene:
@@ -214,7 +214,7 @@ def _reward_model_samples(
 
 
 def _claim(out_dir: Path, seed: int) -> None:
-    """Mark the folder as a demo's, so that no real data root is ever overwritten."""
+    """Mark the folder as a demo, so that no real data root is ever overwritten."""
     marker = out_dir / MARKER
     content = {"made_by": "python -m data_utils.demo", "seed": seed}
     if is_there(out_dir) and not is_folder(out_dir):
@@ -241,5 +241,5 @@ def _write_pictures(world: World, out_dir: Path) -> None:
 
 
 def _rng(seed: int, part: str) -> random.Random:
-    """Return a generator for one part, so that a change to it leaves the other parts as they are."""
+    """Return a generator for one part, so that a change to it leaves the other parts unchanged."""
     return random.Random(f"{seed}/{part}")  # noqa: S311 - draws a demo, keeps no secret

@@ -1,8 +1,8 @@
 """Downloads the data set, its MS-COCO images, or weights: `python -m data_utils.download data|weights --help`.
 
-A file appears under its name only when it is whole. A second run checks what is there and fetches only what is missing
-or broken. Nothing is fetched but by this command. `HF_ENDPOINT` names a mirror of the Hugging Face Hub, `COCO_URL` one
-of MS-COCO's train2017 folder.
+A file appears under its name only when it is complete. A second run checks the files and fetches only missing or broken
+ones. Nothing else in this project downloads anything. `HF_ENDPOINT` names a mirror of the Hugging Face Hub, `COCO_URL`
+one of MS-COCO's train2017 folder.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def end_at_once(*_: object) -> None:
-    """Ends the process on Ctrl-C. An exception would wait for threads that finish their files, which can take hours."""
+    """End the process on Ctrl-C. An exception would wait for threads to finish their files, which can take hours."""
     os.write(2, b"\ninterrupted; finished files are kept, run the same command again to go on\n")
     os._exit(130)
 

@@ -19,10 +19,10 @@ from data_utils.errors import MMRoleError
 from data_utils.files import write_error
 
 COCO_FOLDER = "images/COCO/train2017"
-COCO_URL = "http://images.cocodataset.org/train2017"  # the certificate of its https is another host's
+COCO_URL = "http://images.cocodataset.org/train2017"  # its https certificate belongs to another host
 IMAGE_BYTES = 170_000  # an image's mean, rounded up: 19.3 GB for 118,287
 _TIMEOUT = (10, 30)  # seconds to connect, and without a byte
-GIVE_UP_AFTER = 20  # images that failed one after the other: then it is the server or the line, not the images
+GIVE_UP_AFTER = 20  # consecutive failures after which the server or the network is to blame, not the images
 _NAME = re.compile(rb'"image"\s*:\s*"COCO/train2017/(\d{12}\.jpg)"')
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _TAIL = 4096
@@ -30,7 +30,7 @@ _AGAIN = (408, 425, 429)  # and all from 500
 
 
 def referenced_coco(data_root: Path) -> list[str]:
-    """Returns the file names of the COCO images that dialogues and samples of a data root refer to, sorted.
+    """Return the file names of the COCO images that dialogues and samples of a data root refer to, sorted.
 
     Raises:
         MMRoleError: There are no such files.
@@ -39,14 +39,14 @@ def referenced_coco(data_root: Path) -> list[str]:
     files = sorted(file for folder in folders for file in folder.rglob("*.json"))
     if not files:
         raise MMRoleError(
-            "no dialogues and no samples, so no image is known to be needed", None, data_root,
+            "no dialogues and no samples, so the needed images are unknown", None, data_root,
             "fetch the data set first (bash scripts/download_data.sh), or choose its folder",
         )  # fmt: skip
     return sorted({name for file in files for name in _names(file)})
 
 
 def missing_coco(data_root: Path, names: Sequence[str]) -> list[str]:
-    """Returns those of `names` that are missing or broken. A quick look: a fetched image was decoded before."""
+    """Return the missing or broken images among `names`. Quick, because each was decoded when it was fetched."""
     folder = data_root / COCO_FOLDER
     return [name for name in names if not _looks_whole(folder / name)]
 
@@ -65,7 +65,7 @@ def fetch_coco(data_root: Path, names: Sequence[str], *, workers: int, attempts:
         A line for each image that could not be fetched.
 
     Raises:
-        MMRoleError: The disk does not take them, or so many fail in a row that it cannot be the images.
+        MMRoleError: They cannot be written, or too many fail in a row.
     """
     url = (url or os.environ.get("COCO_URL") or COCO_URL).rstrip("/")
     folder = data_root / COCO_FOLDER
@@ -91,9 +91,9 @@ def fetch_coco(data_root: Path, names: Sequence[str], *, workers: int, attempts:
 
 
 def jpeg_problem(data: bytes) -> str | None:
-    """Returns why this is not a whole JPEG, or None; decodes it."""
+    """Decode a JPEG and return its problem, or None."""
     if not data.startswith(_START):
-        return "it is no JPEG"
+        return "it is not a JPEG"
     if _END not in data[-_TAIL:]:
         return "its end is missing"
     try:
@@ -105,7 +105,7 @@ def jpeg_problem(data: bytes) -> str | None:
 
 
 def _fetch(session: requests.Session, url: str, target: Path, attempts: int) -> str | None:
-    """Fetches one image, and returns why it could not be fetched, if so."""
+    """Fetch one image and return the problem, or None."""
     problem = None
     for attempt in range(attempts):
         time.sleep(max(0, attempt - 1))
@@ -121,7 +121,7 @@ def _fetch(session: requests.Session, url: str, target: Path, attempts: int) -> 
                 part.write_bytes(response.content)
                 part.replace(target)
                 return None
-            problem = f"what came is broken: {broken}"
+            problem = f"the download is broken: {broken}"
         else:
             problem = f"status {response.status_code}"
             if response.status_code < 500 and response.status_code not in _AGAIN:
@@ -153,6 +153,6 @@ def _looks_whole(path: Path) -> bool:
 
 def _unreachable(url: str, problem: str) -> MMRoleError:
     return MMRoleError(
-        f"{GIVE_UP_AFTER} images failed one after the other", problem, url,
+        f"{GIVE_UP_AFTER} images in a row failed", problem, url,
         "check the network, or name a mirror with COCO_URL=http://...; then run the same command again",
     )  # fmt: skip

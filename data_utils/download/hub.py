@@ -19,7 +19,7 @@ from data_utils.errors import MMRoleError
 from data_utils.files import write_error
 from data_utils.images import image_name_problem
 
-STAGING = ".download"  # in the folder to fill: files come here, and move to their places when they are verified
+STAGING = ".download"  # in the target folder; verified files are moved from here to their places
 MARGIN = 200 * 2**20  # bytes left free
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -36,7 +36,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repository at one commit, and the files of it that are wanted; `kind` is "model" or "dataset"."""
+    """A repository at one commit, and its wanted files; `kind` is "model" or "dataset"."""
 
     name: str
     kind: str
@@ -45,7 +45,7 @@ class HubRepo:
 
 
 def list_repo(name: str, kind: str, revision: str, wanted: Callable[[str], bool]) -> HubRepo:
-    """Returns what a repository holds at a branch, tag or commit; `wanted` chooses by path.
+    """Return the files of a repository at a branch, tag or commit; `wanted` chooses by path.
 
     Raises:
         MMRoleError: The hub cannot be reached, has no such repository, or lists a path outside of it.
@@ -56,7 +56,7 @@ def list_repo(name: str, kind: str, revision: str, wanted: Callable[[str], bool]
     try:
         commit = api.repo_info(name, repo_type=kind, revision=revision).sha or revision
         tree = list(api.list_repo_tree(name, repo_type=kind, revision=commit, recursive=True))
-    except Exception as error:  # its HTTP library changes from version to version, and so do its errors
+    except Exception as error:  # its errors change with its HTTP library from version to version
         raise MMRoleError(
             f"the hub does not list the repository ({type(error).__name__})", _first_line(error),
             f"{name} at {revision}",
@@ -70,41 +70,41 @@ def list_repo(name: str, kind: str, revision: str, wanted: Callable[[str], bool]
     ]
     for file in files:
         if image_name_problem(file.path):
-            raise MMRoleError("the hub lists a path that leads elsewhere", file.path, name, "use another mirror")
+            raise MMRoleError("the hub lists a path outside of the repository", file.path, name, "use another mirror")
     return HubRepo(name, kind, commit, tuple(file for file in files if wanted(file.path)))
 
 
 def content_problem(path: Path, file: HubFile) -> str | None:
-    """Returns why a file on the disk is not the hub's, or None."""
+    """Return how a local file differs from the hub's, or None."""
     if not path.is_file():
         return "not there"
     size = path.stat().st_size
     if size != file.size:
         return f"{size:,} bytes instead of {file.size:,}"
     if file.sha256:
-        return None if _digest(path, hashlib.sha256()) == file.sha256 else "its sha256 is another"
+        return None if _digest(path, hashlib.sha256()) == file.sha256 else "its sha256 differs"
     git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    return None if _digest(path, git) == file.blob_id else "its git id is another"
+    return None if _digest(path, git) == file.blob_id else "its git id differs"
 
 
 def fetch_repo(repo: HubRepo, folder: Path, workers: int, attempts: int) -> tuple[int, list[str]]:
     """Fetches the files of a repository that are missing or broken.
 
     Args:
-        repo: What there is.
-        folder: Where it belongs.
+        repo: The repository.
+        folder: The target folder.
         workers: Files fetched at once.
-        attempts: How often what is still missing is tried.
+        attempts: How often a missing file is tried.
 
     Returns:
         The number of files fetched, and a line for each that could not be.
 
     Raises:
-        MMRoleError: The disk has no room for them, or does not take them.
+        MMRoleError: The disk has not enough room, or a file cannot be written.
     """
     missing = _problems(repo.files, folder, workers)
     wanted, last = len(missing), ""
-    missing = _place(missing, folder, workers)  # a run that was killed may have left some
+    missing = _place(missing, folder, workers)  # left by a killed run
     check_space(folder, sum(file.size for file in missing))
     for _ in range(attempts):
         if missing:
@@ -116,16 +116,16 @@ def fetch_repo(repo: HubRepo, folder: Path, workers: int, attempts: int) -> tupl
 
 
 def bytes_to_come(repo: HubRepo, folder: Path) -> int:
-    """Returns how many bytes are still to be fetched, by names alone."""
+    """Return how many bytes are still to be fetched, judging by file names alone."""
     places = (folder, folder / STAGING)
     return sum(file.size for file in repo.files if not any((place / file.path).is_file() for place in places))
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Raises if the disk that holds `folder` has no room for `size` bytes more.
+    """Check that the disk of `folder` has room for `size` more bytes.
 
     Raises:
-        MMRoleError: It has not; with both numbers.
+        MMRoleError: It has not enough room; names both numbers.
     """
     exists = next(parent for parent in [folder.resolve(), *folder.resolve().parents] if parent.exists())
     free = shutil.disk_usage(exists).free
@@ -137,7 +137,7 @@ def check_space(folder: Path, size: int) -> None:
 
 
 def gigabytes(size: int) -> str:
-    """Returns a number of bytes as text."""
+    """Return a number of bytes as text."""
     return f"{size / 1e9:.1f} GB"
 
 
@@ -146,7 +146,7 @@ def _endpoint() -> str | None:
 
 
 def _problems(files: Iterable[HubFile], folder: Path, workers: int) -> dict[HubFile, str]:
-    """Returns what is wrong with each file that is missing or broken."""
+    """Return what is wrong with each file that is missing or broken."""
     files = list(files)
     with ThreadPoolExecutor(workers) as pool:
         problems = pool.map(lambda file: content_problem(folder / file.path, file), files)
@@ -155,10 +155,10 @@ def _problems(files: Iterable[HubFile], folder: Path, workers: int) -> dict[HubF
 
 
 def _download(repo: HubRepo, files: Sequence[HubFile], staging: Path, workers: int) -> str:
-    """Fetches the files into `staging`, and returns the error that ended it early, if any."""
+    """Fetch the files into `staging` and return the error that ended it early, if any."""
     from huggingface_hub import snapshot_download
 
-    shutil.rmtree(staging / ".cache", ignore_errors=True)  # parts of files that a killed run left are of no use
+    shutil.rmtree(staging / ".cache", ignore_errors=True)  # partial files of a killed run cannot be resumed
     try:
         snapshot_download(
             repo.name, repo_type=repo.kind, revision=repo.commit, local_dir=staging, max_workers=workers,
@@ -172,9 +172,9 @@ def _download(repo: HubRepo, files: Sequence[HubFile], staging: Path, workers: i
 
 
 def _place(files: Iterable[HubFile], folder: Path, workers: int) -> dict[HubFile, str]:
-    """Moves the files that came and are right to their places, and returns the problem of each other file.
+    """Move the verified files to their places and return the problem of each other file.
 
-    A JSON file in such a place is kept beside it: somebody may have worked on it.
+    A JSON file that is already there is kept beside it: the user may have edited it.
     """
     files = list(files)
     problems = _problems(files, folder / STAGING, workers)
@@ -187,10 +187,10 @@ def _place(files: Iterable[HubFile], folder: Path, workers: int) -> dict[HubFile
             if path.suffix == ".json" and path.is_file() and path.stat().st_size:
                 kept = path.with_name(f"{path.name}.before")
                 path.replace(kept)
-                print(f"{path} was not the hub's (any more); it is kept as {kept.name}")
+                print(f"{path} differed from the hub's; it is kept as {kept.name}")
             shutil.move(folder / STAGING / file.path, path)
         except OSError as error:
-            raise write_error(path, error, "what was there is kept") from error
+            raise write_error(path, error, "the old file is kept") from error
     return problems
 
 

@@ -1,4 +1,4 @@
-"""What is downloaded from where: the data set with its MS-COCO images, and the checkpoints."""
+"""The downloads: the data set with its MS-COCO images, and the checkpoints."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WEIGHTS = {
     "mmrole-agent": ("YanqiDai/MMRole-Agent", "MMRole-Agent"),
     "reward-model": ("YanqiDai/MMRole-Eval_RM", "MMRole-Eval_RM"),
 }
-DATA_FOLDERS = ("data", "dialogues", "images", "profiles", "RM_data")  # not its README.md: ours stands there
-# Code is never run here; the others are leftovers of a training, the last a pickle.
+DATA_FOLDERS = ("data", "dialogues", "images", "profiles", "RM_data")  # not its README.md, which would replace ours
+# Code is never run here; the others are leftovers of training, the last a pickle.
 NOT_WANTED = (
     *("*.py", "*.pyc", ".*", "*.pth", "*.pt", "*.pkl", "global_step*", "checkpoint-*", "runs/*"),
     "training_args.bin",
 )
-REFERENCED_COCO = 10_839  # by the whole data set; for the disk check before it is there to be counted
+REFERENCED_COCO = 10_839  # by the complete data set; for the disk check before it can be counted
 
 
 def download_data(options: argparse.Namespace) -> int:
@@ -76,19 +76,19 @@ def download_weights(options: argparse.Namespace) -> int:
 
 
 def is_data(path: str) -> bool:
-    """Whether a file of the data set's repository is wanted."""
+    """Return whether a file of the data set's repository is wanted."""
     return path.split("/")[0] in DATA_FOLDERS and not Path(path).name.startswith(".")
 
 
 def is_weight(path: str) -> bool:
-    """Whether a file of a checkpoint's repository is wanted."""
+    """Return whether a file of a checkpoint's repository is wanted."""
     return not any(
         fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(Path(path).name, pattern) for pattern in NOT_WANTED
     )
 
 
 def without_twins(repo: HubRepo) -> HubRepo:
-    """Leaves out pickled weights that are there as safetensors too."""
+    """Leave out pickled weights that also exist as safetensors."""
     if not any(file.path.endswith(".safetensors") for file in repo.files):
         return repo
     return replace(
@@ -97,9 +97,9 @@ def without_twins(repo: HubRepo) -> HubRepo:
 
 
 def _report(name: str, total: int, fetched: int, failed: Sequence[str]) -> int:
-    print(f"{name}: {total - len(failed):,} of {total:,} files are there and verified, {fetched:,} fetched now")
+    print(f"{name}: {total - len(failed):,} of {total:,} files verified, {fetched:,} fetched now")
     for line in failed[:10]:
         print(f"  failed: {line}")
     if failed:
-        print(f"  {len(failed):,} failed; the same command tries them again")
+        print(f"  {len(failed):,} failed; run the same command again to retry them")
     return 1 if failed else 0

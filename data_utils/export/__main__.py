@@ -6,7 +6,7 @@
 
 DIR then holds train.jsonl (the agent's training samples, made from the dialogues as data_utils.build makes them),
 rm_train.jsonl and rm_test.jsonl (the reward model's, if DATA_ROOT/RM_data has them) and test.jsonl (the test prompts,
-each with its ground truth). docs/other_models.md shows what follows.
+each with its ground truth). docs/other_models.md shows the next steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The forms in which other trainers take a sample; a further format is one more entry of `FORMATS`."""
+"""The formats of other trainers; a new one is a further entry of `FORMATS`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from data_utils.files import Row
 from data_utils.prompts import TRAINING_SYSTEM, picture_line
 
 SYSTEMS = ("published", "role-play")
-IMAGE = "<image>"  # where LLaMA-Factory and ms-swift put the picture
-# Of these trainers, replaced or counted wherever they stand in a text.
+IMAGE = "<image>"  # LLaMA-Factory's and ms-swift's placeholder for the picture
+# Replaced or counted by these trainers wherever they occur in a text.
 _PLACEHOLDERS = (IMAGE, "<video>", "<audio>", "<bbox>", "<ref-object>", "<point>")
 
 
@@ -22,8 +22,8 @@ class Format:
 
     Attributes:
         row: Makes a row from the sample's id, system message, picture path, prompt and answer.
-        dataset_info: Whether LLaMA-Factory's list of data sets is written too.
-        placeholders: What no text may hold.
+        dataset_info: Whether LLaMA-Factory's list of data sets is also written.
+        placeholders: Texts that no sample may contain.
     """
 
     row: Callable[[str, str, str, str, str], Row]
@@ -93,7 +93,7 @@ def exported(sample: Row, form: Format, *, system: str, image: str) -> Row:
         image: The path of its picture.
 
     Raises:
-        MMRoleError: A text holds a placeholder, which the trainer would take for a picture.
+        MMRoleError: A text contains a placeholder, which the trainer would take for a picture.
     """
     user, assistant = (turn["value"] for turn in sample["conversations"])
     prompt = user.removeprefix(picture_line(sample["image"]))

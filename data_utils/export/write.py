@@ -26,7 +26,7 @@ def export(
     image_dir: Path | None = None,
     sane_partner: bool = False,
 ) -> None:
-    """Write the files of a format and print what they hold.
+    """Write the files of a format and print their counts.
 
     Args:
         data_roots: The data root, and further ones that add dialogues and characters.

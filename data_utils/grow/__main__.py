@@ -4,10 +4,10 @@
     python -m data_utils.grow person ROOT --model M --facts facts.json
     python -m data_utils.grow dialogues ROOT --model M --characters "Ada" --images my_pictures/01.jpg
 
-It writes a profile from a text, the profile of a person who might exist from a few facts, and dialogues of the three
+It writes a profile from a text, the profile of a hypothetical person from a few facts, and dialogues of the three
 kinds from profile and image, in the published layout below ROOT. An answer that data_utils.check would complain about
-is asked for again, and never kept. Everything that passed is in ROOT/grown.jsonl at once; the same command goes on
-where it was stopped. The prompts are the templates in data_utils/grow/prompts; --prompts FOLDER uses a changed copy.
+is requested again, and never kept. Every accepted answer is in ROOT/grown.jsonl at once; the same command resumes a
+stopped run. The prompts are the templates in data_utils/grow/prompts; --prompts FOLDER uses an edited copy.
 """
 
 from __future__ import annotations
@@ -63,30 +63,30 @@ def _parser() -> argparse.ArgumentParser:
     profile = commands.add_parser("profile", help="a profile from a text")
     profile.add_argument("--name", required=True, help="the character")
     profile.add_argument("--script", required=True, help="the story, time or world it comes from")
-    profile.add_argument("--text", type=Path, required=True, help="what is known, e.g. an encyclopedia's article")
-    person = commands.add_parser("person", help="the profile of a person who might exist, from a few facts")
+    profile.add_argument("--text", type=Path, required=True, help="facts, e.g. an encyclopedia article")
+    person = commands.add_parser("person", help="the profile of a hypothetical person, from a few facts")
     person.add_argument("--facts", type=Path, required=True, help='JSON: {"name": ..., "age": ..., ...}, or a list')
     dialogues = commands.add_parser("dialogues", help="dialogues from profiles and images")
     dialogues.add_argument("--source", type=Path, help="a data root with the profiles and images (default: ROOT)")
     dialogues.add_argument("--characters", nargs="+", help="names (default: all that have a profile)")
-    dialogues.add_argument("--partner", help="who else speaks in inter-role (default: drawn from the same script)")
+    dialogues.add_argument("--partner", help="the other inter-role speaker (default: drawn from the same script)")
     dialogues.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     dialogues.add_argument("--images", nargs="+", help="names below images/ (default: the folder of the script)")
-    dialogues.add_argument("--images_per_character", type=int, help="so many, drawn by the seed (default: all)")
-    dialogues.add_argument("--seed", type=int, default=0, help="what images, partners, questions are drawn from")
+    dialogues.add_argument("--images_per_character", type=int, help="draw at most so many images (default: all)")
+    dialogues.add_argument("--seed", type=int, default=0, help="seed of the drawn images, partners and questions")
     for command in (profile, person, dialogues):
-        command.add_argument("root", type=Path, help="the data root to write to, better not the published one")
+        command.add_argument("root", type=Path, help="the data root to write to; best not the published one")
         command.add_argument("--model", required=True, help="the model's name at the endpoint; it must see images")
         command.add_argument("--base_url", help="the endpoint (default: OPENAI_BASE_URL, else OpenAI's)")
         command.add_argument("--split", choices=SPLITS, default=SPLITS[0])
         command.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of templates (default: built in)")
         command.add_argument("--max_requests", type=int, help="budget: requests of this run, failed ones included")
         command.add_argument("--max_tokens_total", type=int, help="budget: tokens of this run, prompts and answers")
-        command.add_argument("--max_tokens", type=int, default=4096, help="of one answer (%(default)s)")
+        command.add_argument("--max_tokens", type=int, default=4096, help="tokens of one answer (%(default)s)")
         command.add_argument("--temperature", type=float, help="default: the model's own")
-        command.add_argument("--tries", type=int, default=3, help="answers asked for until one is usable (%(default)s)")
+        command.add_argument("--tries", type=int, default=3, help="attempts to get a usable answer (%(default)s)")
         command.add_argument("--workers", type=int, default=4, help="requests at once (%(default)s)")
-        command.add_argument("--overwrite", action="store_true", help="ask again, and replace what was grown before")
+        command.add_argument("--overwrite", action="store_true", help="request again, and replace earlier results")
     return parser
 
 

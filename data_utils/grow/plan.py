@@ -1,4 +1,4 @@
-"""Plans what is to be grown, and says how the model is asked for each piece."""
+"""Plans profiles and dialogues, and how the model is asked for each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
 Ask = Callable[[str, str, str | None], str]
 Fill = Callable[[str, dict[str, str]], tuple[str, str]]
-Record = Mapping[str, Any]  # a profile or dialogue that was grown, and where it goes
+Record = Mapping[str, Any]  # a finished profile or dialogue, and where it is written
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class ProfilePlan:
 
     @property
     def key(self) -> str:
-        """What identifies it in the journal."""
+        """Its key in the journal."""
         return f"{self.split}/{self.name}"
 
     def write(self, ask: Ask, fill: Fill) -> dict[str, Any]:
-        """Ask for the detailed and the short profile, and return the record with all that goes into files.
+        """Ask for the detailed and the short profile, and return the record with everything for the files.
 
         Raises:
-            UnusableError: What the model wrote cannot be kept.
+            UnusableError: The answer cannot be used.
         """
         values = {"character": self.name, "script": self.script, "language": prompt_language(self.script)}
         template = "profile_from_facts" if self.facts else "profile_from_text"
@@ -82,10 +82,10 @@ class DialoguePlan:
         kind: "comment", "human-role" or "inter-role".
         id: The dialogue's.
         image: Name of the image, `path` where it lies.
-        role: The character that has the last word; `partner` is the other one, None for the human.
-        information: What the image's annotation says.
-        question: Of a comment.
-        turns: Number of turns of the others.
+        role: The character that speaks last; `partner` is the other one, None for the human.
+        information: The image's annotation.
+        question: The question of a comment.
+        turns: The number of turns of other kinds.
     """
 
     split: str
@@ -101,14 +101,14 @@ class DialoguePlan:
 
     @property
     def key(self) -> str:
-        """What identifies it in the journal."""
+        """Its key in the journal."""
         return dialogue_key(self.split, self.kind, self.role.name, self.image)
 
     def write(self, ask: Ask, fill: Fill) -> dict[str, Any]:
-        """Ask for the dialogue, and return the record that says where it goes.
+        """Ask for the dialogue, and return its record.
 
         Raises:
-            UnusableError: What the model wrote cannot be kept.
+            UnusableError: The answer cannot be used.
             MMRoleError: The image cannot be read.
         """
         language = prompt_language(self.role.script)
@@ -138,7 +138,7 @@ Plan = ProfilePlan | DialoguePlan
 
 
 def dialogue_key(split: str, kind: str, name: str, image: str) -> str:
-    """Return what identifies a dialogue: there is one of each kind for a character and an image."""
+    """Return the key of a dialogue: there is one of each kind per character and image."""
     return f"{split}/{kind}/{name}/{image}"
 
 
@@ -154,28 +154,28 @@ def plan_profile(
     """Plan a profile from a text.
 
     Raises:
-        MMRoleError: The text cannot be read or is empty, the name cannot name a file, or it has a profile already.
+        MMRoleError: The text cannot be read or is empty, the name cannot name a file, or it already has a profile.
     """
     try:
         text = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise MMRoleError("the text cannot be read", str(error), file, "choose a file of UTF-8 text") from None
     if not text:
-        raise MMRoleError("the text is empty", None, file, "write down what is known about the character")
+        raise MMRoleError("the text is empty", None, file, "write a text about the character")
     return _new_profiles(root, [ProfilePlan(split, name, script, text=text)], grown, overwrite)
 
 
 def plan_people(root: Path, split: str, file: Path, grown: Mapping[str, Record], overwrite: bool) -> list[Plan]:
-    """Plan the profiles of people who might exist, from a JSON file with the facts of one or of several.
+    """Plan the profiles of hypothetical people, from a JSON file with the facts of one or several.
 
     Raises:
-        MMRoleError: The file has another form, two have one name, or someone has a profile already.
+        MMRoleError: The file has a wrong form, two people have the same name, or someone already has a profile.
     """
     found = read_json(file)
     people = found if isinstance(found, list) else [found]
     fix = 'give {"name": "...", ...}, or a list of such'
     if not people:
-        raise MMRoleError("there are no facts", None, file, fix)
+        raise MMRoleError("the file holds no facts", None, file, fix)
     plans, problems = [], []
     for person in people:
         if not isinstance(person, dict) or not isinstance(person.get("name"), str):
@@ -190,15 +190,15 @@ def plan_people(root: Path, split: str, file: Path, grown: Mapping[str, Record],
 
 
 def _new_profiles(root: Path, plans: Sequence[ProfilePlan], grown: Mapping[str, Record], overwrite: bool) -> list[Plan]:
-    """Return the plans that are to be grown.
+    """Return the plans that still have to be grown.
 
     Raises:
-        ProblemsError: Names cannot be used or would share files, or a profile exists that was not grown here.
+        ProblemsError: Names cannot be used or would share files, or an existing profile was not grown here.
     """
     names = {name: what for p in plans for name, what in ((p.name, "the character's name"), (p.script, "the script"))}
     problems = _name_problems(names)
     if any(plan.name.casefold() == HUMAN for plan in plans):
-        what = "this name stands for the human who talks with characters"
+        what = "this name is reserved for the human who talks with characters"
         problems.append(MMRoleError(what, HUMAN, "the name", "choose another name"))
     raise_problems(problems)
     places: dict[str, Path] = {}
@@ -210,13 +210,13 @@ def _new_profiles(root: Path, plans: Sequence[ProfilePlan], grown: Mapping[str, 
     for plan, stem in zip(plans, stems, strict=True):
         if plan.name in places and plan.key not in grown:
             fix = "choose another name or data root"
-            problems.append(MMRoleError("there is a profile already", plan.name, places[plan.name], fix))
+            problems.append(MMRoleError("the character already has a profile", plan.name, places[plan.name], fix))
         alike = [name for name in places if file_name(name) == stem and name != plan.name]
         if alike:
             what = f"another character's files have this name: {alike[0]}"
             problems.append(MMRoleError(what, plan.name, root, "choose another name"))
         if stems.count(stem) > 1:
-            problems.append(MMRoleError("several have the same name", plan.name, "the facts", "rename one"))
+            problems.append(MMRoleError("several people have the same name", plan.name, "the facts", "rename one"))
     raise_problems(problems)
     return [plan for plan in plans if overwrite or plan.key not in grown]
 
@@ -236,27 +236,27 @@ def plan_dialogues(
     seed: int,
     overwrite: bool,
 ) -> list[Plan]:
-    """Plan dialogues: one of each kind for each character and image, without those that exist already.
+    """Plan dialogues: one of each kind for each character and image, without existing ones.
 
-    No id of `root` or `source` is given again, so that both can be built from together.
+    No id of `root` or `source` is reused, so that samples can be built from both together.
 
     Args:
         root: The data root they are written to.
         source: The one that profiles and images come from.
-        split: Of both.
-        questions: What a comment is asked for with, by language.
-        grown: What was grown before, by key.
+        split: The split of both.
+        questions: The questions of comments, by language.
+        grown: Earlier results, by key.
         characters: Names, or None for all.
         partner: The other character of inter-role, or None to draw one from the same script.
         kinds: Of dialogues.
         images: Names below `images`, or None for all in the folder named after the character's script.
-        most: At most so many images for each character, drawn.
-        seed: Of what is drawn.
-        overwrite: Plan those in `grown` again, with their ids.
+        most: The number of images to draw for each character.
+        seed: Seed of the random draws.
+        overwrite: Plan also those in `grown`, with their ids.
 
     Raises:
-        MMRoleError: A name is unknown or cannot name a file, an image does not exist, there is nobody to talk with, or
-            files of `source` or `root` are wrong.
+        MMRoleError: A name is unknown or cannot name a file, an image does not exist, there is no partner, or files of
+            `source` or `root` are wrong.
     """
     cast, roles = _cast(source, split, characters)
     rows, problems = read_annotations(source)
@@ -298,16 +298,16 @@ def check_images(plans: Iterable[Plan]) -> None:
     """Read the images that will be sent.
 
     Raises:
-        ProblemsError: Some cannot be read, with all of them.
+        ProblemsError: Some cannot be read; every one is reported.
     """
     _collect(image_url, dict.fromkeys(plan.path for plan in plans if isinstance(plan, DialoguePlan)))
 
 
 def image_url(path: Path) -> str:
-    """Return a data URL of an image, made smaller or a JPEG if endpoints would not take it as it is.
+    """Return a data URL of an image, reduced or converted to JPEG if endpoints would not accept the original.
 
     Raises:
-        MMRoleError: It is no image, or broken.
+        MMRoleError: It is not an image, or broken.
     """
     try:
         data = path.read_bytes()
@@ -325,7 +325,7 @@ def image_url(path: Path) -> str:
 
 
 def _existing(root: Path, source: Path, split: str, grown: Mapping[str, Record]) -> tuple[set[str], dict[str, int]]:
-    """Return the keys of dialogues that `root` has in this split, and the highest number after each start of an id."""
+    """Return the keys of the dialogues in `root` and this split, and the highest number for each prefix of an id."""
     dialogues: list[tuple[Path, str, str, Row]] = []
     problems: list[MMRoleError] = []
     for folder in {source.resolve(), root.resolve()}:
@@ -351,7 +351,7 @@ def _existing(root: Path, source: Path, split: str, grown: Mapping[str, Record])
 
 
 def _cast(source: Path, split: str, wanted: Sequence[str] | None) -> tuple[Characters, list[Role]]:
-    """Return all characters of a split, and those that are wanted, whose names must be able to name files."""
+    """Return all characters of a split, and the wanted ones, whose names must be usable as file names."""
     found, problems = read_profiles(source, split)
     raise_problems(problems)
     cast = Characters(found.profiles, found.scripts)
@@ -367,7 +367,7 @@ def _cast(source: Path, split: str, wanted: Sequence[str] | None) -> tuple[Chara
 
 
 def _name_problems(names: Mapping[str, str | Path]) -> list[MMRoleError]:
-    """Return why names, given with where they are from, cannot be parts of file names."""
+    """Return a problem for each name (given with its origin) that cannot be part of a file name."""
     return [
         MMRoleError(f"a name that cannot name a file: {problem}", name, where, "choose another name")
         for name, where in names.items()
@@ -380,7 +380,7 @@ def _partner(cast: Characters, role: Role, wanted: str | None, draw: random.Rand
         return cast.role(wanted)
     others = sorted(name for name, script in cast.scripts.items() if script == role.script and name != role.name)
     if not others:
-        what = "nobody else is in the script, so there is no inter-role dialogue"
+        what = "the script has no other character for an inter-role dialogue"
         raise MMRoleError(what, role.name, role.script, "give --partner, or leave inter-role out of --kinds")
     return cast.role(draw.choice(others))
 

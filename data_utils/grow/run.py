@@ -1,4 +1,4 @@
-"""Asks for everything that is planned, journals what passes, and writes it into the files of the data root."""
+"""Asks for everything planned, journals each accepted answer, and writes the files of the data root."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from data_utils.roots import add_profile
 from data_utils.schema import Dialogue, read_rows
 
 JOURNAL = "grown.jsonl"  # of the data root
-_WRITTEN = "written"  # the key under which stands how many records are in files; keys of plans have a slash
+_WRITTEN = "written"  # key of the number of records that are in files; keys of plans have a slash
 _SHOWN = 10  # failures that are printed
 
 
@@ -37,12 +37,12 @@ class _NoAnswerError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is asked.
+    """The settings of the requests.
 
     Attributes:
         temperature: None is the model's own.
         max_tokens: Limit of an answer.
-        tries: Answers asked for until one is usable.
+        tries: Attempts to get a usable answer.
         workers: Requests at once.
     """
 
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """The result of a run: how many passed, why others failed, by key, and how many the budget left over."""
+    """The result of a run: the number of accepted answers, failures by key, and how many the budget left out."""
 
     passed: int = 0
     failed: dict[str, str] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Outcome:
         """Return a one-line summary, after a line for each failure."""
         lines = [f"failed: {key}: {reason}" for key, reason in list(self.failed.items())[:_SHOWN]]
         lines += [f"left after this: {self.left_because}"] if self.left_because else []
-        lines += ["the same command asks for what is missing again"] if self.failed or self.left else []
+        lines += ["run the same command again to request what is missing"] if self.failed or self.left else []
         counts = f"{self.passed} grown, {len(self.failed)} failed, {self.left} left because the budget is spent"
         return "\n".join([*lines, counts])
 
@@ -81,14 +81,14 @@ def grow(
 
     Args:
         root: The data root to write to.
-        plan: Makes the plans, given everything that was grown before by key.
+        plan: Makes the plans, given all earlier results by key.
         endpoint: The model.
         templates: The prompts.
-        settings: How it is asked.
+        settings: The settings of the requests.
 
     Raises:
         MMRoleError: A plan cannot work, the endpoint refuses all requests, or a file cannot be written.
-        KeyboardInterrupt: Ctrl-C; what was finished or under way is kept before, unless it comes again.
+        KeyboardInterrupt: After Ctrl-C; finished and pending answers are kept first, unless a second one comes.
     """
     content = read_journal(root / JOURNAL)
     plans = plan(_records(content.entries if content is not None else {}))
@@ -106,11 +106,11 @@ def _records(entries: Mapping[str, Any]) -> dict[str, Record]:
 
 
 class _Growth:
-    """Asks in several threads; each journals what passes as soon as it has."""
+    """Asks in several threads; each journals an accepted answer at once."""
 
     def __init__(self, journal: Journal, endpoint: Endpoint, templates: Templates, settings: Settings) -> None:
         self._journal, self._endpoint, self._templates, self._settings = journal, endpoint, templates, settings
-        # Recorded with each record.
+        # Stored with each record.
         self._by = {"model": endpoint.model, "temperature": settings.temperature, "templates": templates.hash}
         self._outcome = Outcome()
         self._lock = threading.Lock()
@@ -144,7 +144,7 @@ class _Growth:
                     return self._keep(plan.key, plan.write(self._ask, self._templates.fill))
                 except UnusableError as error:
                     problem = self._endpoint.scrub(str(error))
-        except _NoAnswerError as error:  # the endpoint was asked often enough
+        except _NoAnswerError as error:  # the endpoint has retried already
             problem = str(error)
         except BudgetSpentError as error:
             with self._lock:
@@ -173,7 +173,7 @@ class _Growth:
         with self._lock:
             words = _last_words(record)
             if words and self._answers.get(words, key) != key:
-                raise UnusableError("another dialogue has the same answer, word for word")
+                raise UnusableError("another dialogue has exactly the same answer")
             self._answers[words] = key
             self._number += 1
             self._journal.add(key, {"number": self._number, "by": self._by, "grown": record})
@@ -181,12 +181,12 @@ class _Growth:
 
 
 def _last_words(record: Record) -> str:
-    """Return the last turn of a dialogue, in a comment all that the character says; nothing of a profile."""
+    """Return the last turn of a dialogue; an empty text for a profile."""
     return record["dialogue"]["conversations"][-1]["value"] if "dialogue" in record else ""
 
 
 def _write_files(root: Path, journal: Journal) -> None:
-    """Write what was journalled since files were last written; what stands in files longer is the user's to edit."""
+    """Write what was journalled since the files were last written; older content may have been edited by the user."""
     written = journal.entries.get(_WRITTEN, {"number": 0})["number"]
     entries = [entry for entry in list(journal.entries.values()) if entry["number"] > written]
     if not entries:

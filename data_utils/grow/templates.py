@@ -1,4 +1,4 @@
-"""The templates of the prompts, all checked before anything is asked."""
+"""The prompt templates, all checked before the first request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Templates:
     """The prompt templates of a folder: system message and text, separated by a line of three hyphens.
 
     Raises:
-        ProblemsError: Files are missing, have another form, or name unknown values; with all of them.
+        ProblemsError: Files are missing, have a wrong form, or name unknown values; every problem is reported.
     """
 
     NAMES = tuple(VALUES)
@@ -46,7 +46,7 @@ class Templates:
         raise_problems(self._problems)
 
     def fill(self, name: str, values: dict[str, str]) -> tuple[str, str]:
-        """Return system message and text of a template, with the values put in."""
+        """Return system message and text of a template, with the values filled in."""
         system, text = self._parts[name]
         return Template(system).substitute(values), Template(text).substitute(values)
 
@@ -59,14 +59,14 @@ class Templates:
             return ""
 
     def _questions(self, name: str, text: str) -> list[str]:
-        """Return the questions, one a line, and report those that no dialogue could be kept with."""
+        """Return the questions, one per line, and report those that would make every dialogue unusable."""
         questions = [line.strip() for line in text.split("\n") if line.strip()]
         if not questions:
-            self._problem("there are no questions", None, name, "write one a line")
+            self._problem("there are no questions", None, name, "write one per line")
         for question in questions:
             problem = text_problem(question)
             if problem:
-                self._problem(f"a question cannot be asked: {problem}", question, name, "reword it")
+                self._problem(f"a question cannot be used: {problem}", question, name, "reword it")
         return questions
 
     def _split(self, name: str, text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Reads what a model wrote, and refuses what `data_utils.check` would complain about."""
+"""Reads a model's answers, and refuses what `data_utils.check` would complain about."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Spoken = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class UnusableError(Exception):
-    """What the model wrote cannot be kept; the text says why."""
+    """An answer cannot be used; the text says why."""
 
 
 class SaidTurn(BaseModel):
-    """A turn as the model is asked to write it."""
+    """A turn in the form that the prompts ask for."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -58,11 +58,11 @@ def read_turns(answer: str, speakers: Sequence[str]) -> list[dict[str, str]]:
     """Return the turns of a dialogue, in the published form.
 
     Args:
-        answer: What the model wrote: a JSON list, maybe in a code fence or with words around it.
-        speakers: The first begins, the second has the last word.
+        answer: The model's answer: a JSON list, possibly in a code fence or surrounded by text.
+        speakers: The first one begins, the second one speaks last.
 
     Raises:
-        UnusableError: It is no such dialogue.
+        UnusableError: It is not such a dialogue.
     """
     said = _validated(_TURNS, _json(answer))
     names = {name.casefold(): name for name in speakers}
@@ -75,15 +75,15 @@ def read_turns(answer: str, speakers: Sequence[str]) -> list[dict[str, str]]:
             raise UnusableError(f"turn {number + 1} is {name}'s, and should be {speakers[number % 2]}'s")
         turns.append({"role": name, "value": _without_name(turn.text, name)})
     if len(turns) % 2:
-        raise UnusableError(f"{speakers[0]} has the last word")
+        raise UnusableError(f"{speakers[0]} speaks last")
     return turns
 
 
 def read_comment(answer: str, name: str) -> str:
-    """Return what a character says about an image.
+    """Return a character's comment on an image.
 
     Raises:
-        UnusableError: It says nothing.
+        UnusableError: It is empty.
     """
     fenced = _FENCE.match(answer.strip())
     text = _without_name((fenced[1] if fenced else answer).strip(), name)
@@ -96,7 +96,7 @@ def read_detailed_profile(answer: str) -> dict[str, str]:
     """Return the five parts of a detailed profile, in the published order.
 
     Raises:
-        UnusableError: A part is missing or empty, there are others, or the texts have faults.
+        UnusableError: A part is missing, empty or unknown, or a text has faults.
     """
     profile = _validated(TypeAdapter(DetailedProfile), _json(answer)).model_dump()
     for part in PARTS:
@@ -108,7 +108,7 @@ def read_summary(answer: str) -> str:
     """Return a short profile with five headings.
 
     Raises:
-        UnusableError: It has another form or faults.
+        UnusableError: It has a wrong form, or faults.
     """
     fenced = _FENCE.match(answer.strip())
     text = (fenced[1] if fenced else answer).strip()
@@ -122,7 +122,7 @@ def read_summary(answer: str) -> str:
 
 
 def dialogue_problem(dialogue: dict[str, Any], kind: str, language: str) -> str | None:
-    """Return why a dialogue cannot be kept, or None.
+    """Return why a dialogue cannot be used, or None.
 
     Args:
         dialogue: In the published form.
@@ -134,9 +134,9 @@ def dialogue_problem(dialogue: dict[str, Any], kind: str, language: str) -> str 
     if len(set(speakers)) != 2 or len(turns) % 2 or (kind == "comment" and len(turns) != 2):
         return f"{len(turns)} turns of {len(set(speakers))} speakers"
     if any(a == b for a, b in itertools.pairwise(speakers)):
-        return "somebody speaks twice in a row"
+        return "someone speaks twice in a row"
     if (HUMAN in speakers) != (kind != "inter-role") or speakers[-1] == HUMAN:
-        return "the human has the last word, or speaks where no human should"
+        return "the human speaks last, or speaks where no human should"
     for turn in turns:
         problem = text_problem(turn["value"])
         if problem:
@@ -146,21 +146,21 @@ def dialogue_problem(dialogue: dict[str, Any], kind: str, language: str) -> str 
     if found != language:
         return f"it is in {found}, and should be in {language}"
     texts = [turn["value"] for turn in turns]
-    return "somebody repeats a turn word for word" if len(set(texts)) < len(texts) else None
+    return "someone repeats a turn word for word" if len(set(texts)) < len(texts) else None
 
 
 def text_problem(text: str) -> str | None:
-    """Return why a text cannot be kept, or None."""
+    """Return why a text cannot be used, or None."""
     if not text or text != text.strip():
-        return "a text is empty or has blanks at its edges"
+        return "a text is empty or has leading or trailing blanks"
     if any("\ud800" <= character <= "\udfff" for character in text):
-        return "a text holds half of a surrogate pair, which no file can hold"
+        return "a text holds half of a surrogate pair, which cannot be written to a file"
     token = next((token for token in SPECIAL_TOKENS if token in text), None)
     if token:
-        return f"a text holds {token}, a special token that training would obey"
+        return f"a text holds {token}, a special token that training would interpret"
     leftover = _LEFTOVER.search(text)
     if leftover:
-        return f"a text holds a leftover of a template: {leftover[0]}"
+        return f"a text holds an unfilled template field: {leftover[0]}"
     return "the model speaks as itself, not as the character" if _REFUSAL.search(text) else None
 
 

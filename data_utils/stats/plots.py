@@ -22,7 +22,7 @@ COLOUR_OF = {"comment": COLOURS[0], "human-role": COLOURS[1], "inter-role": COLO
 DPI = 150
 _LONGEST_NAME = 28
 _SHOWN_PERCENT = 99.7
-_FEW = 1_000  # of so few samples each is shown
+_FEW = 1_000  # below so many samples each is shown
 _CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei")
 # Instead of the published Chinese names if no installed font has their characters.
 _ENGLISH = {"西游记": "Journey to the West", "成龙历险记": "Jackie Chan Adventures", "中国唐代": "China, Tang dynasty"}
@@ -73,7 +73,7 @@ def _characters(card: Card) -> Figure | None:
 
 def _turns(card: Card) -> Figure | None:
     kinds = list(dict.fromkeys(kind for (_, kind), seen in card.dialogues.items() if seen.turns))
-    # A comment is a question and an answer; its one tall bar would only press the others down.
+    # A comment is always one question and one answer; its tall bar would dwarf the others.
     kinds = [k for k in kinds if k != "comment"]
     if not kinds:
         return None
@@ -120,7 +120,7 @@ def _lengths(card: Card) -> Figure | None:
             k: np.concatenate([getattr(v, side) for (_, kind), v in card.samples.items() if kind == k and v.prompts])
             for k in kinds
         }
-        # A few very long ones of many would squeeze the rest; they are left out, and the axis says so.
+        # A few very long samples would squeeze the rest; they are left out, and the axis says so.
         shown = {k: 100 if len(v) < _FEW else _SHOWN_PERCENT for k, v in values.items()}
         end = max(1.0, *(float(np.percentile(v, shown[k])) for k, v in values.items()))
         bins = np.linspace(0, end, 60)
@@ -145,7 +145,7 @@ def _images(card: Card) -> Figure | None:
         return None
     names, used, present = zip(*rows, strict=True)
     figure, axes = _new(6.4, 0.24 * len(rows) + 0.9)
-    places = range(len(rows))  # and not the names: two of them, shortened, may be the same
+    places = range(len(rows))  # not the names: two shortened ones may be equal
     axes.barh(places, used, color="#CCCCCC", height=0.7, label="referred to, missing here")
     axes.barh(places, present, color=COLOURS[0], height=0.7, label="referred to, here")
     axes.set_yticks(places, names)

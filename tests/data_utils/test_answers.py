@@ -37,7 +37,7 @@ def test_the_files_are_those_that_inference_writes(world: Path) -> None:
     assert inference.main(flags(world, "--agent", "other"), FakeBackend(reply)) == 0
     others = {k.replace("/other/", "/mine/"): v for k, v in results(world / "eval").items() if "/other/" in k}
     assert made == others
-    with pytest.raises(MMRoleError, match="there are answers already"):
+    with pytest.raises(MMRoleError, match="answers of this name exist already"):
         write(world, lines_of(world))
     assert write(world, lines_of(world), "--overwrite") == 0
 
@@ -47,7 +47,7 @@ def test_everything_wrong_is_listed_and_nothing_written(world: Path) -> None:
     lines = [*lines[2:], {"id": "stranger", "answer": "x"}, lines[5]]
     with pytest.raises(MMRoleError) as caught:
         write(world, lines)
-    for part in ("2 samples have no answer", "1 ids are of no test sample", "stranger", "1 ids come more than once"):
+    for part in ("2 samples have no answer", "1 ids belong to no test sample", "stranger", "1 ids are repeated"):
         assert part in str(caught.value)
     with pytest.raises(MMRoleError, match=r"answer: "):
         write(world, [{"id": "a"}])

@@ -161,7 +161,7 @@ def extra(world: Path, tmp_path: Path) -> Path:
 def test_images_of_one_name_that_differ(world: Path, extra: Path, flags: list[str]) -> None:
     give_image(world, "Mine/01.jpg", b"another one")
     flags = [str(world / flag) if flag == "built" else flag for flag in flags]
-    with pytest.raises(MMRoleError, match="are different pictures") as caught:
+    with pytest.raises(MMRoleError, match="have the same name but differ") as caught:
         main([str(world), "--extra_root", str(extra), *flags])
     for part in ("Mine/01.jpg", str(extra), str(world), "to do:"):
         assert part in str(caught.value)
@@ -175,7 +175,7 @@ def test_images_of_one_name_that_differ(world: Path, extra: Path, flags: list[st
 
 def test_images_of_two_further_roots_that_differ(world: Path, extra: Path, tmp_path: Path) -> None:
     give_image(tmp_path / "third", "Mine/01.jpg", b"a third one")
-    with pytest.raises(MMRoleError, match="are different pictures"):
+    with pytest.raises(MMRoleError, match="have the same name but differ"):
         main([str(world), "--extra_root", str(extra), "--extra_root", str(tmp_path / "third"), "--link_images"])
     assert not (world / "images/Mine").exists()
 
@@ -212,7 +212,7 @@ def test_characters_of_one_name_that_are_different_people(world: Path, extra: Pa
         content["Another story"] = [name]
     path.write_text(json.dumps(content), encoding="utf-8")
     for more in ([], ["--test", "--out", str(world / "built")]):
-        with pytest.raises(MMRoleError, match="are different people") as caught:
+        with pytest.raises(MMRoleError, match="have the same name but differ") as caught:
             main([*flags, *more])
         for part in (name, str(extra / "profiles"), "to do:"):
             assert part in str(caught.value)

@@ -160,7 +160,7 @@ def test_charx_and_its_assets(read) -> None:
     file = read(charx(**{"assets/background/images/sea.png": png("blue"), "assets/other/x.lua": b"code"}))
     character = character_of(file)
     assert [(p.name, p.content, p.portrait) for p in character.pictures] == [("background sea", png("blue"), False)]
-    assert "the asset 'emotion happy' is passed over: URLs are not fetched" in " ".join(character.notes)
+    assert "the asset 'emotion happy' is skipped: URLs are not fetched" in " ".join(character.notes)
 
 
 def test_the_other_spelling_of_embedded_files(read) -> None:
@@ -220,13 +220,13 @@ def test_twenty_megabytes_in_a_card(read) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b'{"name": ' + b"9" * 5_000 + b"}", "not valid JSON"),
         (b"\xff\xfe", "not UTF-8"),
-        (b'{"title": "no card"}', "no character card"),
-        (b'["name"]', "no character card"),
+        (b'{"title": "no card"}', "not a character card"),
+        (b'["name"]', "not a character card"),
         (png(), "the PNG holds no card"),
         (png()[:50], "the PNG holds no card"),
         (with_chunks(chunk(b"tEXt", b"chara\0????")), "not valid JSON"),
         (with_chunks(chunk(b"zTXt", b"chara\0\0" + zlib.compress(b"x" * 5_000_000))), "holds no card"),
-        (b"\xff\xd8\xff\xe0 a JPEG", "carries no card"),
+        (b"\xff\xd8\xff\xe0 a JPEG", "only PNG pictures"),
         (charx(**{"../../etc/passwd": b""}), "leads out"),
         (charx(**{"/etc/passwd": b""}), "leads out"),
         (charx(**{"bomb.png": b"0" * 5_000_000}), "unpacks to too much"),
@@ -291,7 +291,7 @@ def test_wrong_types_anywhere_are_read_or_refused(read) -> None:
         try:
             read_and_export(read(json.dumps(card).encode()))
         except MMRoleError as error:
-            assert "no character card" in str(error)
+            assert "not a character card" in str(error)
 
 
 def test_an_export_loses_nothing(read) -> None:
@@ -409,4 +409,4 @@ def test_a_refused_card_leaves_no_file(tmp_path: Path, content: bytes, message: 
 def test_a_broken_asset_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "card").write_bytes(charx(**{"assets/background/images/sea.png": b"no picture"}))
     main([str(tmp_path / "root"), "--card", str(tmp_path / "card")])
-    assert "the asset 'background sea' is passed over: not a usable picture" in capsys.readouterr().err
+    assert "the asset 'background sea' is skipped: not a usable picture" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from qwen_vl import QwenVLTokenizer
 from tests.closed import close
 
 # MMRole-Data's published snapshot. Two numbers are not as MMROLE_DATA.md has them, and were counted again by hand: 216
-# are the turns with blanks at their edges, in 128 dialogues; and the five images that nothing refers to are not
+# are the turns with leading or trailing blanks, in 128 dialogues; and the five unreferenced images are not
 # The_Big_Bang_Theory/06 to 10 but those below (06 and 09 are in dialogues).
 SNAPSHOT = {
     "empty_dialogue": 641,
@@ -324,7 +324,7 @@ def test_annotated_image_whose_link_leads_nowhere(world: Path, clean: Path) -> N
     change(world, "images/annotations.json", lambda rows: rows.append({**rows[0], "image": "Gone/01.jpg"}))
     found = new_counts(world, clean)
     assert found["unknown_image"] == 1 and "misnamed_image" not in found
-    assert check_roots(world)[0][1].findings["unknown_image"].examples[0]["detail"] == "its link leads nowhere"
+    assert check_roots(world)[0][1].findings["unknown_image"].examples[0]["detail"] == "its link is broken"
 
 
 def test_leak_between_test_and_train(world: Path, clean: Path) -> None:

@@ -426,7 +426,7 @@ def test_profile_that_is_there_is_not_replaced(site: Site, demo: Path, tmp_path:
     shutil.copytree(demo / "profiles", root / "profiles")
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps({"name": min(cast.profiles)}))
-    with pytest.raises(MMRoleError, match="a profile already"):
+    with pytest.raises(MMRoleError, match="already has a profile"):
         main(["person", str(root), *endpoint(site), "--facts", str(facts)])
     assert site.chats == []
 
@@ -566,7 +566,7 @@ BAD_TURNS = [
     ([turn("human", "a")], "list should have at least 2"),
     ([turn("human", "a"), turn("Zoe", "b")], "unknown speaker"),
     ([turn("Ada", "a"), turn("human", "b")], "should be human's"),
-    ([turn("human", "a"), turn("Ada", "b"), turn("human", "c")], "last word"),
+    ([turn("human", "a"), turn("Ada", "b"), turn("human", "c")], "speaks last"),
     ([turn("human", "a"), turn("Ada", " ")], "at least 1 character"),
     ([turn("human", "a"), {"speaker": "Ada"}], "field required"),
     ([turn("human", "a"), turn("Ada", 3)], "valid string"),
@@ -597,14 +597,14 @@ def dialogue(*said: tuple[str, str]) -> dict[str, Any]:
 
 
 BAD_DIALOGUES = [
-    ("human-role", dialogue(("human", "a"), ("Ada", "b {place_info} c")), "leftover"),
+    ("human-role", dialogue(("human", "a"), ("Ada", "b {place_info} c")), "unfilled"),
     ("human-role", dialogue(("human", "a"), ("Ada", "see <img>x</img>")), "<img>"),
-    ("human-role", dialogue(("human", "a"), ("Ada", "b ")), "edges"),
+    ("human-role", dialogue(("human", "a"), ("Ada", "b ")), "trailing blanks"),
     ("human-role", dialogue(("human", "a"), ("Ada", "")), "empty"),
     ("human-role", dialogue(("human", "a"), ("Ada", "b\udc00")), "surrogate"),
     ("human-role", dialogue(("human", "你好"), ("Ada", "我很好")), "it is in Chinese"),
-    ("human-role", dialogue(("Ada", "a"), ("human", "b")), "last word"),
-    ("human-role", dialogue(("Ada", "a"), ("Bob", "b")), "last word"),
+    ("human-role", dialogue(("Ada", "a"), ("human", "b")), "speaks last"),
+    ("human-role", dialogue(("Ada", "a"), ("Bob", "b")), "speaks last"),
     ("inter-role", dialogue(("Ada", "a"), ("Ada", "b")), "1 speakers"),
     ("inter-role", dialogue(("Ada", "a"), ("Bob", "b"), ("Ada", "c")), "3 turns"),
     ("inter-role", dialogue(("Ada", "a"), ("Bob", "b"), ("Bob", "c"), ("Ada", "d")), "twice in a row"),
@@ -751,7 +751,7 @@ def test_a_profile_of_ones_own_is_not_replaced(site: Site, tmp_path: Path) -> No
     assert grow_person(site, tmp_path / "root", {"name": "Otto"}) == 1
     profiles_of(tmp_path / "root").parent.mkdir(parents=True)
     rewrite(profiles_of(tmp_path / "root"), {"Otto": "By hand."})
-    with pytest.raises(MMRoleError, match="a profile already"):  # nothing of Otto was grown here
+    with pytest.raises(MMRoleError, match="already has a profile"):  # nothing of Otto was grown here
         grow_person(site, tmp_path / "root", {"name": "Otto"})
 
 
