@@ -1,13 +1,13 @@
-"""Answers the test sets of MMRole: every sample's image and prompt to a role-playing agent's words.
+"""Answers the test sets of MMRole: shows every sample's image and prompt to a role-playing agent.
 
 The agent is a Qwen-VL checkpoint (--model_path), or any model behind OpenAI-compatible endpoints (--endpoint, --model).
 
 Without --input_dir both test sets below --data_root are answered into <eval_dir>/{in,out}-test_answers/<agent>/; with
-it, the .json files of that folder into --output_dir, as in the released script. An answer stands in
+it, the .json files of that folder into --output_dir, as in the released script. An answer is stored in
 `conversations[1].answer`, in the published format.
 
-A run that ended early goes on where it stopped. A sample that fails (an unreadable image, a prompt that is too long)
-gets an empty answer, which is not reviewed; it is counted, tried again by the next run, and makes the exit status 1.
+A run that ended early resumes where it stopped. A sample that fails (an unreadable image, a prompt that is too long)
+gets an empty answer, which is not reviewed; it is counted, retried by the next run, and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from eval.running.task import Task
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line's flags."""
+    """Return the flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser, model_path=ROOT / "model_weights" / "MMRole-Agent")
     parser.add_argument("--agent", help="folder name of the answers (mmrole-agent, or that of a served --model)")
@@ -40,12 +40,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def folder_name(model: str | None) -> str:
-    """Return a served model's name as the name of one folder: `org/model:tag` is `org-model-tag`."""
+    """Return a served model's name as a folder name: `org/model:tag` becomes `org-model-tag`."""
     return re.sub(r"[^\w.-]+", "-", model or "").strip(".-")
 
 
 def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRoleError]]:
-    """The files to answer and where their answers go, and what is wrong with the flags about them."""
+    """Return the files to answer and the files of their answers, and what is wrong with the flags for them."""
     problems = flag_problems(options)
     if problems:
         return [], problems
@@ -58,12 +58,12 @@ def find_sources(options: argparse.Namespace) -> tuple[list[Source], list[MMRole
 
 
 def prompts(row: Row, image: Path) -> list[Prompt]:
-    """The one prompt of a sample."""
+    """Return the prompt of a sample."""
     return [Prompt(row["id"], row["id"], image, row["image"], row["system"], row["conversations"][0]["value"])]
 
 
 def with_answer(row: Row, completions: Mapping[str, Completion]) -> Row:
-    """A copy of the row with its answer in the published place."""
+    """Return a copy of the row with its answer in the published place."""
     user, assistant = row["conversations"]
     return {**row, "conversations": [user, {**assistant, "answer": completions[row["id"]].text}]}
 
@@ -80,18 +80,18 @@ ANSWERING = Task(
     prompts=prompts,
     fill=with_answer,
     notes=_notes,
-    advice="the same command again tries them once more",
+    advice="run the same command again to retry them",
 )
 
 
 def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_of) -> int:
-    """Answers what the command line asks for.
+    """Run the command line.
 
     Returns:
         The exit status: 0, or 1 if a sample failed.
 
     Raises:
-        MMRoleError: If anything is wrong that can be known before the model is loaded, or a file cannot be written.
+        MMRoleError: If a check before the load of the model fails, or a file cannot be written.
     """
     options = parse_arguments(argv)
     sources, problems = find_sources(options)

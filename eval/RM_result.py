@@ -47,7 +47,7 @@ REPORT_FILES = ("table.md", "table.csv", "statistics.csv", "records.csv", "repor
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the first three flags are the released ones."""
+    """Return the command line; the first three flags are the released ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_dir", type=Path, help="one folder of review files (*.json); needs --output_dir")
     parser.add_argument("--input_file", help="one file in --input_dir instead of all")
@@ -62,13 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--report_dir", type=Path, help="where table and chart go (default: EVAL_DIR/report)")
     parser.add_argument("--data_root", type=Path, default=ROOT, help="holds images/, for the page (%(default)s)")
-    parser.add_argument("--no_html", action="store_true", help="no report.html, which takes the longest")
-    parser.add_argument("--seed", type=natural, default=0, help="of the permutation tests (default: 0)")
+    parser.add_argument("--no_html", action="store_true", help="skip report.html, which takes the longest")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the permutation tests (default: 0)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line given, or the process's own.
+    """Run the command line.
 
     Raises:
         MMRoleError: If nothing could be done at all, or the report could not be written.
@@ -105,7 +105,7 @@ def _one_folder(options: argparse.Namespace) -> list[MMRoleError]:
 
 
 def _input_files(options: argparse.Namespace) -> list[Path]:
-    """The review files asked for.
+    """Return the requested review files.
 
     Raises:
         MMRoleError: If one of the two folders is not given, or there is no such file.
@@ -141,7 +141,7 @@ def _all_agents(options: argparse.Namespace) -> list[MMRoleError]:
             _print_lines(f"  {split}-test/{kind}", describe(result))
     _write_report(agents, report_dir, options)
     for path in unexplained_csvs(options.eval_dir, options.judge):
-        print(f"stale: {path} has no reviews to be computed from; it was left as it is")
+        print(f"stale: {path} has no reviews; it was left unchanged")
     print(f"\nresults: {results_folder(options.eval_dir, '{in,out}', judge=options.judge)}/<agent>/*.csv")
     made = [name for name in REPORT_FILES if (report_dir / name).is_file()]
     print(f"report:  {report_dir}/{', '.join(made)}")
@@ -159,7 +159,7 @@ def _write_csvs(agent: Agent, options: argparse.Namespace) -> None:
 
 
 def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
-    """Takes a CSV of earlier reviews out of sight of whoever collects the results; the present ones are unreadable."""
+    """Rename a CSV of earlier reviews, because the present ones are unreadable."""
     try:
         if not is_file(path):
             return
@@ -170,7 +170,7 @@ def _set_aside(path: Path, problems: list[MMRoleError]) -> None:
     try:
         path.replace(aside)
     except OSError as error:
-        fix = "remove it: its numbers are those of earlier reviews"
+        fix = "remove it: its numbers come from earlier reviews"
         problems.append(MMRoleError(f"a stale CSV cannot be set aside: {error.strerror}", path, fix=fix))
         return
     print(f"stale: {path} was computed from earlier reviews; it is {aside.name} now")
@@ -202,7 +202,7 @@ def _write_report(agents: list[Agent], report_dir: Path, options: argparse.Names
         chart.unlink(missing_ok=True)
         print("no chart: no agent has a single readable review")
     if options.no_html:
-        page.unlink(missing_ok=True)  # it would be that of earlier reviews
+        page.unlink(missing_ok=True)  # it would show earlier reviews
     else:
         from eval.results.html import report_html
 

@@ -6,12 +6,12 @@ are reviewed into <eval_dir>/{in,out}-test_reviews/<agent>/; with it, the .json 
 as in the released script. The reviews of another --judge go to <eval_dir>/judges/<judge>/. A row gets
 `rm_review[metric] = {"review": text, "score": [a, b]}`; one with an empty answer gets none.
 
-A run that ended early goes on where it stopped. A review whose scores cannot be read is asked for again with fresh
-seeds, --retries times; what stays unreadable is stored with its text and the reason, counted, and makes the exit status
-1. A later run tries again what ended in an error, and with a larger --retries what stayed unreadable.
+A run that ended early resumes where it stopped. A review without readable scores is requested again with fresh seeds,
+--retries times; one that stays unreadable is stored with its text and the reason, counted, and makes the exit status
+1. A later run retries reviews that ended in an error, and with a larger --retries also the unreadable ones.
 
 --swap reviews with the two answers exchanged, and --repeat N reviews N times with other seeds; both show how far the
-judge can be trusted (eval/RM_result.sh says it). Their reviews lie in <eval_dir>/judges/<judge>-swapped/ and
+judge can be trusted (eval/RM_result.sh reports it). Their reviews go to <eval_dir>/judges/<judge>-swapped/ and
 <eval_dir>/judges/<judge>-repeat-2/ to -N/.
 """
 
@@ -52,7 +52,7 @@ from eval.running.task import Task
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line's flags."""
+    """Return the flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser, model_path=ROOT / "model_weights" / "MMRole-Eval_RM")
     parser.add_argument("--agent", nargs="+", action="extend", help="agents to review (all that have answers)")
@@ -66,16 +66,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def find_sources(options: argparse.Namespace, number: int = 1) -> tuple[list[Source], list[MMRoleError]]:
-    """The answers to review and where the reviews of a repetition go, and what is wrong with the flags about them."""
+    """Return the answers to review and the targets of a repetition's reviews, and what is wrong with their flags."""
     problems = flag_problems(options)
     if options.input_dir and options.judge != RELEASED_JUDGE:
-        fix = "leave --judge away, and choose another --output_dir for each judge"
+        fix = "leave out --judge, and choose another --output_dir for each judge"
         problems.append(MMRoleError("--judge has no effect with --input_dir", options.judge, "--judge", fix))
     if options.input_dir and options.repeat > 1:
         fix = "give another --output_dir and --seed for each repetition"
         problems.append(MMRoleError("--repeat names its output folders itself", options.repeat, "--repeat", fix))
     if options.repeat > 1 and options.no_random:
-        fix = "leave one of the two away"
+        fix = "leave out one of the two"
         problems.append(
             MMRoleError("greedy reviews are the same each time", options.repeat, "--repeat, --no_random", fix)
         )
@@ -93,12 +93,12 @@ def find_sources(options: argparse.Namespace, number: int = 1) -> tuple[list[Sou
     if missing or not sources:
         where = f"{options.eval_dir}/{{in,out}}-test_answers/"
         fix = "answer the test sets first (bash inference.sh), or check --agent and --eval_dir"
-        return sources, [MMRoleError("no answers are there to review", missing or None, where, fix)]
+        return sources, [MMRoleError("there are no answers to review", missing or None, where, fix)]
     return sources, []
 
 
 def prompts(row: Row, image: Path, *, swap: bool = False) -> list[Prompt]:
-    """The prompts of an answered row, one per metric."""
+    """Return the prompts of an answered row, one per metric."""
     return [
         Prompt(review_key(row, metric), row["id"], image, row["image"], system, text)
         for metric, (system, text) in review_prompts(with_answers_swapped(row) if swap else row).items()
@@ -112,12 +112,12 @@ def with_answers_swapped(row: Row) -> Row:
 
 
 def review_key(row: Row, metric: str) -> str:
-    """What names a review within its file."""
+    """Return the key of a review within its file."""
     return f"{metric}: {row['id']}"
 
 
 def with_reviews(row: Row, completions: Mapping[str, Completion], task: Task, *, swap: bool = False) -> Row:
-    """A copy of the row with its reviews at the end; without any if its answer is empty."""
+    """Return a copy of the row with its reviews at the end; without any if its answer is empty."""
     copy = {key: value for key, value in row.items() if key != "rm_review"}
     if is_reviewable(row):
         copy["rm_review"] = {
@@ -127,10 +127,10 @@ def with_reviews(row: Row, completions: Mapping[str, Completion], task: Task, *,
 
 
 def judging(retries: int, sources: Sequence[Source] = (), *, swap: bool = False) -> Task:
-    """The task of reviewing.
+    """Return the task of reviewing.
 
     Args:
-        retries: How often a review without readable scores is asked for again.
+        retries: How often a review without readable scores is requested again.
         sources: The answers, whose journals say which model wrote them.
         swap: The reference is model A, and the answer model B.
     """
@@ -141,7 +141,7 @@ def judging(retries: int, sources: Sequence[Source] = (), *, swap: bool = False)
         prompts=partial(prompts, swap=swap),
         fill=lambda row, completions: with_reviews(row, completions, task, swap=swap),
         notes=_notes,
-        advice="the same command again repeats what ended in an error; for unreadable scores give a larger --retries",
+        advice="run the same command again to repeat failed reviews; for unreadable scores give a larger --retries",
         is_wanted=is_reviewable,
         complaint=_complaint,
         attempts=1 + retries,
@@ -151,13 +151,13 @@ def judging(retries: int, sources: Sequence[Source] = (), *, swap: bool = False)
 
 
 def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_of) -> int:
-    """Reviews what the command line asks for.
+    """Run the command line.
 
     Returns:
         The exit status: 0, or 1 if a review failed.
 
     Raises:
-        MMRoleError: If anything is wrong that can be known before the model is loaded, or a file cannot be written.
+        MMRoleError: If a check before the load of the model fails, or a file cannot be written.
     """
     options = parse_arguments(argv)
     status, seed = 0, options.seed
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_
 
 
 def _place(options: argparse.Namespace, number: int) -> str:
-    """The name under which the reviews of a repetition lie."""
+    """Return the judge's name for the reviews of a repetition."""
     judge = swapped_judge(options.judge) if options.swap else options.judge
     return judge if number == 1 else repeated_judge(judge, number)
 
@@ -186,7 +186,7 @@ def _agents_sources(eval_dir: Path, agents: Sequence[str] | None, judge: str) ->
 
 
 def _own_answers(identity: Mapping[str, Any], sources: Sequence[Source]) -> list[str]:
-    """Says so where the judge has reviewed its own answers."""
+    """Return a remark if the judge has reviewed its own answers."""
     agents: dict[str, None] = {}
     for source in sources:
         with suppress(MMRoleError):

@@ -1,8 +1,8 @@
-"""How far two judges agree: the reward model with GPT-4, with people, or with itself.
+"""Compares two judges: the reward model with GPT-4, with people, or with itself.
 
     python eval/agreement.py reward-model gpt-4         two judges below EVAL_DIR: the released one, and judges/gpt-4
     python eval/agreement.py reward-model other/eval    a folder laid out like EVAL_DIR
-    python eval/agreement.py reward-model people.csv    id, agent, metric, score_agent, score_reference; a line a person
+    python eval/agreement.py reward-model people.csv    id, agent, metric, score_agent, score_reference
 
 Writes <report_dir>/agreement-<first>-<second>.{md,csv,json,png}. Exit status: 0, or 2 if nothing could be compared.
 """
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line given, or the process's own.
+    """Run the command line.
 
     Raises:
         MMRoleError: If a judge cannot be read, the two have no review in common, or a file cannot be written.
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "the two judges have no review in common",
             f"{len(one)} and {len(other)} reviews",
             f"{options.first}, {options.second}",
-            "reviews belong together by agent (its folder's name), row id and metric",
+            "reviews are matched by agent (its folder's name), row id and metric",
         )
     found = agreement(pairs)
     counts = {"agents": len(pairs.names), "rows": len(pairs.agents), "only_first": pairs.alone[0]}
@@ -90,7 +90,7 @@ def _markdown(
 ) -> str:
     lines = [
         f"# {first} and {second}\n",
-        f"{counts['rows']} answers of {counts['agents']} agents were read by both; {counts['only_first']} single "
+        f"{counts['rows']} answers of {counts['agents']} agents were read from both; {counts['only_first']} single "
         f"reviews only by the first, {counts['only_second']} only by the second. The bias is the first "
         "minus the second.\n",
         *(_people_line(name, *found) for name, found in people.items()),

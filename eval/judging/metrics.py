@@ -10,10 +10,10 @@ class Metric:
     """One aspect that a reviewer scores.
 
     Attributes:
-        name: The published name: key of `rm_review`, heading of the CSV and of the paper's table.
+        name: The published name: key in `rm_review`, heading in the CSV and in the paper's table.
         short: A heading of at most nine characters for narrow tables.
         dimension: Which of the paper's three groups of metrics it belongs to.
-        template: What the reviewer is asked, with `{role}` and `{partner}` to fill in.
+        template: The question to the reviewer, with `{role}` and `{partner}` to fill in.
     """
 
     name: str
@@ -22,13 +22,13 @@ class Metric:
     template: str
 
     def question(self, *, role: str, partner: str) -> str:
-        """What the reviewer is asked, beginning with the metric's name.
+        """Return the question to the reviewer, beginning with the metric's name.
 
         Args:
             role: The character that the answer plays.
-            partner: Who it talks with: "the curious human" or another character.
+            partner: Its partner: "the curious human" or another character.
         """
-        # One pass over the template only: a name that has braces itself is not filled in again.
+        # One pass only: braces in a name are not filled in again.
         return f"{self.name}: {self.template.format(role=role, partner=partner)}"
 
 

@@ -1,4 +1,4 @@
-"""The prompt a reviewer gets for one answered row and one metric (released RM_review.py)."""
+"""The review prompt of one answered row and one metric (released RM_review.py)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ SYSTEM = (
 
 
 def is_reviewable(row: Mapping[str, Any]) -> bool:
-    """Whether the row has an answer to review."""
-    # published: only an empty answer is left out; one of nothing but blanks is reviewed.
+    """Return whether the row has an answer to review."""
+    # published: only an empty answer is left out; a blank one is reviewed.
     return bool(row["conversations"][1].get("answer"))
 
 
 def review_prompts(row: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The eight review prompts of one answered row.
+    """Return the eight review prompts of one answered row.
 
-    All eight share everything up to the metric's question, so that a reviewer may encode that prefix once. The picture
-    (`Picture 1: <img>…</img>`, a line of its own before the text) is the backend's to put in.
+    All eight share everything up to the metric's question, so that a reviewer may encode that prefix once. The backend
+    adds the picture (`Picture 1: <img>…</img>`, on a separate line before the text).
 
     Args:
         row: An answered sample: `role`, `script`, `other_role`, and `conversations` with the question in
             `[0]["value"]`, the ground truth in `[1]["value"]` and the evaluated answer in `[1]["answer"]`.
 
     Returns:
-        `{metric name: (system message, text)}` in published order. The texts are plain: whatever looks like a control
-        tag in them was written by the data or by the evaluated agent, and is not one.
+        `{metric name: (system message, text)}` in published order. The texts are plain: anything in them that looks
+        like a control tag comes from the data or the evaluated agent, and must not be read as one.
 
     Raises:
         KeyError: If the row lacks one of these fields.
@@ -54,7 +54,7 @@ def _transcript(row: Mapping[str, Any]) -> str:
 
 
 def _task(role: str, other_role: str, script: str) -> str:
-    """The sentence that tells the reviewer what both models had been asked to do."""
+    """Return the sentence that describes the task of both models to the reviewer."""
     who = _introduced(role, script)
     whom = other_role if other_role == CURIOUS_HUMAN else _introduced(other_role, script)
     return (

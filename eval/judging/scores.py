@@ -1,7 +1,7 @@
-"""Score pairs: read from a reviewer's text, stored in a row's `rm_review[metric]`, and taken out of it again.
+"""Score pairs: reading them from a review, storing them in a row's `rm_review[metric]`, and loading them from there.
 
-A text is first read by the published rule. What that refuses, a more forgiving reader may read, and the stored record
-says so. What neither reads is a failure with a reason: never a guess, never a score of 0.
+A text is first read by the published rule. If that fails, a more forgiving reader tries, and the stored record says so.
+If both fail, the review is a failure with a reason: never a guess, never a score of 0.
 
 Stored forms (the first is the published one):
 
@@ -37,7 +37,7 @@ _LABEL = (
     r"(?:(?:model|assistant|response|answer|模型)?\s*{letter}(?:'s)?(?:\s+(?:score|response))?\s*(?::|=|-(?=\s))?\s*)"
 )
 _A, _B = _LABEL.format(letter="a"), _LABEL.format(letter="b")
-# What follows must not make it another number ("1e1", "9.5.1", "9 of 20", "9%"), nor be a third score on its line.
+# What follows must not change the number ("1e1", "9.5.1", "9 of 20", "9%"), nor be a third score on the same line.
 _END = r"(?!\w|\.\d)(?!\s*(?:[/%]|(?:out\s+)?of\b))(?![^\w\n]*(?:(?:and|or|to|vs)\b[^\w\n]*)?\d)"
 _LEAD = r"[\s:=]*(?:-\s+)?"
 _PAIRS = tuple(
@@ -58,11 +58,11 @@ _UNBRACKETED = str.maketrans(dict.fromkeys('()[]{}<>【】「」*_`"“”\\', "
 
 @dataclass(frozen=True)
 class ScoreReading:
-    """What could be read from one review.
+    """The result of reading one review.
 
     Attributes:
         pair: Scores of model A (the evaluated answer) and model B (the ground truth), each 0 to 10; None if unreadable.
-        reader: Which reader gave the pair; None without one.
+        reader: The reader that found the pair; None without one.
         reason: Why there is no pair; empty with one.
     """
 
@@ -72,13 +72,13 @@ class ScoreReading:
 
 
 def parse_scores(review: str) -> Pair | None:
-    """The published rule, to the letter: `get_review_score` of the released RM_review.py.
+    """Apply the published rule exactly: `get_review_score` of the released RM_review.py.
 
     Args:
         review: A reviewer's whole text.
 
     Returns:
-        The scores of model A and model B as the rule reads them, or None where it gives up.
+        The scores of model A and model B by this rule, or None if it fails.
     """
     # published: nan, inf and numbers outside 1 to 10 pass; a second "[Scores]:" or a word after the pair does not.
     parts = review.split("[Scores]:")
@@ -95,17 +95,17 @@ def parse_scores(review: str) -> Pair | None:
 
 
 def read_scores(review: str) -> ScoreReading:
-    """Reads a review by the published rule, else by the forgiving reader.
+    """Read a review by the published rule, or else by the forgiving reader.
 
-    The forgiving reader looks only behind the last scores marker, where a pair must come at once; full-width signs,
-    brackets, bold, "8/10", "Model A: 8 … Model B: 9" and words after the pair do not disturb it. Labels are obeyed by
-    both readers: "(Model B: 9, Model A: 8)" gives model A 8.
+    The forgiving reader looks only after the last scores marker, where a pair must follow immediately; it accepts
+    full-width signs, brackets, bold, "8/10", "Model A: 8 … Model B: 9" and words after the pair. Both readers respect
+    labels: "(Model B: 9, Model A: 8)" gives model A 8.
 
     Args:
         review: A reviewer's whole text, without the prompt.
 
     Returns:
-        The pair and who read it, or the reason why there is none. A score outside 0 to 10 is refused.
+        The pair and its reader, or the reason why there is none. A score outside 0 to 10 is refused.
     """
     plain = review.translate(_PLAIN)
     markers = list(_MARKER.finditer(plain))
@@ -134,16 +134,16 @@ def _checked(pair: Pair, reader: Reader) -> ScoreReading:
 
 
 def review_record(review: str, reading: ScoreReading, attempts: int = 1, *, swapped: bool = False) -> dict[str, Any]:
-    """What is stored in `rm_review[metric]` for one review.
+    """Return the record of one review for `rm_review[metric]`.
 
     Args:
         review: The reviewer's last text.
-        reading: What `read_scores` made of it.
-        attempts: How many texts were asked for, the last one included; at least 1.
+        reading: The result of `read_scores`.
+        attempts: The number of texts requested, the last one included; at least 1.
         swapped: Whether the reference was model A.
 
     Returns:
-        The published form where the first text was read by the published rule; with more keys otherwise.
+        The published form if the published rule could read the first text; otherwise with more keys.
     """
     order = {"swapped": True} if swapped else {}
     if reading.pair is None:
@@ -157,16 +157,16 @@ def review_record(review: str, reading: ScoreReading, attempts: int = 1, *, swap
 
 
 def read_record(record: object) -> ScoreReading:
-    """Takes the pair out of a stored `rm_review[metric]`, ours or a published one.
+    """Read the pair from a stored `rm_review[metric]`, ours or a published one.
 
-    The stored pair counts, not the text: the released script tells its users to mend pairs by hand. Published failures
-    are `{}`, a record whose score is `{}`, or no record (None).
+    The stored pair counts, not the text: users of the released script correct pairs by hand. Published failures are
+    `{}`, a record whose score is `{}`, or no record (None).
 
     Args:
-        record: What is stored, of any type.
+        record: The stored value, of any type.
 
     Returns:
-        The pair and who read it, or the reason why there is none.
+        The pair and its reader, or the reason why there is none.
     """
     if not isinstance(record, Mapping) or not record:
         return ScoreReading(None, reason="no review stored" if not record else "the stored review is not an object")
@@ -179,7 +179,7 @@ def read_record(record: object) -> ScoreReading:
 
 
 def stored_pair(record: object) -> Pair | None:
-    """The score pair of a stored `rm_review[metric]`, or None for a failed or missing review."""
+    """Return the score pair of a stored `rm_review[metric]`, or None for a failed or missing review."""
     return read_record(record).pair
 
 

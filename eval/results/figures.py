@@ -31,7 +31,7 @@ from eval.results.statistics import COLUMNS, LEVEL, OVERALL
 WIDTH = 3.35  # inches, a paper's column
 DIAMETER, LABEL_HEIGHT = 2.05, 0.27  # inches, of the circle and of the labels above and below it
 DPI = 300
-MOST = 10  # lines told apart by colour, dash and marker; further agents are drawn in grey
+MOST = 10  # lines with their own colour, dash and marker; further agents are drawn in grey
 # Okabe and Ito's palette, which people with any colour vision can tell apart, darkest contrasts first.
 _COLOURS = (
     "#0072B2",
@@ -45,7 +45,7 @@ _COLOURS = (
     "#7F3C8D",
     "#882255",
 )
-_DASHES = ("-", (0, (4, 1)), (0, (4, 1, 1, 1)))  # dots are for incomplete agents
+_DASHES = ("-", (0, (4, 1)), (0, (4, 1, 1, 1)))  # dots mark incomplete agents
 _MARKERS = "osD^vPX*<>"
 _CJK_FONTS = (
     "Noto Sans CJK SC",
@@ -68,7 +68,7 @@ class Line:
 
 
 def radar_lines(report: Report) -> list[Line]:
-    """The agents' lines; one without the paper's number is marked and drawn by its sample means."""
+    """Return the agents' lines; one without the paper's number is marked and drawn by its sample means."""
     return [
         Line(one.agent.name, one.paper[None][:-1], complete=True)
         if one.agent.complete
@@ -124,7 +124,7 @@ def _draw_axes(axes: PolarAxes, values: np.ndarray) -> None:
     axes.set_yticks(ticks, [""] * len(ticks))
     decimals = max(1, *(len(f"{tick:g}".partition(".")[2]) for tick in ticks))
     halo = [withStroke(linewidth=1.2, foreground="white")]
-    for tick in ticks:  # over the lines, between the first two axes
+    for tick in ticks:  # above the lines, between the first two axes
         label = f"{tick:.{decimals}f}"
         axes.text(
             np.pi / 8, tick, label, fontsize=5, color="#444444", ha="center", va="center", zorder=5, path_effects=halo
@@ -145,7 +145,7 @@ def _draw_axes(axes: PolarAxes, values: np.ndarray) -> None:
 
 
 def radial_range(values: np.ndarray) -> tuple[float, float, list[float]]:
-    """Inner end, outer end and the circles between, so that the data fill the chart.
+    """Return the inner end, the outer end and the circles between, so that the data fill the chart.
 
     Args:
         values: All values to be drawn; nan does not count, at least one must.
@@ -159,7 +159,7 @@ def radial_range(values: np.ndarray) -> tuple[float, float, list[float]]:
     power = 10.0 ** math.floor(math.log10(high - low))
     step = next(step for step in (0.2 * power, 0.5 * power, power, 2 * power) if (high - low) / step <= 7)
     ticks = [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    # A circle at the very centre or rim would only clutter; no ratio is below 0.
+    # A circle at the centre or rim would only add clutter; no ratio is below 0.
     return low, high, [tick for tick in ticks if max(0.0, low + 0.1 * span) <= tick < high - 0.02 * span]
 
 
@@ -181,13 +181,13 @@ def _draw_legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str]
         handles, [str(i) for i in range(len(handles))], loc="lower center", ncols=2, fontsize=6, frameon=False,
         handlelength=2.6, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.2, borderpad=0.1,
     )  # fmt: skip
-    # Set afterwards: as labels, names that begin with an underscore would vanish.
+    # Set afterwards: matplotlib hides labels that begin with an underscore.
     for text, name in zip(legend.get_texts(), names, strict=True):
         _write(text, name)
 
 
 def _write(text: Text, name: str) -> None:
-    """Set a name that may hold $, which is no mathematics, and characters that only some fonts have."""
+    """Set a name that may contain $, which is not mathematics here, and characters that only some fonts have."""
     text.set_parse_math(False)
     text.set_text(name)
     text.set_fontfamily(_families())
@@ -199,7 +199,7 @@ def _families() -> list[str]:
 
 
 def _label(line: Line, rank: int) -> str:
-    """The name, shortened in its middle; a row number where no installed font has its characters."""
+    """Return the name, shortened in the middle; a row number if no installed font has its characters."""
     name = line.name
     fonts = [get_font(path) for path in _font_paths()]
     if not all(any(font.get_char_index(ord(c)) for font in fonts) for c in name):
@@ -270,7 +270,7 @@ def drawings(report: Report) -> list[Drawing]:
         ),
         (
             "Scores",
-            "How often a judge gave a pair of scores (whole numbers; the fuller, the more often). On the diagonal the "
+            "How often a judge gave a pair of scores (whole numbers; darker means more often). On the diagonal the "
             "answer and the reference are equally good, above it the answer is better.",
             lambda: _score_pairs(report.agents),
         ),
@@ -288,7 +288,7 @@ def _svg(figure: Figure, label: str) -> str:
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # the same in each figure, and not referred to
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # the same in each figure, and not referenced
     text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _PAGE_COLOURS.get(found[0], found[0]), text)
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     opening = re.sub(r' (?:width|height|version|xmlns)="[^"]*"', "", text[: text.index(">")])
@@ -316,7 +316,7 @@ def _row_figure(agents: Sequence[AgentReport], extra: float = 0.75) -> tuple[Fig
 
 
 def _intervals(report: Report, groups: dict[str, Group]) -> Figure | None:
-    """Overall of each agent in some groups of rows, with intervals where there are any."""
+    """Draw the Overall of each agent in groups of rows, with intervals where there are any."""
     figure, axes = _row_figure(report.agents)
     last = COLUMNS.index(OVERALL)
     drawn = False
@@ -343,7 +343,7 @@ def _intervals(report: Report, groups: dict[str, Group]) -> Figure | None:
 
 
 def _characters(report: Report) -> Figure | None:
-    """The spread of the characters' means."""
+    """Draw the spread of the characters' means."""
     figure, axes = _row_figure(report.agents, extra=0.5)
     last = COLUMNS.index(OVERALL)
     drawn = False
@@ -367,7 +367,7 @@ def _characters(report: Report) -> Figure | None:
 
 
 def _score_pairs(agents: Sequence[AgentReport]) -> Figure | None:
-    """A heat map of score pairs for each agent."""
+    """Draw a heat map of score pairs for each agent."""
     columns = min(3, len(agents))
     lines = math.ceil(len(agents) / columns)
     size = 1.75

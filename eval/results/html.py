@@ -1,7 +1,7 @@
 """The report as one HTML file that needs no network: tables, figures, and a browser of single rows.
 
-Answers and reviews are hostile text. They travel as compressed data that a script puts into text nodes only, the
-template escapes what it writes, and the page's own policy lets nothing run but that script and load nothing at all.
+Answers and reviews are untrusted text. They are embedded as compressed data that a script puts into text nodes only,
+the template escapes its values, and the page's content policy allows no other script and no loading.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def report_html(report: Report, settings: Mapping[str, object], image_dir: Path 
 
     Args:
         report: All numbers.
-        settings: What is said about the run at the top.
+        settings: Facts about the run, shown at the top.
         image_dir: The image folder; pictures that are not in it are left out.
 
     Returns:
@@ -67,7 +67,7 @@ def report_html(report: Report, settings: Mapping[str, object], image_dir: Path 
 
 
 def browser_content(report: Report, image_dir: Path | None) -> dict[str, Any]:
-    """What the browser of single rows shows: rows, and for each agent its answers and reviews in the rows' order."""
+    """Return the data of the row browser: rows, and for each agent its answers and reviews in the rows' order."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     found: dict[tuple[str, tuple[str, str, str]], list[Any]] = {}
     for one in report.agents:
@@ -94,7 +94,7 @@ def _row(raw: Mapping[str, Any], record: Record) -> dict[str, Any]:
 
 
 def _reviews(file: ReviewFile, number: int, records: list[Record]) -> list[list[Any]]:
-    """Per metric: scores of answer and reference (null without), the review, and what is to be noted about it."""
+    """Return for each metric the scores of answer and reference (null without), the review, and notes."""
     stored = file.rows[number].get("rm_review")
     reviews = []
     for record in records:
@@ -109,7 +109,7 @@ def _reviews(file: ReviewFile, number: int, records: list[Record]) -> list[list[
 
 
 def thumbnail(image_dir: Path | None, name: str) -> str | None:
-    """A small copy of a picture as a data URL, or None where there is no such picture or it cannot be read."""
+    """Return a small copy of a picture as a data URL, or None if it is missing or unreadable."""
     if image_dir is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What one judge's reviews are worth: agreement of two judges, and of a judge with itself, swapped and repeated."""
+"""How reliable judges are: agreement of two judges, and of a judge with itself, swapped and repeated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RANKING = "ranking tau"
 
 
 class Key(NamedTuple):
-    """Names one review of any judge."""
+    """The key of one review of any judge."""
 
     agent: str
     row: str
@@ -43,11 +43,11 @@ class Agreement(NamedTuple):
 
     Attributes:
         column: A metric or Overall.
-        statistic: Which.
+        statistic: Name of the statistic.
         value: The estimate; nan where it does not exist.
         low: Lower end of the 95 % interval; nan for fewer than eight characters.
         high: Its upper end.
-        rows: How many pairs of an agent's row it rests on.
+        rows: How many pairs of rows contribute.
         clusters: How many characters these have.
     """
 
@@ -69,7 +69,7 @@ class CommonReviews:
         names: The agents' folders.
         agents: (rows,) number of each row's agent.
         clusters: (rows,) number of each row's character.
-        alone: How many reviews of each judge another one lacks.
+        alone: For each judge the number of reviews that another one lacks.
     """
 
     scores: np.ndarray
@@ -97,11 +97,10 @@ def read_judge(source: str, eval_dir: Path) -> tuple[str, list[Record]]:
         eval_dir: The evaluation folder.
 
     Returns:
-        A name for it, and its records; those of people know no character, and are the means of all lines about one
-        review.
+        A name for it, and its records; those of people have no character, and are means of all lines on a review.
 
     Raises:
-        MMRoleError: Nothing can be read there, or a part of it cannot.
+        MMRoleError: There are no reviews, or some of them cannot be read.
     """
     path = Path(source)
     if are_people(source):
@@ -153,7 +152,7 @@ def read_people(path: Path) -> dict[Key, list[tuple[float, float]]]:
         if not all(LOWEST <= score <= HIGHEST for score in pair):
             value = f"{line['score_agent']}, {line['score_reference']}"
             fix = f"give two numbers from {LOWEST:g} to {HIGHEST:g}"
-            problems.append(MMRoleError("these are no scores", value, where, fix))
+            problems.append(MMRoleError("these are not scores", value, where, fix))
             continue
         scores[Key(line["agent"], line["id"], line["metric"])].append(pair)
     raise_problems(problems)
@@ -184,7 +183,7 @@ def _of_people(judge: str, key: Key, pairs: list[tuple[float, float]]) -> Record
 
 def common(*judges: Sequence[Record]) -> CommonReviews:
     """Match the reviews of judges by agent, file, row and metric; a review without a ratio counts as none."""
-    # People name a row by its id alone; files may use an id again.
+    # People name a row by its id alone; several files may use the same id.
     files = all(record.split for records in judges for record in records)
     read = [
         {
@@ -197,7 +196,7 @@ def common(*judges: Sequence[Record]) -> CommonReviews:
     shared = set.intersection(*(set(found) for found in read))
     rows = dict.fromkeys((key.agent, key.row) for key in read[0] if key in shared)  # in the order of the first judge
     place = {row: i for i, row in enumerate(rows)}
-    characters: list[object] = list(rows)  # people's scores name no character: then another judge's do, or the row
+    characters: list[object] = list(rows)  # a row itself, if no judge names its character
     scores = np.full((len(judges), len(rows), len(METRIC_NAMES), 2), np.nan)
     for judge, found in enumerate(read):
         for key in shared:
@@ -240,7 +239,7 @@ def agreement(pairs: CommonReviews) -> list[Agreement]:
 
 
 def _jackknife(values: np.ndarray) -> float:
-    """Half the width of the 95 % interval, from the estimates that leave out one cluster each."""
+    """Return half the width of the 95 % interval, from the estimates that leave out one cluster each."""
     count = len(values)
     error = math.sqrt((count - 1) / count * ((values - values.mean()) ** 2).sum())
     return error * float(stdtrit(count - 1, (1 + LEVEL) / 2))
@@ -256,7 +255,7 @@ def _bounded(end: float, statistic: str) -> float:
 def _statistics(
     x: np.ndarray, y: np.ndarray, x_wins: np.ndarray, y_wins: np.ndarray, agents: np.ndarray
 ) -> dict[str, float]:
-    from scipy.stats import rankdata  # as long to import as all else of the results together
+    from scipy.stats import rankdata  # takes as long to import as everything else here
 
     difference = x - y
     spread = 1.96 * float(difference.std(ddof=1)) if len(x) > 1 else math.nan
@@ -278,7 +277,7 @@ def _statistics(
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation; nan where a judge gives always the same."""
+    """Return Pearson's correlation; nan if a judge always gives the same score."""
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / scale if scale > 1e-12 else math.nan
@@ -305,7 +304,7 @@ def krippendorff_alpha(values: np.ndarray, units: np.ndarray) -> float:
 
 
 def kappa(x: np.ndarray, y: np.ndarray) -> float:
-    """Cohen's kappa of two judges' categories; nan where chance alone agrees."""
+    """Return Cohen's kappa of two judges' categories; nan if agreement by chance is certain."""
     names = np.union1d(x, y)
     chance = sum(float((x == name).mean() * (y == name).mean()) for name in names)
     return (float((x == y).mean()) - chance) / (1 - chance) if chance < 1 - 1e-12 else math.nan
@@ -316,8 +315,8 @@ class PositionBias:
     """A judge's reviews in both orders of the two answers; each estimate has the metrics, the dimensions and Overall.
 
     Attributes:
-        consistency: Share of reviews that name the same winner, or a tie, in both orders.
-        preference: How many points of score the first place is worth.
+        consistency: Share of reviews with the same winner, or a tie, in both orders.
+        preference: Advantage of the first place in score points.
         averaged: Per agent's folder: its mean ratio, averaged over both orders.
         reviews: How many reviews were read in both orders.
     """
@@ -347,7 +346,7 @@ def position_bias(judge: Sequence[Record], swapped: Sequence[Record]) -> Positio
 
 
 class Spread(NamedTuple):
-    """How far a judge's repeated reviews of an agent lie apart: standard deviations of ratios.
+    """The spread of a judge's repeated reviews of an agent: standard deviations of ratios.
 
     Attributes:
         agent: The agent's folder.

@@ -32,7 +32,7 @@ class Origin:
     cut: int = 0
 
     def add(self, path: Path) -> None:
-        """Take in the journal of a result file; one that does not exist or cannot be read says nothing."""
+        """Add the facts of a result file's journal; a missing or unreadable one adds nothing."""
         with suppress(MMRoleError):
             content = read_journal(journal_path(path))
             if content is None:

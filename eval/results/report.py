@@ -1,4 +1,4 @@
-"""Everything that the report says, computed from the records of all agents."""
+"""All numbers of the report, computed from the records of all agents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GROUPINGS = ("split", "kind", "category", "language", "character")  # fields of 
 
 
 class Group(NamedTuple):
-    """Which rows of which agent an estimate is about."""
+    """The rows of an agent that an estimate is about."""
 
     agent: str
     by: str
@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
     Attributes:
         split: None for both.
         first: An agent's folder.
-        second: The other's; ranked below the first.
+        second: The other agent's folder; ranked below the first.
         column: A metric, a dimension or Overall.
         rows: How many rows both have.
         clusters: How many characters these have.
@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
         error: Its standard error; like low and high nan for few clusters.
         low: Lower end of the 95 % interval.
         high: Upper end of the interval.
-        p: By flipping signs of characters.
+        p: p value by flipping signs of characters.
         adjusted: p after Holm's procedure over all pairs of agents.
     """
 
@@ -76,7 +76,7 @@ class Comparison(NamedTuple):
 
     @property
     def apart(self) -> bool:
-        """Whether the two agents can be told apart."""
+        """Whether the difference is significant."""
         return self.adjusted < 1 - LEVEL
 
 
@@ -119,7 +119,7 @@ class Report:
         smallest: What differences the sets can show.
         position_bias: The judge with the two answers exchanged, if it has reviewed them so.
         spread: The judge's repeated reviews, if there are any.
-        origins: What is known of how answers and reviews were made.
+        origins: How answers and reviews were made, as far as known.
     """
 
     agents: list[AgentReport]
@@ -131,7 +131,7 @@ class Report:
     origins: Sequence[Origin] = ()
 
     def samples(self, agent: str, split: str | None = None, statistic: str = MEAN_RATIO) -> Estimate:
-        """The estimate over an agent's rows of one split, or of both."""
+        """Return the estimate over an agent's rows of one split, or of both."""
         return self.estimates[statistic, Group(agent, ALL if split is None else "split", split or ALL)]
 
 
@@ -225,7 +225,7 @@ def counts(records: Sequence[Record]) -> dict[str, int]:
 
 def _estimates(agent: str, scores: Scores) -> dict[tuple[str, Group], Estimate]:
     groups = {Group(agent, ALL, ALL): np.ones(len(scores.rows), dtype=bool)}
-    # A split without a row has an estimate too: of nothing.
+    # A split without rows has an empty estimate.
     groups |= {Group(agent, "split", split): np.zeros(len(scores.rows), dtype=bool) for split in SHORT_SPLITS}
     for by in GROUPINGS:
         for i, row in enumerate(scores.rows):

@@ -39,7 +39,7 @@ NOT_REVIEWED = "not reviewed"
 FAILED = "failed"
 READ = "read"
 ZERO_DENOMINATOR = "model B scored 0, so the ratio is undefined"
-_LEAST_DENOMINATOR = 1e-6  # a smaller one was not written by a judge and would dominate the mean
+_LEAST_DENOMINATOR = 1e-6  # no judge writes a smaller one, and it would dominate the mean
 
 DISPLAY_NAMES = {
     "gpt-4-turbo": "GPT-4 Turbo",
@@ -62,14 +62,14 @@ class Record(NamedTuple):
     Attributes:
         judge: Name of the judge.
         agent: The agent's folder.
-        split: "in" or "out"; empty for a file given by itself.
-        kind: "comment", "human-role" or "inter-role"; a file's stem if it was given by itself.
+        split: "in" or "out"; empty for a single file.
+        kind: "comment", "human-role" or "inter-role"; the stem of a single file.
         number: The row's position in its file, from 0.
         row: The row's id.
         character: The role that the agent plays.
-        script: What the role is from.
+        script: The script of the role.
         category: The paper's category of the script.
-        language: The language that the role is asked to answer in.
+        language: The language that the role must answer in.
         picture: The image's path below the image folder.
         metric: Name of the metric.
         a: Score of the evaluated answer; nan without one.
@@ -80,7 +80,7 @@ class Record(NamedTuple):
         status: `READ`, `FAILED`, `NOT_REVIEWED` or `NO_ANSWER`.
         reader: "published" or "forgiving"; empty without scores.
         reason: Why there is no ratio; empty with one.
-        attempts: How many texts the judge was asked for.
+        attempts: The number of texts requested from the judge.
         swapped: Whether the judge saw the reference as model A.
     """
 
@@ -109,7 +109,7 @@ class Record(NamedTuple):
 
 
 def ratios_of(records: Iterable[Record]) -> np.ndarray:
-    """(rows, metrics) ratios of records in file order; nan where there is none."""
+    """Return the (rows, metrics) ratios of records in file order; nan where there is none."""
     return np.array([record.ratio for record in records]).reshape(-1, len(METRIC_NAMES))
 
 
@@ -129,7 +129,7 @@ class ReviewFile:
 
     @property
     def reviewed(self) -> int:
-        """How many rows have reviews: the CSV's `count`."""
+        """The number of rows with reviews: the CSV's `count`."""
         return len(self.rows) - len(self.ids(NO_ANSWER)) - len(self.ids(NOT_REVIEWED))
 
     @property
@@ -143,7 +143,7 @@ class ReviewFile:
         return np.array([sequential_mean(column) for column in ratios_of(self.records).T])
 
     def ids(self, status: str) -> list[str]:
-        """Ids of the rows whose reviews all have this status, `NO_ANSWER` or `NOT_REVIEWED`."""
+        """Return the ids of the rows whose reviews all have this status, `NO_ANSWER` or `NOT_REVIEWED`."""
         return [record.row for record in self.records[:: len(METRIC_NAMES)] if record.status == status]
 
 
@@ -153,9 +153,9 @@ class Agent:
 
     Attributes:
         folder: Its folder's name under `{in,out}-test_reviews`.
-        files: Its files by (split, kind); a missing or unreadable one is left out.
+        files: Its readable files by (split, kind).
         unreadable: The files that exist but could not be read.
-        problems: What kept files from being read or written.
+        problems: Errors in reading or writing its files.
     """
 
     folder: str
@@ -171,7 +171,7 @@ class Agent:
 
     @property
     def complete(self) -> bool:
-        """Whether all six files could be read and no answer in them is still to be reviewed."""
+        """Whether all six files could be read and every answer in them is reviewed."""
         return len(self.files) == len(FILES) and not any(file.ids(NOT_REVIEWED) for file in self.files.values())
 
     @property
@@ -187,12 +187,12 @@ class Agent:
         return status if rows == published else f"{status}; {rows} rows where the published files have {published}"
 
     def records(self, split: str | None = None) -> list[Record]:
-        """The records of one split, or of both, in a fixed order."""
+        """Return the records of one split, or of both, in a fixed order."""
         keys = [key for key in FILES if key in self.files and split in (None, key[0])]
         return [record for key in keys for record in self.files[key].records]
 
     def paper_scores(self, split: str | None = None) -> np.ndarray:
-        """Return the paper's numbers: the metrics, then Overall; nan where something is missing for them.
+        """Return the paper's numbers: the metrics, then Overall; nan where reviews are missing.
 
         Per split the plain mean of its three files' means; then 0.75 In + 0.25 Out; Overall is the mean over metrics.
         """
@@ -211,17 +211,17 @@ class Agent:
 
 
 def reviews_path(eval_dir: Path, split: str, folder: str, kind: str, judge: str = RELEASED_JUDGE) -> Path:
-    """One file of an agent's reviews."""
+    """Return the path of one file of an agent's reviews."""
     return reviews_folder(eval_dir, split, folder, judge=judge) / file_of_tests(kind)
 
 
 def csv_path(eval_dir: Path, split: str, folder: str, kind: str, judge: str = RELEASED_JUDGE) -> Path:
-    """The CSV of one file of an agent's reviews."""
+    """Return the path of the CSV of one file of an agent's reviews."""
     return (results_folder(eval_dir, split, folder, judge=judge) / file_of_tests(kind)).with_suffix(".csv")
 
 
 def unexplained_csvs(eval_dir: Path, judge: str = RELEASED_JUDGE) -> list[Path]:
-    """CSVs of any agent whose reviews do not exist (any more), in order."""
+    """Return the CSVs of all agents whose reviews do not exist (any more), in order."""
     return [
         path
         for split, kind in FILES
@@ -238,12 +238,12 @@ def _has_no_reviews(path: Path) -> bool:
 
 
 def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE, *, swapped: bool = False) -> list[Agent]:
-    """Read the reviews of all agents; what cannot be read is kept as the agent's problem.
+    """Read the reviews of all agents; unreadable files are kept as the agent's problems.
 
     Args:
         eval_dir: The evaluation folder.
         judge: Whose reviews to read.
-        swapped: Also reads reviews for which the two answers were exchanged.
+        swapped: Also read reviews with the two answers exchanged.
 
     Returns:
         The agents that have at least one such file, readable or not, by folder name.
@@ -283,14 +283,14 @@ def _read_agent(eval_dir: Path, folder: str, closed: list[MMRoleError], judge: s
                 path, judge=judge, agent=folder, split=split, kind=kind, swapped=swapped
             )
         except MMRoleError as error:
-            if str(error) not in map(str, agent.problems):  # a closed folder is reported once
+            if str(error) not in map(str, agent.problems):  # an unreadable folder is reported once
                 agent.problems.append(error)
             agent.unreadable.append((split, kind))
     return agent
 
 
 def ranked(agents: list[Agent]) -> list[Agent]:
-    """Best first: by the paper's Overall, then those without one by the plain mean of all their ratios."""
+    """Sort agents, best first: by the paper's Overall, then those without one by the plain mean of all their ratios."""
 
     def key(agent: Agent) -> tuple[bool, float, str]:
         overall, ratios = agent.paper_scores()[-1], ratios_of(agent.records())
@@ -303,7 +303,7 @@ def ranked(agents: list[Agent]) -> list[Agent]:
 
 
 def sequential_mean(values: Sequence[float] | np.ndarray) -> float:
-    """The mean of all values that are not nan, or nan if all are."""
+    """Return the mean of all values that are not nan, or nan if all are."""
     total, count = 0.0, 0
     # published: one double after the other in file order. `sum` (compensated from Python 3.12 on) and numpy (pairwise)
     # differ in the last digits, which the CSV shows.
@@ -331,15 +331,15 @@ def read_reviews(
         agent: The agent's folder, for the records.
         split: "in" or "out", for the records.
         kind: Kind of the rows, for the records; the file's stem by default.
-        swapped: Also reads reviews for which the two answers were exchanged.
+        swapped: Also read reviews with the two answers exchanged.
 
     Returns:
         The rows and a record for each metric of each.
 
     Raises:
-        MMRoleError: If the file cannot be read, is no JSON, no list of rows, or holds swapped reviews unasked.
+        MMRoleError: If the file cannot be read, is not a JSON list of rows, or holds swapped reviews without `swapped`.
     """
-    rows = read_json(path, nan=True)  # the published rule reads such scores and its writer wrote them
+    rows = read_json(path, nan=True)  # the published scripts accept and write such scores
     if not isinstance(rows, list):
         raise _not_rows(path, type(rows).__name__, "the whole file")
     strangers = [number for number, row in enumerate(rows, 1) if not isinstance(row, Mapping)]
@@ -350,7 +350,7 @@ def read_reviews(
     exchanged = [record.row for record in records if record.swapped]
     if exchanged and not swapped:
         raise MMRoleError(
-            "the two answers were exchanged for these reviews; the published numbers are made from those that were not",
+            "these reviews have the two answers exchanged; the published numbers need reviews in the usual order",
             _some(list(dict.fromkeys(exchanged))),
             path,
             "give a folder without them; bash eval/agreement.sh compares the two orders",
@@ -359,7 +359,7 @@ def read_reviews(
 
 
 def csv_bytes(file: ReviewFile) -> bytes:
-    """The published CSV: `count` and the mean ratios, floats in full, lines ended as `csv.writer` does."""
+    """Return the published CSV: `count` and the mean ratios, unrounded, with the line ends of `csv.writer`."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["count", *METRIC_NAMES])
@@ -368,7 +368,7 @@ def csv_bytes(file: ReviewFile) -> bytes:
 
 
 def describe(file: ReviewFile) -> list[str]:
-    """Lines for people: how many rows were counted, and everything that was not, with the reason."""
+    """Return lines for the user: how many rows were counted, and which were not, with the reason."""
     empty, waiting, failures = file.ids(NO_ANSWER), file.ids(NOT_REVIEWED), file.failures
     counted = [f"{len(file.rows)} rows", f"{file.reviewed} counted"]
     counted += [f"{len(empty)} without an answer"] if empty else []
@@ -384,7 +384,7 @@ def describe(file: ReviewFile) -> list[str]:
             why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
             lines.append(f"{metric}: mean over {left} of {file.reviewed} ({why})")
     forgiven = sum(record.reader == "forgiving" for record in file.records)
-    lines += [f"pairs that only the forgiving reader could read: {forgiven}"] if forgiven else []
+    lines += [f"pairs read by the forgiving reader only: {forgiven}"] if forgiven else []
     return lines
 
 
@@ -408,7 +408,7 @@ def _records(head: tuple[str, str, str, str], number: int, row: Mapping[str, Any
                 attempts, swapped = stored.get("attempts") or 1, stored.get("swapped") is True
             reader = reading.reader or ""
             a, b = reading.pair or (a, b)
-            if swapped:  # stored as the judge wrote them: model A was the reference
+            if swapped:  # stored in the judge's order: model A was the reference
                 a, b = b, a
             ratio, reason = (math.nan, reading.reason) if reading.pair is None else ratio_of(a, b)
             status = FAILED if reason else READ
@@ -417,7 +417,7 @@ def _records(head: tuple[str, str, str, str], number: int, row: Mapping[str, Any
 
 
 def text_of(row: Mapping[str, Any], turn: int, key: str) -> str:
-    """A text of a row of any shape; empty without one."""
+    """Return a text of a row of any shape; empty if there is none."""
     try:
         return str(row["conversations"][turn].get(key) or "")
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -425,7 +425,7 @@ def text_of(row: Mapping[str, Any], turn: int, key: str) -> str:
 
 
 def ratio_of(a: float, b: float) -> tuple[float, str]:
-    """The ratio and no reason, or nan and the reason."""
+    """Return the ratio and no reason, or nan and the reason."""
     return (a / b, "") if b >= _LEAST_DENOMINATOR else (math.nan, ZERO_DENOMINATOR)
 
 

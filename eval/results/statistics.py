@@ -1,4 +1,4 @@
-"""Estimates with intervals for rows that come in clusters, and comparisons of agents on the same rows.
+"""Estimates with intervals for clustered rows, and comparisons of agents on the same rows.
 
 Rows of one character are not independent, so a character is a cluster. Every estimate here is a smooth function of
 means; it is linearized, the influences of its rows are summed per cluster, and the variance is that of the clusters'
@@ -17,7 +17,7 @@ from eval.judging.metrics import METRIC_NAMES, METRICS
 
 LEVEL = 0.95
 POWER = 0.8
-FEWEST_CLUSTERS = 8  # below, an estimate has no interval
+FEWEST_CLUSTERS = 8  # with fewer, an estimate has no interval
 FLIPS = 9_999
 DIMENSIONS = tuple(dict.fromkeys(metric.dimension for metric in METRICS))
 OVERALL = "Overall"
@@ -118,7 +118,7 @@ def difference(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> t
         clusters: (rows,) number of each row's cluster.
 
     Returns:
-        The estimate of each column, and (rows, columns) what each row adds to it, for `sign_flip`.
+        The estimate of each column, and the contribution of each row to it (rows, columns), for `sign_flip`.
     """
     paired = first - second
     valid = ~np.isnan(paired)
@@ -139,8 +139,8 @@ def sign_flip(differences: np.ndarray, clusters: np.ndarray, seed: int = 0, flip
     Args:
         differences: (rows, comparisons); nan where a row cannot be compared. Equal seeds flip equal clusters.
         clusters: (rows,) number of each row's cluster.
-        seed: Of the flips.
-        flips: How many are drawn.
+        seed: Seed of the flips.
+        flips: The number of draws.
 
     Returns:
         (comparisons,) p values, at least 1 / (flips + 1); nan below `FEWEST_CLUSTERS`.
@@ -159,7 +159,7 @@ def sign_flip(differences: np.ndarray, clusters: np.ndarray, seed: int = 0, flip
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p values of a family of comparisons; nan is no member of the family."""
+    """Holm's adjusted p values of a family of comparisons; nan does not belong to the family."""
     adjusted = np.full(len(p), np.nan)
     order = [i for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
     highest = 0.0
@@ -174,7 +174,7 @@ def smallest_difference(error: np.ndarray, clusters: np.ndarray, comparisons: in
 
     Args:
         error: Standard error of a difference.
-        clusters: How many clusters it rests on.
+        clusters: The number of clusters.
         comparisons: Size of the family; above 1, for the hardest step of Holm's procedure.
     """
     freedom = np.maximum(clusters - 1, 1)

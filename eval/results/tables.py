@@ -46,7 +46,7 @@ _COUNTS = tuple(counts([]))
 
 
 class Strong(str):
-    """A cell that is set in bold."""
+    """A cell in bold."""
 
     __slots__ = ()
 
@@ -57,10 +57,10 @@ class Table:
 
     Attributes:
         title: Its heading.
-        note: What its numbers are, in a sentence or two.
+        note: The meaning of its numbers, in a sentence or two.
         heading: Names of the columns; those in `_LEFT` hold text, the others numbers.
         rows: The cells.
-        detail: Whether a page shows it only on demand.
+        detail: Whether the page shows it only on demand.
     """
 
     title: str
@@ -70,12 +70,12 @@ class Table:
     detail: bool = False
 
     def is_text(self, column: int) -> bool:
-        """Whether a column holds text."""
+        """Return whether a column holds text."""
         return self.heading[column] in _LEFT
 
 
 def tables(report: Report) -> list[Table]:
-    """All tables, in the order of the report."""
+    """Return all tables, in the order of the report."""
     agents = report.agents
     return [
         Table(
@@ -95,7 +95,7 @@ def tables(report: Report) -> list[Table]:
         *(_matrix(report, split) for split in SETS),
         Table(
             "Counts",
-            "A failed review is that of one metric; means leave it out.",
+            "A failed review concerns one metric; means leave it out.",
             ["Agent", "Set", *(name.replace("_", " ").capitalize() for name in _COUNTS)],
             [[one.agent.name, SETS[split], *map(str, one.counts[split].values())] for split in SETS for one in agents],
             detail=not any(one.counts[None]["failed_reviews"] for one in agents),
@@ -162,7 +162,7 @@ def _origins(report: Report) -> list[Table]:
 
 
 def _judge_tables(report: Report) -> list[Table]:
-    """What is found out about the judge by exchanging the answers and by repeating its reviews."""
+    """Return what exchanging the answers and repeating the reviews show about the judge."""
     found = []
     names = {one.agent.folder: one for one in report.agents}
     bias = report.position_bias
@@ -182,7 +182,7 @@ def _judge_tables(report: Report) -> list[Table]:
         found.append(
             Table(
                 "Overall averaged over both orders",
-                "Beside the published number and the sample mean of the usual order.",
+                "Next to the published number and the sample mean of the usual order.",
                 ["Agent", "Paper", "Sample mean", "Both orders"],
                 [
                     [
@@ -214,7 +214,7 @@ def _judge_tables(report: Report) -> list[Table]:
 
 
 def agreement_tables(found: Sequence[Agreement]) -> list[Table]:
-    """Agreement of two judges: Overall with intervals, and all metrics."""
+    """Return the agreement of two judges: Overall with intervals, and all metrics."""
     names = list(dict.fromkeys(one.statistic for one in found))
     columns = list(dict.fromkeys(one.column for one in found))
     values = {(one.column, one.statistic): one for one in found}
@@ -240,7 +240,7 @@ def agreement_tables(found: Sequence[Agreement]) -> list[Table]:
 
 
 def agreement_csv(found: Sequence[Agreement]) -> str:
-    """One line per column and statistic, unrounded."""
+    """Return one line per column and statistic, unrounded."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(Agreement._fields)
@@ -260,7 +260,7 @@ def _sample_means(report: Report, split: str | None) -> Table:
 
 
 def _by(report: Report, by: str) -> Table:
-    """Overall of each agent by the groups of one field; a column an agent, so that many groups fit."""
+    """Return the Overall of each agent by the groups of one field; one column per agent, so that many groups fit."""
     values = dict.fromkeys(group.value for _, group in report.estimates if group.by == by)
     found = {
         (group.value, group.agent): e
@@ -288,7 +288,7 @@ def _by(report: Report, by: str) -> Table:
 
 
 def _matrix(report: Report, split: str | None) -> Table:
-    """The differences of all pairs of agents on one set."""
+    """Return the differences of all pairs of agents on one set."""
     found = {(c.first, c.second): c for c in report.comparisons if (c.split, c.column) == (split, OVERALL)}
     rows = []
     for i, first in enumerate(report.agents, 1):
@@ -332,7 +332,7 @@ def _others(report: Report, one: AgentReport) -> list[str]:
 
 
 def markdown(report: Report) -> str:
-    """The whole report for people: `table.md`."""
+    """Return the complete report as Markdown: `table.md`."""
     parts = ["# MMRole-Eval results\n", "Each number is a mean of (score of the agent / score of the ground truth).\n"]
     for table in tables(report):
         parts += [f"## {table.title}\n", *([f"{table.note}\n"] if table.note else []), markdown_table(table)]
@@ -340,7 +340,7 @@ def markdown(report: Report) -> str:
 
 
 def terminal_table(report: Report) -> str:
-    """What is printed: the paper's table with short headings, the sample means' Overall, counts, who is told apart."""
+    """Return the printed summary: the paper's table with short headings, sample means, counts and differences."""
     agents = report.agents
     paper = [[one.agent.name, *map(number, one.paper[None])] for one in agents]
     shown = ("rows", "reviewed", "without_answer", "failed_reviews")
@@ -376,7 +376,7 @@ def apart_line(report: Report, split: str | None = None, *, most: int | None = N
 
 
 def table_csv(report: Report) -> str:
-    """The report for spreadsheets: one line per agent, set and statistic."""
+    """Return the report for spreadsheets: one line per agent, set and statistic."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["agent", "folder", "set", "statistic", *METRIC_COLUMNS, *_COUNTS, "status"])
@@ -399,7 +399,7 @@ def table_csv(report: Report) -> str:
 
 
 def statistics_csv(report: Report) -> str:
-    """Every estimate, unrounded: one line per agent, statistic, group and column."""
+    """Return every estimate, unrounded: one line per agent, statistic, group and column."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     names = ("value", "error", "low", "high", "rows", "clusters", "design_effect")
@@ -414,7 +414,7 @@ def statistics_csv(report: Report) -> str:
 
 
 def records_csv(report: Report) -> str:
-    """The long-form table itself: one line per judge, agent, row and metric."""
+    """Return the long-form table: one line per judge, agent, row and metric."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(Record._fields)
@@ -424,7 +424,7 @@ def records_csv(report: Report) -> str:
 
 
 def report_json(report: Report, settings: dict[str, Any]) -> str:
-    """Everything but the groups, unrounded, with each failed review; a number that does not exist is null."""
+    """Return everything but the groups, unrounded, with each failed review; undefined numbers are null."""
     agents = [
         {
             "name": one.agent.name,
@@ -460,7 +460,7 @@ def report_json(report: Report, settings: dict[str, Any]) -> str:
         "spread": [one._asdict() for one in report.spread],
         "smallest_differences": [_plain(smallest._asdict()) for smallest in report.smallest],
     }
-    # ASCII-escaped: ids and folder names may hold what no UTF-8 file can.
+    # ASCII-escaped: ids and folder names may contain surrogates, which UTF-8 cannot encode.
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
@@ -521,14 +521,14 @@ def _file_notes(agents: list[AgentReport]) -> Iterable[str]:
 
 
 def note(one: AgentReport) -> str:
-    """What a reader of the table must know: incomplete, other rows than the published ones, failures."""
+    """Return what qualifies an agent's numbers: incomplete files, other rows than the published ones, failures."""
     notes = [] if one.agent.status == "complete" else [one.agent.status]
     failed = one.counts[None]["failed_reviews"]
     return "; ".join([*notes, f"failed reviews: {failed}"] if failed else notes)
 
 
 def number(value: float) -> str:
-    """Three decimals, or a dash."""
+    """Return a number with three decimals, or a dash."""
     return NOTHING if math.isnan(value) else f"{value:.3f}"
 
 
@@ -547,7 +547,7 @@ def _cell(text: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """A Markdown table that is also aligned as plain text: names to the left, numbers to the right."""
+    """Return a Markdown table that is also aligned as plain text: names to the left, numbers to the right."""
     cells = [
         [f"**{_cell(text)}**" if isinstance(text, Strong) else _cell(text) for text in row]
         for row in (table.heading, *table.rows)
@@ -565,5 +565,5 @@ def markdown_table(table: Table) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns on a terminal: wide East Asian characters take two."""
+    """Return the width on a terminal: wide East Asian characters take two columns."""
     return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)

@@ -94,7 +94,7 @@ def test_a_csv_of_earlier_reviews_is_not_left_as_if_it_were_theirs(
     assert f"stale: {broken} was computed from earlier reviews; it is comment_test.csv.stale now" in told
     assert not broken.exists()
     assert broken.with_name("comment_test.csv.stale").read_bytes() == before
-    assert f"stale: {gone} has no reviews to be computed from; it was left as it is" in told
+    assert f"stale: {gone} has no reviews; it was left unchanged" in told
     assert gone.is_file()
 
 

@@ -288,7 +288,7 @@ def test_other_settings_are_refused_for_all_files_at_once(world):
     ("more", "told"),
     [
         (["--agent", "one", "three"], "three"),
-        (["--eval_dir", "nowhere"], "no answers are there to review"),
+        (["--eval_dir", "nowhere"], "there are no answers to review"),
         (["--input_dir", "nowhere", "--output_dir", "out"], "no such input folder"),
     ],
 )

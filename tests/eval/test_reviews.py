@@ -106,7 +106,7 @@ def test_description_tells_counted_empty_failed_and_why(tmp_path: Path) -> None:
         "without an answer: row_3",
         "not reviewed: row_4",
         f"Fluency: mean over 2 of 4 (1 × no [Scores] marker; 1 × {ZERO_DENOMINATOR})",
-        "pairs that only the forgiving reader could read: 1",
+        "pairs read by the forgiving reader only: 1",
     ]
 
 
