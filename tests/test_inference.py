@@ -210,7 +210,7 @@ def test_another_input_of_the_same_name_is_refused(world, tmp_path, capsys):
     assert "made from another input: 3 of its 3 rows" in problems_of(told("in2"))
     assert (tmp_path / "out/x.json").read_bytes() == made
     assert inference.main(told("in1", "--limit", 1), FakeBackend()) == 0
-    assert "has rows that are not asked for now" in capsys.readouterr().out
+    assert "has rows that are not selected now" in capsys.readouterr().out
     assert (tmp_path / "out/x.json").read_bytes() == made
     assert inference.main(told("in2", "--overwrite"), FakeBackend()) == 0
     assert [row["id"] for row in json.loads((tmp_path / "out/x.json").read_text())] == ["x", "y"]

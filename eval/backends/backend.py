@@ -1,7 +1,7 @@
 """The interface of every backend: prompts, completions, and the methods that a backend must have.
 
-A backend is one module of this folder with a class `Backend`. It is found by its name: the backend `endpoint` is used
-when its flag `--endpoint` is given, and `native` otherwise.
+A backend is one module of this folder with a class `Backend`. Its name is that of its flag: `endpoint` is used when
+`--endpoint` is given, and `native` otherwise.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ class Decoding:
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        """Adds the flags that every backend obeys."""
+        """Add the flags that every backend understands."""
         flag = parser.add_argument
-        flag("--no_random", action="store_true", help="greedy decoding instead of sampling as the model does")
-        flag("--temperature", type=above_zero, help="of sampling (as the model has it)")
-        flag("--top_p", type=share, help="of sampling (as the model has it)")
-        flag("--max_new_tokens", type=positive, help="longest text in tokens (as the model has it)")
-        flag("--seed", type=int, default=0, help="every text's own seed is derived from it (%(default)s)")
+        flag("--no_random", action="store_true", help="greedy decoding instead of the model's sampling")
+        flag("--temperature", type=above_zero, help="for sampling (default: the model's setting)")
+        flag("--top_p", type=share, help="for sampling (default: the model's setting)")
+        flag("--max_new_tokens", type=positive, help="longest text in tokens (default: the model's setting)")
+        flag("--seed", type=int, default=0, help="seed from which each text's seed is derived (%(default)s)")
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Decoding:
-        """Return what the flags ask for."""
+        """Return the decoding that the flags ask for."""
         do_sample = False if options.no_random else None
         return cls(do_sample, options.temperature, options.top_p, options.max_new_tokens)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be equal for two texts to stand in one file."""
+        """Return what must be equal for two texts in one file."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p}
         return {
             "decoding": "greedy" if self.do_sample is False else "as the checkpoint says",
@@ -67,17 +67,17 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt on its way to a text.
+    """A prompt to be completed.
 
     Attributes:
-        key: Names it within its result file; what sampling is seeded from.
-        row: Names the row it is for; prompts of one row begin alike.
+        key: Its key within its result file, from which sampling is seeded.
+        row: The key of its row; prompts of one row share a prefix.
         image: The picture, a checked path; None for text alone.
         image_name: The picture's name in the data.
         system: The system message.
-        text: Plain text: nothing in it is ever a control tag.
-        id: Comes back with the completion; unique within a run.
-        seed: What sampling depends on, and nothing else; 0 to 2**63 - 1.
+        text: Plain text, never read as control tags.
+        id: Returned with the completion; unique within a run.
+        seed: The only thing that sampling depends on; 0 to 2**63 - 1.
         decoding: How its text is generated.
     """
 
@@ -93,7 +93,7 @@ class Prompt:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the model reads: 16 hexadecimal digits."""
+        """Return a hash of everything that the model reads: 16 hexadecimal digits."""
         content = json.dumps([self.image_name, self.system, self.text])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -104,14 +104,14 @@ class Completion:
 
     Attributes:
         id: The prompt's.
-        text: What was generated; beside an error the text of the attempt before, which could not be read, or nothing.
+        text: The generated text; beside an error the unusable text of the attempt before, or nothing.
         error: Why there is no text, or None.
         refusal: Why the model refused to answer, in which case the text is empty; or None.
         cut: Whether the text ends at the limit of its length.
-        attempt: How many texts were asked for before this one.
-        tokens: Tokens of prompt and text that were paid for, where the backend counts them.
-        served: The own name of the served model that wrote it, where a server says so.
-        without: Names of parameters that the served model refused: they were left out or sent otherwise.
+        attempt: The number of texts requested before this one.
+        tokens: Paid tokens of prompt and text, if the backend counts them.
+        served: The served model's name as its server reports it, if it does.
+        without: Names of parameters that the served model refused, which were left out or sent differently.
     """
 
     id: str
@@ -126,11 +126,11 @@ class Completion:
 
 
 class StoppedError(Exception):
-    """A backend stopped as the user asked it to; the text says why."""
+    """A backend stopped at a limit of the user; the text says which."""
 
 
 class Backend(Protocol):
-    """Something that completes prompts; made from the flags, cheaply: nothing is loaded yet."""
+    """Completes prompts; made from the flags, without loading anything yet."""
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -138,22 +138,22 @@ class Backend(Protocol):
         ...
 
     def problems(self) -> list[MMRoleError]:
-        """Return everything that is wrong with the backend and can be seen before anything expensive starts."""
+        """Return every problem of the backend that can be found before anything expensive starts."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """Return what changes texts by the user's choice; two runs whose identities differ share no result file."""
+        """Return the user's choices that change texts; runs with different identities cannot share a result file."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what is printed beside the flags; "model at" says where the model is."""
+        """Return the facts printed beside the flags; "model at" is the place of the model."""
         ...
 
     def devices(self, processes: int | None) -> list[str]:
         """Return the device of each worker.
 
         Args:
-            processes: How many workers the user wants; None for as many as are useful.
+            processes: The number of workers that the user wants; None for as many as are useful.
 
         Raises:
             MMRoleError: There cannot be so many.
@@ -161,16 +161,16 @@ class Backend(Protocol):
         ...
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
-        """Yields one completion per prompt, in any order, as they finish; a prompt that cannot be done fails alone.
+        """Yield one completion per prompt, in any order, as they finish; an impossible prompt fails alone.
 
         Raises:
-            MMRoleError: Nothing can be completed at all.
+            MMRoleError: Nothing can be completed.
             StoppedError: The user's limit was reached; the rest is not completed.
         """
         ...
 
     def summary(self) -> str:
-        """Return a line about what ran, once something has."""
+        """Return a one-line summary after a run."""
         ...
 
 
@@ -178,19 +178,19 @@ MakeBackend = Callable[[argparse.Namespace], Backend]
 
 
 def add_backend_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of decoding and those of every backend."""
+    """Add the flags of decoding and those of every backend."""
     Decoding.add_flags(parser)
     for name in _names():
         _class(name).add_flags(parser)
 
 
 def backend_of(options: argparse.Namespace) -> Backend:
-    """Makes the backend that the flags ask for."""
+    """Make the backend that the flags ask for."""
     return _class(_used(options))(options)
 
 
 def misplaced_flags(options: argparse.Namespace) -> list[MMRoleError]:
-    """Return flags of backends that are not used, which would have no effect."""
+    """Return the flags of unused backends, which would have no effect."""
     used, problems = _used(options), []
     for name in _names():
         parser = argparse.ArgumentParser()
@@ -199,7 +199,7 @@ def misplaced_flags(options: argparse.Namespace) -> list[MMRoleError]:
         defaults.pop("model_path", None)  # the scripts always give it
         given = [f"--{flag}" for flag, value in defaults.items() if getattr(options, flag, value) != value]
         if given and name != used:
-            fix = f"leave them away, or give --{name}" if name != DEFAULT else f"leave them away, or --{used}"
+            fix = f"leave them out, or give --{name}" if name != DEFAULT else f"leave them out, or --{used}"
             problems.append(
                 MMRoleError(f"flags of the backend {name} have no effect here", given, f"backend {used}", fix)
             )
@@ -207,8 +207,8 @@ def misplaced_flags(options: argparse.Namespace) -> list[MMRoleError]:
 
 
 def another_model(before: str, now: str, where: object) -> MMRoleError:
-    """Return the error for texts of two served models that would stand in one file."""
-    fix = "ask a model of a fixed version, choose another output folder, or give --overwrite to start anew"
+    """Return the error for texts of two served models in one file."""
+    fix = "ask a model of a fixed version, choose another output folder, or give --overwrite to start again"
     return MMRoleError("another model is served now; its texts would be mixed in", [before, now], where, fix)
 
 

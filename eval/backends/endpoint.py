@@ -22,11 +22,11 @@ from eval.backends.backend import Completion, Prompt, StoppedError, another_mode
 _SEEDS = 2**31  # some servers take no larger seed
 _FORMATS = {".jpg": "jpeg", ".png": "png", ".webp": "webp"}
 _IMAGE_SIZE = 448  # of Qwen-VL's vision tower
-_PICTURES_KEPT = 64  # the prompts of one row show the same picture
+_PICTURES_KEPT = 64  # prompts of one row have the same picture
 
 
 class Backend:
-    """Completes prompts by asking endpoints, many at once; the prompts of one row all go to the same one.
+    """Completes prompts through endpoints, many at once; the prompts of one row all go to the same endpoint.
 
     Args:
         options: The flags.
@@ -39,13 +39,13 @@ class Backend:
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        """Adds the flags of this backend."""
+        """Add the flags of this backend."""
         flag = parser.add_argument
-        flag("--endpoint", nargs="+", metavar="URL", help="ask a served model at these base URLs (with /v1)")
+        flag("--endpoint", nargs="+", metavar="URL", help="use a served model at these base URLs (with /v1)")
         flag("--model", help="the served model's name")
-        flag("--api_key_env", default=KEY, metavar="VARIABLE", help="the variable that holds the key (%(default)s)")
-        flag("--budget_tokens", type=positive, help="stop before more tokens than these are used; a later run goes on")
-        flag("--timeout", type=above_zero, default=600.0, help="seconds for one request as a whole (%(default)s)")
+        flag("--api_key_env", default=KEY, metavar="VARIABLE", help="environment variable with the key (%(default)s)")
+        flag("--budget_tokens", type=positive, help="stop before more tokens than these are used; a later run resumes")
+        flag("--timeout", type=above_zero, default=600.0, help="seconds for one complete request (%(default)s)")
         flag(
             "--as_qwen_vl",
             action="store_true",
@@ -61,8 +61,8 @@ class Backend:
             fix = "give the name that the endpoint lists at /models with --model"
             problems.append(MMRoleError("the served model has no name", None, "--model", fix))
         if options.processes not in (None, 1):
-            fix = "leave PROCESSES away: how many requests are under way is found out"
-            problems.append(MMRoleError("endpoints are asked by one process", options.processes, "PROCESSES", fix))
+            fix = "leave out PROCESSES: the number of concurrent requests adapts by itself"
+            problems.append(MMRoleError("endpoints are used by one process", options.processes, "PROCESSES", fix))
         vocabulary = options.model_path / "qwen.tiktoken"
         if options.as_qwen_vl and not vocabulary.is_file():
             fix = "give a folder that holds it with --model_path; the weights are not needed there"
@@ -74,7 +74,7 @@ class Backend:
         return problems
 
     def identity(self) -> dict[str, Any]:
-        """Return the model's name and the form of its pictures; the served model's own name comes with each text."""
+        """Return the model's name and the form of its pictures; completions have the name that the server reports."""
         return {"backend": "endpoint", "model": self._options.model, "picture": self._picture_form}
 
     def describe(self) -> dict[str, Any]:
@@ -82,14 +82,14 @@ class Backend:
         return {"model at": f"{self._options.model} at {', '.join(self._options.endpoint)}"}
 
     def devices(self, processes: int | None) -> list[str]:
-        """Return one place: requests are concurrent within one process."""
+        """Return one device: requests are concurrent within one process."""
         return ["endpoint"]
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
-        """Yields one completion per prompt, as they finish.
+        """Yield one completion per prompt, as they finish.
 
         Raises:
-            MMRoleError: The endpoint answers no request at all, or another model answers in the middle.
+            MMRoleError: The endpoint accepts no request, or the served model changes.
             StoppedError: The budget is spent.
         """
         endpoint, waiting, spent = self._endpoint, deque(prompts), ""
@@ -100,7 +100,7 @@ class Backend:
                     prompt = waiting.popleft()
                     try:
                         request = self._request(prompt)
-                    except (OSError, ValueError) as error:  # one picture's boundary
+                    except (OSError, ValueError) as error:  # per-sample boundary
                         yield Completion(prompt.id, "", f"not a readable image: {error}")
                         continue
                     asked[endpoint.submit(request)] = prompt
@@ -118,7 +118,7 @@ class Backend:
                 future.cancel()
 
     def summary(self) -> str:
-        """Return what was asked, what the model refused, and the served model's own name."""
+        """Return the requests, refused parameters and the name of the served model."""
         served = [f"served model {self._served}"] if self._served else []
         return ", ".join([*served, self._endpoint.summary()])
 
@@ -177,14 +177,14 @@ class Backend:
 
 @lru_cache(maxsize=_PICTURES_KEPT)
 def _picture(path: Path) -> str:
-    """Return a picture as people see it, as a data URL."""
+    """Return a picture as people see it (upright), as a data URL."""
     content, suffix = upright_rgb(path.read_bytes())
     return _data_url(content, _FORMATS[suffix])
 
 
 @lru_cache(maxsize=_PICTURES_KEPT)
 def _qwen_vl_picture(path: Path) -> str:
-    """Return a picture as Qwen-VL sees it: vLLM would lay a transparent one on white and turn it by EXIF."""
+    """Return a picture as Qwen-VL sees it; vLLM would fill transparency with white and apply EXIF orientation."""
     from PIL import Image
 
     content = io.BytesIO()

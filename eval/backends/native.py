@@ -33,11 +33,11 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safeten
 
 
 class Backend:
-    """Completes prompts with a checkpoint that `qwen_vl.load` reads; it is loaded when the first prompt comes.
+    """Completes prompts with a checkpoint that `qwen_vl.load` reads, which is loaded for the first prompt.
 
     Args:
-        options: The flags. Where several workers share a machine, `device` is this one's and `workers` their number,
-            by which they divide the memory of a CPU.
+        options: The flags. Several workers on one machine get a `device` each and their number as `workers`, by which
+            they divide the memory of a CPU.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -48,29 +48,29 @@ class Backend:
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        """Adds the flags of this backend; the released ones keep their names."""
+        """Add the flags of this backend; the released ones keep their names."""
         flag = parser.add_argument
         flag("--model_path", type=Path, help="checkpoint folder, or a LoRA adapter's (%(default)s)")
-        flag("--use_lora", action="store_true", help="the checkpoint must be a LoRA adapter (otherwise found out)")
+        flag("--use_lora", action="store_true", help="the checkpoint must be a LoRA adapter (default: detected)")
         flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
         flag(
             "--device_map",
             choices=["auto"],
-            help="auto: spread one model over the GPUs, the memory and the disk, where no GPU holds it; means one "
-            "process and one text at a time",
+            help="auto: spread a model that fits on no GPU over GPUs, memory and disk; with one process and one text "
+            "at a time",
         )
         flag("--quantization", choices=["4bit", "8bit"], help="weights in bitsandbytes' 4 or 8 bits (as stored)")
         flag("--dtype", default="auto", choices=["auto", *_DTYPES.values()], help="(%(default)s: as stored)")
         flag(
             "--batch_size",
             type=positive,
-            help="texts that each process writes at once (512 on a GPU, 256 on a CPU); in float32 it does not change "
-            "them. In bfloat16 a batch rounds its products otherwise: 1, slow, is exactly what chat() writes",
+            help="texts written at once by each process (512 on a GPU, 256 on a CPU). Does not change them in float32; "
+            "in bfloat16 batches round differently, and 1, which is slow, gives exactly the texts of chat()",
         )
-        flag("--max_batch_tokens", type=positive, help="tokens that each process holds at once (what fits into memory)")
+        flag("--max_batch_tokens", type=positive, help="tokens held at once by each process (default: as fits)")
 
     def problems(self) -> list[MMRoleError]:
-        """Return what is wrong with device and checkpoint, as far as is seen without using or loading them."""
+        """Return the problems of device and checkpoint that show without using or loading them."""
         problems = [*device_problems(self._options.device), *self._flag_problems()]
         incomplete = four_parts(checkpoint_problems(self.model_path, use_lora=self._options.use_lora))
         if incomplete:
@@ -91,7 +91,7 @@ class Backend:
         return problems
 
     def identity(self) -> dict[str, Any]:
-        """Return the checkpoint's fingerprint and what else changes the texts by choice."""
+        """Return the checkpoint's fingerprint and the other choices that change texts."""
         choices = {"batch_size": self._options.batch_size, "quantization": self._options.quantization}
         chosen = {name: value for name, value in choices.items() if value}
         return {"model": self._fingerprint, "dtype": self._dtype, **chosen}
@@ -109,7 +109,7 @@ class Backend:
         device = self._options.device
         if self._options.device_map:
             if (processes or 1) > 1:
-                fix = "leave PROCESSES away, or --device_map where a GPU holds the model"
+                fix = "leave out PROCESSES, or --device_map where a GPU holds the model"
                 raise MMRoleError("--device_map means one process", f"{processes} processes", "PROCESSES", fix)
             return [device]
         gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
@@ -122,9 +122,9 @@ class Backend:
         return [device] if (processes or gpus) == 1 else [f"cuda:{number}" for number in range(processes or gpus)]
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
-        """Yields one completion per prompt, as they finish.
+        """Yield one completion per prompt, as they finish.
 
-        A picture that cannot be read or a prompt that is too long becomes a completion with an error.
+        An unreadable picture or a prompt that is too long becomes a completion with an error.
 
         Raises:
             MMRoleError: If the checkpoint cannot be loaded.
@@ -150,21 +150,21 @@ class Backend:
         return self._options.batch_size == 1 or self._options.device_map is not None
 
     def _flag_problems(self) -> list[MMRoleError]:
-        """Flags that contradict each other, or that need a package which is not installed."""
+        """Return contradictory flags, and flags that need a package which is not installed."""
         options, problems = self._options, []
         for name, package in (("device_map", "accelerate"), ("quantization", "bitsandbytes")):
             if getattr(options, name) and not find_spec(package):
                 what, fix = (
                     f"--{name} needs a package that is not installed",
-                    f"pip install {package}, or leave it away",
+                    f"pip install {package}, or leave it out",
                 )
                 problems.append(MMRoleError(what, package, f"--{name}", fix))
         if options.device_map and (options.batch_size or 1) > 1:
-            fix = "leave --batch_size away: a model over several devices writes one text at a time"
+            fix = "leave out --batch_size: a model over several devices writes one text at a time"
             what = "the batching engine needs the whole model on one device"
             problems.append(MMRoleError(what, options.batch_size, "--batch_size", fix))
         if options.device_map and options.device != "auto":
-            fix = "leave one of them away"
+            fix = "leave out one of them"
             problems.append(MMRoleError("--device_map chooses the devices", options.device, "--device", fix))
         return problems
 
@@ -178,11 +178,11 @@ class Backend:
 
     def _load(self) -> generation.BatchGenerator | OneByOne:
         if self._engine is None:
-            import qwen_vl  # torch and transformers take seconds to import: only when there is work for them
+            import qwen_vl  # torch and transformers take seconds to import, so only when they are needed
             from qwen_vl.generation import BatchGenerator
 
             options = self._options
-            if self._workers > 1:  # the bar of the parent is enough
+            if self._workers > 1:  # the parent shows a bar
                 from transformers.utils.logging import disable_progress_bar
 
                 disable_progress_bar()
@@ -203,12 +203,12 @@ class Backend:
             except Exception as error:
                 raise self._unloadable(error) from error
             if model.device.type == "cpu" and options.max_batch_tokens is None:
-                # What the engine found free is free only once, for all workers of this machine.
+                # The workers of a machine share its free memory.
                 self._engine.max_batch_tokens = max(self._engine.max_batch_tokens // self._workers, 1)
         return self._engine
 
     def _unloadable(self, error: Exception) -> MMRoleError:
-        clear = isinstance(error, ValueError | OSError | RuntimeError)  # their texts say what is wrong
+        clear = isinstance(error, ValueError | OSError | RuntimeError)  # their messages explain the problem
         text = str(error) if clear and str(error) else f"{type(error).__name__}: {error}"
         return MMRoleError(
             f"the checkpoint cannot be loaded: {text}",
@@ -219,7 +219,7 @@ class Backend:
 
 
 class OneByOne:
-    """Completes requests by `chat()`, each alone: slow, and in bfloat16 without a batch's other rounding.
+    """Completes requests one by one with `chat()`: slow, and in bfloat16 without the different rounding of batches.
 
     Args:
         model: In eval mode.
@@ -230,7 +230,7 @@ class OneByOne:
         self.model, self.tokenizer = model, tokenizer
 
     def run(self, requests: Iterable[generation.Request]) -> Iterator[generation.Result]:
-        """Yields one result per request, in their order."""
+        """Yield one result per request, in their order."""
         from qwen_vl.generation import Result
 
         for request in requests:
@@ -241,7 +241,7 @@ class OneByOne:
                     self.tokenizer, request.query, system=request.system, seed=request.seed, **settings
                 )
                 yield Result(request.id, text)
-            except (ValueError, TypeError, OSError, RuntimeError) as error:  # one request's boundary
+            except (ValueError, TypeError, OSError, RuntimeError) as error:  # per-sample boundary
                 yield Result(request.id, "", f"{type(error).__name__}: {error}")
 
 
@@ -253,7 +253,7 @@ def _request(prompt: Prompt) -> generation.Request:
     return Request(
         id=prompt.id,
         query=[*image, {"text": prompt.text}],
-        system=[{"text": prompt.system}],  # as an element, because in a str system message tags would be read
+        system=[{"text": prompt.system}],  # as an element, because tags in a str system message would be read
         seed=prompt.seed,
         do_sample=decoding.do_sample,
         temperature=decoding.temperature,
@@ -263,14 +263,14 @@ def _request(prompt: Prompt) -> generation.Request:
 
 
 def device_problems(device: str) -> list[MMRoleError]:
-    """Return why nothing can run on a device; empty if it can, as far as is seen without using it.
+    """Return the problems of a device that show without using it.
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
     if device in ("auto", "cpu"):
         return []
-    import torch  # takes seconds, and is not needed where all is finished
+    import torch  # takes seconds, and is not needed if everything is finished
 
     try:
         asked = torch.device(device)
@@ -279,7 +279,7 @@ def device_problems(device: str) -> list[MMRoleError]:
     if asked.type == "cpu":
         return []
     if asked.type != "cuda":  # "meta" and the like
-        return [_no_device("texts are written on a CPU or an NVIDIA GPU only", device)]
+        return [_no_device("only CPUs and NVIDIA GPUs are supported", device)]
     count = torch.cuda.device_count()
     if not count:
         return [_no_device("PyTorch finds no GPU here", device)]
@@ -293,13 +293,13 @@ def _no_device(what: str, device: str) -> MMRoleError:
 
 
 def generation_problems(folder: Path, decoding: Decoding, *, retried: bool, batched: bool) -> list[MMRoleError]:
-    """Return what of a checkpoint's generation settings makes generating impossible.
+    """Return the generation settings of a checkpoint that make generating impossible.
 
     Args:
         folder: A complete checkpoint, or an adapter's folder, whose base then counts.
         decoding: What the flags ask for.
-        retried: Some texts may be asked for again, by sampling.
-        batched: The engine generates, which does not know every setting.
+        retried: Texts may be requested again, by sampling.
+        batched: The engine generates, which does not support every setting.
 
     Raises:
         MMRoleError: The file is not JSON.
@@ -320,20 +320,18 @@ def generation_problems(folder: Path, decoding: Decoding, *, retried: bool, batc
         problems.append(MMRoleError("a generation setting cannot be used", str(error), path, "correct it there"))
     if flags and not samples and not retried:
         fix = (
-            "leave them away; the checkpoint decodes greedily"
-            if decoding.do_sample is None
-            else "leave --no_random away"
+            "leave them out; the checkpoint decodes greedily" if decoding.do_sample is None else "leave out --no_random"
         )
         problems.append(MMRoleError("sampling flags have no effect in greedy decoding", sorted(flags), path, fix))
     if batched and (unknown := unknown_settings(settings)):
         lines = [f"{name}: {value}" for name, value in unknown.items()]
-        fix = "take them out there, or ask one by one, which is slow: --batch_size 1"
-        problems.append(MMRoleError("the batching engine does not know these generation settings", lines, path, fix))
+        fix = "remove them there, or generate one by one, which is slow: --batch_size 1"
+        problems.append(MMRoleError("the batching engine does not support these generation settings", lines, path, fix))
     return problems
 
 
 def stored_dtype(folder: Path) -> str:
-    """Return the dtype that `--dtype auto` loads a checkpoint in: its config's, or else that of its weights.
+    """Return the dtype for `--dtype auto`: the checkpoint's config's, or else that of its weights.
 
     Args:
         folder: A complete checkpoint, or an adapter's folder, whose base then counts.
@@ -344,7 +342,7 @@ def stored_dtype(folder: Path) -> str:
         return name.removeprefix("torch.")
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            kinds = {_DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118 - no mapping
+            kinds = {_DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118 - no dict
         if found := sorted(kinds - {None}):
             return found[0]
     return "as stored"

@@ -1,4 +1,4 @@
-"""How far a long run is: a bar on a terminal, a plain line now and then otherwise."""
+"""The progress of a long run: a bar on a terminal, otherwise a plain line now and then."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-_SHARE = 0.05  # of the work, after which the time left is shown
+_SHARE = 0.05  # of the work, from which on the time left is shown
 
 
 class Progress:
     """Counts finished units and shows rate and time left on stderr.
 
     Args:
-        total: Units to come.
-        unit: What one of them is called ("answer").
+        total: Number of units.
+        unit: The name of one unit ("answer").
         every: Seconds between two plain lines.
         stream: Where to show it; stderr by default.
     """
@@ -30,7 +30,7 @@ class Progress:
         self._reported: set[str] = set()
 
     def advance(self, *, failed: bool = False, again: bool = False) -> None:
-        """Counts a unit that is done, has failed, or has to be done once more."""
+        """Count a unit that is done, has failed, or must be repeated."""
         self._done += 1
         self._failed += failed
         self._total += again
@@ -43,7 +43,7 @@ class Progress:
             self._plain_line()
 
     def report_once(self, text: str) -> None:
-        """Shows a line beside the bar; the same text only once."""
+        """Show a line beside the bar; the same text only once."""
         if text not in self._reported:
             self._reported.add(text)
             tqdm.write(text, file=self._stream)
@@ -52,7 +52,7 @@ class Progress:
         self._shown = time.monotonic()
         seconds = self._shown - self._began
         rate = self._done / seconds if seconds > 0 else 0.0
-        # Texts are written many at once and end together: the first of them say nothing about the rest.
+        # Texts of one batch end together, so the first ones say nothing about the rest.
         known = rate and self._done >= self._total * _SHARE
         left = tqdm.format_interval((self._total - self._done) / rate) if known else "?"
         line = f"{self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left} left, {self._failed} failed"

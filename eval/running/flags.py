@@ -1,4 +1,4 @@
-"""The flags that answering and judging share, and what they mean."""
+"""The flags that answering and judging share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_run_flags(parser: argparse.ArgumentParser, *, model_path: Path) -> None:
-    """Adds the flags that both scripts have; the released ones keep their names."""
+    """Add the flags of both scripts; the released ones keep their names."""
     flag = parser.add_argument
     add_backend_flags(parser)
     parser.set_defaults(model_path=model_path)
@@ -36,7 +36,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, model_path: Path) -> None:
     flag("--limit", type=positive, help="at most so many rows of each file; a later run may go on with more")
     flag("--missing_image", choices=["error", "skip"], default="error", help="rows without image (%(default)s)")
     flag("--follow_links", action="store_true", help="allow links in the image folder that lead out of it")
-    flag("--overwrite", action="store_true", help="throw away what is there and begin anew")
+    flag("--overwrite", action="store_true", help="discard existing results and start again")
 
 
 def resolved(options: argparse.Namespace) -> argparse.Namespace:
@@ -49,10 +49,10 @@ def resolved(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def flag_problems(options: argparse.Namespace) -> list[MMRoleError]:
-    """Return flags that do not go together, and variables that cannot be followed; fills in PROCESSES."""
+    """Return contradictory flags and unusable variables; fills in PROCESSES."""
     problems = [*_variable_problems(options), *misplaced_flags(options)]
     if options.input_dir and not options.output_dir:
-        fix = "say where the results go with --output_dir, or leave --input_dir away for both test sets"
+        fix = "give --output_dir for the results, or leave out --input_dir to use both test sets"
         return [*problems, MMRoleError("--input_dir needs --output_dir", options.input_dir, "--output_dir", fix)]
     fix = "give --input_dir too, or --eval_dir for both test sets"
     return problems + [
@@ -74,13 +74,13 @@ def _variable_problems(options: argparse.Namespace) -> list[MMRoleError]:
         try:
             options.processes = positive(text)
         except argparse.ArgumentTypeError:
-            fix = "set it to such a number, or leave it away"
+            fix = "set it to such a number, or leave it out"
             problems.append(MMRoleError("this must be a whole number above 0", text, "PROCESSES", fix))
     return problems
 
 
 def selection(options: argparse.Namespace, needs_image: Callable[[Row], bool]) -> Selection:
-    """Return which rows the flags ask for."""
+    """Return the rows that the flags select."""
     return Selection(
         image_dir=options.image_dir,
         skip_missing=options.missing_image == "skip",
@@ -92,7 +92,7 @@ def selection(options: argparse.Namespace, needs_image: Callable[[Row], bool]) -
 
 
 def run_settings(options: argparse.Namespace, task: Task, backend: Backend) -> Settings:
-    """Return how texts are made, from the flags and a backend without problems."""
+    """Return the settings of a run, from the flags and a backend without problems."""
     compared = {"task": task.name, "seed": options.seed, **Decoding.of(options).identity(), **backend.identity()}
     info = {
         "names": {"model": backend.describe()["model at"]},
@@ -104,7 +104,7 @@ def run_settings(options: argparse.Namespace, task: Task, backend: Backend) -> S
 
 
 def plain(value: Any) -> Any:
-    """Return a flag's value as JSON can hold it."""
+    """Return a flag's value as a JSON value."""
     return str(value) if isinstance(value, Path) else value
 
 

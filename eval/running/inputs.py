@@ -1,4 +1,4 @@
-"""What a run reads and where it writes: everything cheap is checked here, before a model is loaded."""
+"""Reads and checks the inputs of a run, and checks its outputs, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_JSON = "*.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read, and the file to make from it."""
+    """An input file and its output file."""
 
     input: Path
     output: Path
@@ -26,14 +26,14 @@ class Source:
 
 @dataclass
 class Input:
-    """The rows of a file that the run is about.
+    """The selected rows of an input file.
 
     Attributes:
-        source: Where they come from, where results go.
-        rows: The rows, as they stand in the file.
-        images: The file of each row's image, by sample id.
-        skipped: Ids of the rows left out because their image is missing.
-        ids: Ids of all rows of the file.
+        source: The input file and its output file.
+        rows: The selected rows, unchanged.
+        images: The image file of each row, by sample id.
+        skipped: Ids of rows without their image, which are left out.
+        ids: Ids of all rows in the file.
     """
 
     source: Source
@@ -45,15 +45,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of the files are wanted.
+    """The rules that select rows.
 
     Attributes:
-        image_dir: Where images lie.
-        skip_missing: Leaves out rows whose image is missing, instead of refusing to start.
-        limit: At most so many rows of each file, counted without those left out; None for all.
-        follow_links: Allows links that lead out of the image folder.
-        needs_image: Whether a row's image will be looked at.
-        overwrite: Also reads the inputs of results that were made elsewhere, which are left alone otherwise.
+        image_dir: The image folder.
+        skip_missing: Leave out rows whose image is missing, instead of refusing to start.
+        limit: The largest number of rows per file, not counting those left out; None for all.
+        follow_links: Allow links that lead out of the image folder.
+        needs_image: Return whether a row needs its image.
+        overwrite: Also read the inputs of results that were made elsewhere, which are otherwise left alone.
     """
 
     image_dir: Path
@@ -65,10 +65,10 @@ class Selection:
 
 
 def json_sources(input_dir: Path, output_dir: Path, input_file: str | None = None) -> list[Source]:
-    """The `.json` files of a folder but hidden ones, or the one that is named, each with its output of the same name.
+    """Return the visible `.json` files of a folder, or the named one, each with an output of the same name.
 
     Raises:
-        MMRoleError: If the folder or file is not there or may not be read, or the folder holds none.
+        MMRoleError: If the folder does not exist, cannot be read, or holds no such file.
     """
     if not is_folder(input_dir):
         raise MMRoleError("there is no such input folder", input_dir, "--input_dir", "check the path")
@@ -81,16 +81,15 @@ def json_sources(input_dir: Path, output_dir: Path, input_file: str | None = Non
 def read_inputs(
     sources: Sequence[Source], record: type[Record], selection: Selection
 ) -> tuple[list[Input], list[MMRoleError]]:
-    """Reads and checks all input files, and finds the images.
+    """Read and check all input files, and find their images.
 
     Args:
-        sources: The files.
-        record: What their rows must be.
-        selection: Which rows are wanted.
+        sources: Input and output files.
+        record: The type of their rows.
+        selection: The rules that select rows.
 
     Returns:
-        The inputs, and everything that is wrong with any of them. The input of a result that was made elsewhere is not
-        read, and has no rows.
+        The inputs, and all problems. The input of a result that was made elsewhere is not read, and has no rows.
     """
     inputs: list[Input] = []
     problems: list[MMRoleError] = []
@@ -114,7 +113,7 @@ def read_inputs(
 
 
 def output_problems(sources: Sequence[Source]) -> list[MMRoleError]:
-    """What would keep the outputs from being written; nothing is created."""
+    """Return the reasons why outputs could not be written, without creating anything."""
     problems = []
     for source in sources:
         if source.output.resolve() == source.input.resolve():
@@ -145,13 +144,13 @@ def _was_made_elsewhere(output: Path) -> bool:
     try:
         return is_file(output) and not is_file(journal_path(output))
     except UnreadableError:
-        return False  # `output_problems` tells it
+        return False  # reported by `output_problems`
 
 
 def _select(
     source: Source, rows: list[Row], selection: Selection, problems: list[MMRoleError], missing: list[str]
 ) -> Input:
-    """The wanted rows; adds links that lead astray to `problems`, and images that are not there to `missing`."""
+    """Return the selected rows; bad links are added to `problems`, missing images to `missing`."""
     selected = Input(source, ids=[row["id"] for row in rows])
     for number, row in enumerate(rows, 1):
         if selection.limit is not None and len(selected.rows) >= selection.limit:
@@ -159,7 +158,7 @@ def _select(
         if selection.needs_image(row):
             try:
                 image = find_image(selection.image_dir, row["image"], follow_links=selection.follow_links)
-            except UnreadableError as error:  # one closed folder keeps many images from being found
+            except UnreadableError as error:  # one unreadable folder hides many images
                 if str(error) not in map(str, problems):
                     problems.append(error)
                 continue
@@ -183,7 +182,7 @@ def _missing_images(missing: list[str], image_dir: Path) -> MMRoleError:
         f"{len(names)} image(s) are missing, {len(missing)} row(s) need them",
         names,
         image_dir,
-        "put them there (COCO/train2017/ is MS-COCO's), or give --image_dir, or leave these rows out with "
+        "put them there (COCO/train2017/ comes from MS-COCO), or give --image_dir, or leave these rows out with "
         "--missing_image skip",
     )
 
@@ -197,11 +196,11 @@ def _is_writable(folder: Path) -> bool:
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    except OSError:  # a folder above it may not be entered
+    except OSError:  # a folder above it cannot be read
         return False
 
 
 def _unwritable(folder: Path) -> MMRoleError:
     return MMRoleError(
-        "the output folder cannot be written or made", folder, fix="check its permissions, or choose another one"
+        "the output folder cannot be written or created", folder, fix="check its permissions, or choose another one"
     )

@@ -1,4 +1,4 @@
-"""A run from its inputs to its report: checks everything, has the prompts completed, writes the files."""
+"""Runs a task from its inputs to its report: checks everything, completes the prompts, writes the files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eval.running.journal import FileReport, ResultFile, ResultWriter, Settings,
 from eval.running.task import Task, derive_seed
 from eval.running.workers import Rows, Workers, complete_here
 
-_SHOWN = 5  # reasons and samples of failures that are printed; the journal holds all
+_SHOWN = 5  # printed reasons and samples of failures; the journal holds all
 
 
 def run_job(
@@ -29,21 +29,20 @@ def run_job(
     problems: Sequence[MMRoleError],
     make_backend: MakeBackend,
 ) -> int:
-    """Makes the result files of some inputs.
+    """Make the result files of the inputs.
 
     Args:
-        task: What is asked of each row.
+        task: Answering or judging.
         options: The flags.
-        sources: The files to read, and those to make.
-        problems: What was found wrong before.
+        sources: Input and output files.
+        problems: Problems found earlier.
         make_backend: Makes the backend from the flags.
 
     Returns:
         The exit status: 0, or 1 if a text failed or is missing.
 
     Raises:
-        MMRoleError: Anything is wrong that can be known before the model is loaded, a file cannot be written, or
-            nothing can be completed.
+        MMRoleError: A check before the load of the model fails, a file cannot be written, or nothing can be completed.
     """
     backend = make_backend(options)
     inputs, wrong = read_inputs(sources, task.record, selection(options, task.is_wanted)) if sources else ([], [])
@@ -72,21 +71,21 @@ def complete_files(
     backend: Backend,
     make_backend: MakeBackend,
 ) -> list[FileReport]:
-    """Makes the result files that `inspect` found open.
+    """Make the result files that `inspect` found open.
 
-    Each text is journalled before the next one is waited for; each file appears at once and whole when its last text
-    has come. The backend is asked for nothing if nothing is missing.
+    Each text is journalled before the next one is awaited; each file is written atomically after its last text. If
+    nothing is missing, the backend is not used.
 
     Args:
-        reports: What `inspect` found.
-        task: What is asked of each row.
-        settings: How texts are made.
+        reports: The reports of `inspect`.
+        task: Answering or judging.
+        settings: The settings of the run.
         options: The flags.
-        backend: Completes the prompts, if one process does so.
-        make_backend: Makes the backend of each worker, if several do.
+        backend: Completes the prompts in a single process.
+        make_backend: Makes the backend of each worker, if there are several.
 
     Returns:
-        The reports, those of the files that were made with their completions.
+        The reports; those of new files with their completions.
 
     Raises:
         MMRoleError: A file or journal cannot be written or read, or nothing can be completed.
@@ -112,7 +111,7 @@ def _result_file(entry: Input, task: Task) -> ResultFile:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A prompt that is being completed, and what waits for it."""
+    """A prompt that is being completed, with its writer and attempt."""
 
     writer: ResultWriter
     prompt: Prompt
@@ -120,7 +119,7 @@ class _Pending:
 
 
 class _Run:
-    """Has all missing texts of some result files written, and each file when its last text has come."""
+    """Completes all missing texts of result files, and writes each file after its last text."""
 
     def __init__(
         self,
@@ -134,7 +133,7 @@ class _Run:
         self._backend, self._make_backend = backend, make_backend
         self._decoding = Decoding.of(options)
         self._pending: dict[str, _Pending] = {}
-        self._left: Counter[int] = Counter()  # texts that a writer waits for, by its identity
+        self._left: Counter[int] = Counter()  # missing texts of a writer, by its `id()`
         self._rows: Rows = deque()
         for number, writer in writers.items():
             for prompt in writer.file.prompts:
@@ -147,7 +146,7 @@ class _Run:
                 writer.finish()
 
     def complete(self) -> None:
-        """Completes what is missing; each text is journalled before the next one is waited for."""
+        """Complete what is missing; each text is journalled before the next one is awaited."""
         if not self._rows:
             return
         devices = self._backend.devices(self._options.processes)[: len(self._rows)]
@@ -198,7 +197,7 @@ def _print_options(options: argparse.Namespace, backend: Backend) -> None:
 
 
 def _print_report(reports: Sequence[FileReport], inputs: Sequence[Input], task: Task) -> int:
-    """Prints what was made, where, and what failed; returns the exit status."""
+    """Print the result files and the failures; return the exit status."""
     failed = missing = 0
     for report, entry in zip(reports, inputs, strict=True):
         failures = report.failures(task)

@@ -1,7 +1,7 @@
-"""A result file and its journal: what is there of it already, and how it is written.
+"""Result files and their journals: what exists already, and how the rest is written.
 
-Beside each result file `<name>.json` lies `<name>.journal`: the settings it was made with, and every text as it came.
-It stays there, so that the file can be added to (more rows, failed ones again), and so that results of different
+Each result file `<name>.json` has a journal `<name>.journal` beside it, with the settings and every text in order of
+arrival. It is kept, so that the file can be extended (more rows, retried failures), and so that results of different
 models, prompts or settings are never mixed in one file.
 """
 
@@ -25,19 +25,19 @@ from data_utils.schema import Row
 from eval.backends.backend import Completion, Prompt, another_model
 from eval.running.task import Task
 
-FILE_KEY = ""  # a journal's lines about the result file itself; no prompt has an empty key
+FILE_KEY = ""  # key of the lines about the result file itself; no prompt has an empty key
 
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A file to be made.
+    """A result file.
 
     Attributes:
-        target: Where.
-        rows: The rows it will have, without their texts.
-        prompts: The prompts whose texts it needs.
-        fill: A copy of a row with its texts, from the completions by key.
-        input_ids: Ids of all rows of its input, wanted or not.
+        target: Its path.
+        rows: Its rows, without their texts.
+        prompts: The prompts of its texts.
+        fill: Return a copy of a row with its texts, from the completions by key.
+        input_ids: Ids of all rows of its input, selected or not.
     """
 
     target: Path
@@ -48,21 +48,21 @@ class ResultFile:
 
     @property
     def journal(self) -> Path:
-        """Where its journal lies."""
+        """The path of its journal."""
         return journal_path(self.target)
 
     def content(self, completions: Mapping[str, Completion]) -> bytes:
-        """Return the bytes of the whole file."""
+        """Return the bytes of the file."""
         return published_json([self.fill(row, completions) for row in self.rows])
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How texts are made.
+    """The settings of a run.
 
     Attributes:
-        compared: What must be equal for results to stand in one file; JSON values.
-        info: What else is written into a new journal; `names` may name what stands behind a compared value.
+        compared: What must be equal for all results in one file; JSON values.
+        info: Further facts for a new journal; `names` may name what is behind a compared value.
     """
 
     compared: Mapping[str, Any]
@@ -70,13 +70,13 @@ class Settings:
 
 
 class State(Enum):
-    """What is to be done about a result file, in the words that the user reads."""
+    """The state of a result file, in the words of the report."""
 
     OPEN = "to be made"
     FINISHED = "finished already, left alone"
     FOREIGN = "made elsewhere (there is no journal beside it), left alone; --overwrite would replace it"
     CHANGED = "changed by someone since it was made, left alone; --overwrite would replace it"
-    LARGER = "has rows that are not asked for now, left alone; --overwrite would replace it"
+    LARGER = "has rows that are not selected now, left alone; --overwrite would replace it"
 
 
 @dataclass
@@ -89,14 +89,14 @@ class FileReport:
 
     @property
     def missing(self) -> int:
-        """How many texts are missing, because a run ended early."""
+        """The number of texts that are missing because a run ended early."""
         if self.state is not State.OPEN:
             return 0
         return sum(prompt.key not in self.completions for prompt in self.file.prompts)
 
     @property
     def present(self) -> list[Completion]:
-        """The completions of the file's prompts, as far as they came."""
+        """The existing completions of the file's prompts."""
         return [self.completions[prompt.key] for prompt in self.file.prompts if prompt.key in self.completions]
 
     def failures(self, task: Task) -> list[tuple[str, str]]:
@@ -108,16 +108,16 @@ class FileReport:
 def inspect(
     files: Sequence[ResultFile], task: Task, settings: Settings, *, overwrite: bool = False
 ) -> tuple[list[FileReport], list[MMRoleError]]:
-    """Looks at what is there of each result file, and changes nothing.
+    """Return the state of each result file, without changing anything.
 
     Args:
-        files: What is to be made.
+        files: The result files.
         task: Decides what is finished.
-        settings: How texts are made.
-        overwrite: Nothing of what is there counts.
+        settings: The settings of the run.
+        overwrite: Ignore existing results.
 
     Returns:
-        A report per file; and a problem for each whose journal is damaged, or was begun with other settings or prompts.
+        A report per file; and a problem for each whose journal is damaged, or has other settings or prompts.
     """
     if overwrite:
         return [FileReport(file, State.OPEN) for file in files], []
@@ -131,14 +131,14 @@ def inspect(
 
 
 class ResultWriter:
-    """A result file in the making: takes down its completions, and writes it when the last one has come.
+    """Journals the completions of a result file, and writes it after the last one.
 
-    Its journal is open and locked. Nothing of what is there is thrown away before the first completion comes.
+    The journal is open and locked. Existing results are kept until the first completion is recorded.
 
     Args:
-        file: What is to be made.
-        settings: How texts are made.
-        overwrite: Throws away what is there.
+        file: The result file.
+        settings: The settings of the run.
+        overwrite: Discard existing results.
 
     Raises:
         MMRoleError: The journal cannot be written or read, another process is writing it, or other settings began it.
@@ -156,12 +156,12 @@ class ResultWriter:
         self._served = next((c.served for c in self.completions.values() if c.served), "")
 
     def record(self, prompt: Prompt, completion: Completion) -> Completion:
-        """Journals a completion; half surrogate pairs, which no file can hold, become question marks.
+        """Journal a completion; surrogate characters become question marks.
 
-        If a further attempt ends in an error, the text before it, which could not be read, is kept beside that.
+        If a further attempt ends in an error, the unusable text of the attempt before is kept beside it.
 
         Raises:
-            MMRoleError: It cannot be written, or another served model wrote it than the texts before.
+            MMRoleError: It cannot be written, or it comes from another served model than the texts before.
         """
         if completion.served and self._served and completion.served != self._served:
             raise another_model(self._served, completion.served, self.file.journal)
@@ -179,7 +179,7 @@ class ResultWriter:
         return completion
 
     def finish(self) -> None:
-        """Writes the result file; the journal knows of it first, so that no crash makes it look like someone else's."""
+        """Write the result file; its hash is journalled first, so that a crash cannot make it look foreign."""
         data = self.file.content(self.completions)
         known = self._journal.entries.get(FILE_KEY, {"sha256": []})["sha256"]
         digest = hashlib.sha256(data).hexdigest()
@@ -188,7 +188,7 @@ class ResultWriter:
         target = self.file.target
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
             with suppress(OSError):
-                leftover.unlink()  # of a killed run: the lock says that nobody else is writing this file
+                leftover.unlink()  # of a killed run: the lock is ours, so nobody else is writing this file
         write_bytes(target, data)
 
     def __enter__(self) -> ResultWriter:
@@ -234,20 +234,20 @@ def _state(
         return State.OPEN
     present = [str(row["id"]) for row in read_json(file.target)]
     _check_same_input(file, present)
-    # A limit, or a picture that came later, may choose other rows than before.
+    # A limit or a picture added later may select other rows than before.
     wanted = {str(row["id"]) for row in file.rows}
     return State.LARGER if current == made["sha256"][-1] and set(present) - wanted else State.OPEN
 
 
 def _check_same_input(file: ResultFile, present: Sequence[str]) -> None:
-    """Refuses to replace a file that was made from another input."""
+    """Refuse to replace a file that was made from another input."""
     strangers = [name for name in present if name not in file.input_ids]
     if strangers:
         raise MMRoleError(
             f"the file was made from another input: {len(strangers)} of its {len(present)} rows are not in this one",
             first_of(strangers),
             file.target,
-            "choose another output folder for this input, or give --overwrite to throw those results away",
+            "choose another output folder for this input, or give --overwrite to discard those results",
         )
 
 
@@ -269,7 +269,7 @@ def _completions(file: ResultFile, content: JournalContent) -> dict[str, Complet
             "the input has changed since these results were made; they would be mixed in one file",
             first_of(changed),
             file.journal,
-            "bring the input back, or choose another output folder, or give --overwrite to start anew",
+            "restore the input, or choose another output folder, or give --overwrite to start again",
         )
     return {
         key: Completion(

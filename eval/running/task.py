@@ -1,4 +1,4 @@
-"""What a run asks of each row, and how a row gets its text."""
+"""The task of a run: the prompts of a row, and how a row gets its texts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Task:
     """Answering or judging.
 
     Attributes:
-        name: What is made, in journals: "answers".
-        unit: What one text is called: "answer".
-        record: What a row of the input must be.
-        prompts: What is asked of a row, with the file of its picture; every key is unique within the input file.
-        fill: A copy of a row with its texts, from the completions by key.
-        notes: What the report says of a finished file beside its counts.
-        advice: What to do about failures.
-        is_wanted: Whether a row needs any text, and so its picture.
-        complaint: Why a text cannot be used, or None if it can.
-        attempts: How many texts may be asked for until one can be used; all but the first are sampled.
-        remarks: What the report says at its end, from the backend's identity.
+        name: Its name in journals: "answers".
+        unit: The name of one text: "answer".
+        record: The type of an input row.
+        prompts: Return the prompts of a row, given the file of its picture; keys are unique within the input file.
+        fill: Return a copy of a row with its texts, from the completions by key.
+        notes: Return notes on a file for the report, beside its counts.
+        advice: What the user can do about failures.
+        is_wanted: Return whether a row needs any text, and so its picture.
+        complaint: Return why a text cannot be used, or None.
+        attempts: The largest number of texts per prompt until one is usable; all but the first are sampled.
+        remarks: Return remarks for the end of the report, given the backend's identity.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Task:
     remarks: Callable[[Mapping[str, Any]], list[str]] = lambda identity: []
 
     def next_attempt(self, completion: Completion | None) -> int | None:
-        """Return which attempt a prompt needs next, or None; an attempt that ended in an error is repeated."""
+        """Return the number of the next attempt at a prompt, or None; an attempt that ended in an error is repeated."""
         if completion is None:
             return 0
         if completion.error is not None:
@@ -53,7 +53,7 @@ class Task:
         return completion.attempt + 1
 
     def failure(self, completion: Completion) -> str | None:
-        """Return why a completion cannot be used, or None if it can."""
+        """Return why a completion cannot be used, or None."""
         if completion.refusal is not None and self.complaint("") is None:
             return None
         if completion.error is None:
@@ -64,6 +64,6 @@ class Task:
 
 
 def derive_seed(*parts: object) -> int:
-    """Return a seed, 0 to 2**63 - 1, that depends on the parts and on nothing else."""
+    """Return a seed, 0 to 2**63 - 1, that depends on the parts alone."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") >> 1

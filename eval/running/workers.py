@@ -1,7 +1,7 @@
-"""Worker processes: each has a backend on a device of its own, and completes the rows that the parent hands it.
+"""Worker processes: each has a backend on one device, and completes rows for the parent process.
 
-A worker is spawned and has a pipe to the parent of its own, so that one that is killed leaves no lock behind. It gets
-many rows at once, so that its batches are large, and half of a fair share of what is left, so that all end together.
+Workers are spawned, each with a separate pipe, so that a killed one leaves no lock behind. A worker gets many rows at
+once, so that its batches are large, but only half of a fair share of the rest, so that all workers end together.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, first_of, raise_problems
 from eval.backends.backend import Backend, Completion, MakeBackend, Prompt
 
-Rows = deque[list[Prompt]]  # what is left to do; the prompts of a row stay together
-_LEAST = 512  # texts that a worker gets at once, as long as there are so many: the engine's largest batch
+Rows = deque[list[Prompt]]  # rows to complete; the prompts of a row stay together
+_LEAST = 512  # texts that a worker gets at once, if there are so many: the engine's largest batch
 _AGAIN = "run the same command again: everything finished is kept"
 
 
 def complete_here(rows: Rows, backend: Backend) -> Iterator[Completion]:
-    """Completes rows in this process; rows that are added meanwhile count too.
+    """Complete rows in this process, rows that are added meanwhile included.
 
     Raises:
-        MMRoleError: The backend cannot complete anything, or left prompts without a completion.
+        MMRoleError: The backend cannot complete anything, or leaves prompts without a completion.
     """
     while rows:
         prompts = [prompt for row in rows for prompt in row]
@@ -40,10 +40,10 @@ def complete_here(rows: Rows, backend: Backend) -> Iterator[Completion]:
 
 
 class Workers:
-    """The workers of a run. Use it as a context manager; at its end none is left.
+    """The workers of a run, as a context manager that ends them.
 
     Args:
-        make_backend: Makes the backend of a worker from the flags; it is imported there by its name.
+        make_backend: Makes the backend of a worker from the flags; the worker imports it by name.
         options: The flags.
         devices: The device of each worker.
         report: Shows a line to the user.
@@ -57,7 +57,7 @@ class Workers:
         report: Callable[[str], None],
     ) -> None:
         self._report = report
-        self._lost: Rows = deque()  # rows that a worker died with
+        self._lost: Rows = deque()  # rows of workers that died
         self._lost_once: set[str] = set()
         self._problems: list[MMRoleError] = []
         self.summaries: dict[str, str] = {}
@@ -68,12 +68,12 @@ class Workers:
             self._workers.append(_Worker.start(name, make_backend, theirs))
 
     def complete(self, rows: Rows) -> Iterator[Completion]:
-        """Completes rows; rows that are added meanwhile count too.
+        """Complete rows, rows that are added meanwhile included.
 
-        A row whose worker dies goes to another one, once. If no worker is left, the rest is not completed.
+        A row whose worker dies goes to another worker, once. If no worker is left, the rest is not completed.
 
         Raises:
-            MMRoleError: No worker is left, and a backend has said why.
+            MMRoleError: No worker is left, and a backend has reported why.
         """
         while True:
             for worker in self._workers:
@@ -104,7 +104,7 @@ class Workers:
             raise_problems({str(problem): problem for problem in self._problems}.values())
 
     def _share(self, rows: Rows) -> list[Prompt]:
-        """Takes as many rows as a worker gets at once; one that a worker died with is handed out alone."""
+        """Return the next rows for a worker; a row of a worker that died is handed out alone."""
         if not rows:
             return self._lost.popleft() if self._lost else []
         return [prompt for _ in range(share_size(rows, len(self._workers))) for prompt in rows.popleft()]
@@ -113,7 +113,7 @@ class Workers:
         worker.process.join()
         code = worker.process.exitcode
         how = f"was killed by signal {-code}" if code and code < 0 else f"ended with status {code}"
-        hint = "; a kill that nobody asked for is often a lack of memory" if code == -signal.SIGKILL else ""
+        hint = "; an unexpected kill often means a lack of memory" if code == -signal.SIGKILL else ""
         self._report(f"{worker.name} {how}{hint}")
         self._remove(worker)
         for row in worker.rows():
@@ -137,21 +137,21 @@ class Workers:
 
 
 def share_size(rows: Rows, workers: int) -> int:
-    """Return how many rows a worker gets at once: half of a fair share, but a whole batch, and no more than is fair."""
+    """Return how many rows a worker gets: half of a fair share, but at least a batch, and at most a fair share."""
     fair = len(rows) / workers
     return math.ceil(min(max(fair / 2, _LEAST / len(rows[0])), fair))
 
 
 @dataclass
 class _Worker:
-    """A worker as the parent sees it.
+    """The parent's view of a worker.
 
     Attributes:
-        name: For the user.
+        name: Its name for the user.
         process: The process.
-        connection: The pipe to it.
-        held: The prompts that it has not completed, by id.
-        busy: Whether it works on prompts, or has not yet sent its summary of that.
+        connection: The pipe to the worker.
+        held: Its uncompleted prompts, by id.
+        busy: Whether it still has prompts, or its summary of them is missing.
     """
 
     name: str
@@ -170,7 +170,7 @@ class _Worker:
         return cls(name, process, connection)
 
     def take(self, prompts: list[Prompt]) -> None:
-        """Hands it prompts; if it is gone, that is seen when its next message is read."""
+        """Send prompts; if the worker is gone, reading its next message shows it."""
         self.held, self.busy = {prompt.id: prompt for prompt in prompts}, True
         try:
             self.connection.send(prompts)
@@ -178,7 +178,7 @@ class _Worker:
             return
 
     def rows(self) -> list[list[Prompt]]:
-        """Return what it has not completed, by rows."""
+        """Return its uncompleted prompts by rows."""
         found: dict[str, list[Prompt]] = {}
         for prompt in self.held.values():
             found.setdefault(prompt.row, []).append(prompt)
@@ -191,8 +191,8 @@ class _Worker:
 
 
 def _work(make_backend: MakeBackend, options: argparse.Namespace, connection: Connection) -> None:
-    """The life of a worker: takes prompts, sends their completions and then a summary, until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    """Run a worker: receive prompts, send their completions and a summary, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     ignore_lost_output()
     cores = len(os.sched_getaffinity(0))

@@ -172,7 +172,7 @@ def test_a_model_without_eyes(site, world):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--processes", "2"], "endpoints are asked by one process"),
+        (["--processes", "2"], "endpoints are used by one process"),
         (["--batch_size", "2", "--device", "cpu"], "--device"),
         (["--model", ""], "the served model has no name"),
         (["--as_qwen_vl"], "needs the model's vocabulary"),

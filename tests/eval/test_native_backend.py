@@ -290,7 +290,7 @@ def test_sampling_that_cannot_be(tmp_path, change):
 
 def test_sampling_flags_without_sampling(tmp_path):
     assert generation_told(tmp_path, flag=0.5) == []
-    assert "leave --no_random away" in generation_told(tmp_path, flag=0.5, greedy=True)[0]
+    assert "leave out --no_random" in generation_told(tmp_path, flag=0.5, greedy=True)[0]
     assert "decodes greedily" in generation_told(tmp_path, flag=0.5, do_sample=False)[0]
 
 
@@ -321,4 +321,4 @@ def test_generation_settings_are_seen_without_torch():
 
 @pytest.mark.parametrize(("device", "told"), [("meta", True), ("cpu:0", False)])
 def test_devices_that_cannot_write(device, told):
-    assert ["CPU or an NVIDIA GPU only" in problem.what for problem in device_problems(device)] == [True] * told
+    assert ["only CPUs and NVIDIA GPUs" in problem.what for problem in device_problems(device)] == [True] * told

@@ -69,7 +69,7 @@ def test_reviews_with_retries(tmp_path, monkeypatch):
 def test_the_row_of_a_worker_that_died_goes_to_another(tmp_path, capfd):
     world = make_world(tmp_path / "world")
     assert inference.main(flags(world, "--processes", 2), FakeBackend(dies_at_one_row_once)) == 0
-    assert capfd.readouterr().err.count("was killed by signal 9; a kill that nobody asked for is often") == 1
+    assert capfd.readouterr().err.count("was killed by signal 9; an unexpected kill often means") == 1
     assert results(world / "eval") == made_alone(tmp_path)
 
 
