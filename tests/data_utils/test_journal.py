@@ -142,13 +142,6 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     assert read_journal(tmp_path / "x.journal").entries == {"a": "long enough"}
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_really_full_device(tmp_path):
-    (tmp_path / "x.journal").symlink_to("/dev/full")
-    with pytest.raises(MMRoleError, match=r"cannot write"):
-        begin(tmp_path / "x.journal", ("a", 1))
-
-
 def test_a_journal_of_another_version_is_refused(tmp_path):
     path = tmp_path / "x.journal"
     path.write_text(json.dumps({"journal": 99, "settings": {}, "info": {}}) + "\n")
