@@ -2,7 +2,7 @@
 # Answers both test sets with a role-playing agent.
 # Needs: the data set below DATA_ROOT (data/ and images/), the agent's checkpoint at MODEL_PATH; or, instead of that, an
 # OpenAI-compatible endpoint: ENDPOINT="URL [URL …]" and MODEL, the model's name there (the key: OPENAI_API_KEY).
-# Gives: EVAL_DIR/{in,out}-test_answers/AGENT/*.json; AGENT is mmrole-agent, or named after MODEL. Run it again to go on after an interruption.
+# Gives: EVAL_DIR/{in,out}-test_answers/AGENT/*.json; AGENT is mmrole-agent, or named after MODEL. Run it again to resume it.
 # One process per GPU, or PROCESSES=n.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What the four finetune_*.sh share: one process a GPU, one or several nodes. They source it. The paper's settings are
+# What the four finetune_*.sh share: one process per GPU, one or several nodes. They source it. The paper's settings are
 # the recipes in finetune/arguments.py.
 #   GLOBAL_BATCH (256), MICRO_BATCH (2)   samples of an optimizer step, and of a forward pass; accumulation follows.
 #                                         The second changes no result, only speed and memory.
 #   PROCESSES, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   see scripts/launch.sh
-#   RESUME=auto                           go on with the last whole checkpoint in OUTPUT_DIR, if there is one
+#   RESUME=auto                           resume from the newest complete checkpoint in OUTPUT_DIR, if there is one
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/launch.sh"
 

@@ -1,4 +1,4 @@
-"""Times what this project does against the way of the released code: the same requests, one run, one machine.
+"""Times this project against the released way: the same requests, in one run on one machine.
 
     python scripts/benchmark.py answer --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
     python scripts/benchmark.py review --data_root ../MMRole_dataset --tokenizer model_weights/Qwen-VL-Chat
@@ -32,12 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line's flags."""
+    """Return the flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     for task in ("answer", "review"):
         _add_generation_flags(tasks.add_parser(task, help=f"time the {task}s"))
-    _add_vllm_flags(tasks.add_parser("vllm", help="time our engine and vLLM"))
+    _add_vllm_flags(tasks.add_parser("vllm", help="time the engine against vLLM"))
     schedule = tasks.add_parser("schedule", help="time the engine's scheduler over 300, 3,000 and 30,000 requests")
     schedule.add_argument("--requests", type=int, nargs="+", default=[300, 3_000, 30_000])
     schedule.add_argument("--json", type=Path, help="write the figures to this file as well")
@@ -62,8 +62,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
-    flag("--texts", choices=["review", "answer"], default="review", help="what is written (%(default)s)")
-    flag("--rounds", type=int, default=3, help="how often each of the two is timed, in turn (%(default)s)")
+    flag("--texts", choices=["review", "answer"], default="review", help="the texts to generate (%(default)s)")
+    flag("--rounds", type=int, default=3, help="rounds in which each of the two is timed (%(default)s)")
     flag("--eager", action="store_true", help="vLLM does not compile the model")
     flag("--vllm_memory", type=float, default=0.5, help="vLLM's share of a GPU's memory (%(default)s)")
     _add_engine_flags(parser)
@@ -72,7 +72,7 @@ def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--released_requests", type=int, default=6, help="requests that the released way is timed on (%(default)s)")
-    flag("--sample", action="store_true", help="draw ours as the released settings do (top-p 0.3), instead of greedy")
+    flag("--sample", action="store_true", help="sample ours with the released settings (top-p 0.3) instead of greedily")
     _add_engine_flags(parser)
 
 
@@ -80,7 +80,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--data_root", type=Path, required=True, help="folder of data/ and images/")
     flag("--published", type=Path, help="folder of {in,out}-test_{answers,reviews} (<data_root>/published)")
-    flag("--agent", default="mmrole-agent", help="whose answers are reviewed, or repeated in length (%(default)s)")
+    flag("--agent", default="mmrole-agent", help="the agent whose answers or lengths are used (%(default)s)")
     flag("--rows", type=int, help="rows of the test sets to take, spread over them (all)")
     flag("--max_batch_tokens", type=int)
     flag("--max_rows", type=int)
@@ -99,7 +99,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what the command line asks for, prints the figures, and writes them where it says."""
+    """Run the benchmark of the command line; print its figures, and write them to a file if asked."""
     options = parse_arguments(argv)
     if options.task == "schedule":
         from benchmark_schedule import run_schedule

@@ -40,14 +40,14 @@ SMALL_VISION = {"heads": 8, "layers": 6, "width": 256, "output_dim": 512, "mlp_r
 
 @dataclass(frozen=True)
 class _Text:
-    """A request as both ways need it, and how many tokens it must give."""
+    """A request for both ways, and the number of tokens to generate."""
 
     request: Request
     tokens: int
 
 
 def run_generation(options: argparse.Namespace) -> dict[str, Any]:
-    """Times both ways and prints the table; gives the figures."""
+    """Time both ways, print the table and return the figures."""
     model, tokenizer = load_or_draw(options)
     print(f"machine: {describe(model.device, model.dtype)}")
     parameters = sum(p.numel() for p in model.parameters())
@@ -65,7 +65,7 @@ def run_generation(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_or_draw(options: argparse.Namespace) -> tuple[qwen_vl.QwenVLForCausalLM, qwen_vl.QwenVLTokenizer]:
-    """A checkpoint, or a model of the asked size with random weights, drawn on its device."""
+    """Return a checkpoint, or a model of the given size with random weights, drawn on its device."""
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if options.checkpoint:
         return qwen_vl.load(options.checkpoint, dtype=options.dtype, device=device)
@@ -85,7 +85,7 @@ def load_or_draw(options: argparse.Namespace) -> tuple[qwen_vl.QwenVLForCausalLM
 
 
 def published_texts(options: argparse.Namespace, tokenizer: qwen_vl.QwenVLTokenizer, folder: Path) -> Iterator[_Text]:
-    """The requests of `options`, each with the length of its published text; `folder` takes stand-ins of pictures."""
+    """Return the requests, each with the length of its published text; `folder` is for substitute pictures."""
     published = options.published or options.data_root / "published"
     kind = "reviews" if options.task == "review" else "answers"
     files = [published / name.format(kind=kind, agent=options.agent) for name in FILES]
@@ -114,7 +114,7 @@ def _forced(name: str, image: Path, system: str, prompt: str, text: str, tokeniz
 
 
 def _stand_in(folder: Path, name: str) -> Path:
-    """Noise in place of a picture that is not there: one file for each, since each would be encoded once."""
+    """Return a noise picture for a missing one: one file for each, because each is encoded once."""
     file = folder / (name.replace("/", "_").rpartition(".")[0] + ".png")
     if not file.is_file():
         noise = np.random.default_rng(len(name)).integers(0, 255, (60, 80, 3), dtype=np.uint8)
@@ -123,10 +123,10 @@ def _stand_in(folder: Path, name: str) -> Path:
 
 
 def time_ours(model: Any, tokenizer: Any, texts: list[_Text], options: argparse.Namespace) -> dict[str, float]:
-    """Times the engine, which starts with empty caches."""
+    """Time the engine with empty caches."""
     limits = {name: getattr(options, name) for name in ("max_batch_tokens", "max_rows", "prefill_tokens")}
     engine = BatchGenerator(model, tokenizer, **limits)
-    list(engine.run([text.request for text in texts[:1]]))  # a warm-up: kernels are chosen at their first call
+    list(engine.run([text.request for text in texts[:1]]))  # warm-up: kernels are chosen at their first call
     engine = BatchGenerator(model, tokenizer, **limits)
     reset_peak(model.device)
 
@@ -158,7 +158,7 @@ def time_ours(model: Any, tokenizer: Any, texts: list[_Text], options: argparse.
 
 @torch.inference_mode()
 def _time_released(model: Any, tokenizer: Any, texts: list[_Text]) -> dict[str, float]:
-    """One request at a time: the prompt anew, logits at each of its positions, a cache that is copied to grow."""
+    """Time one request at a time: full prefill, logits at every position, a cache that is copied to grow."""
     _answer_released(model, tokenizer, _Text(texts[0].request, 2))
     reset_peak(model.device)
     prefill = decode = 0.0
@@ -183,7 +183,7 @@ def _time_released(model: Any, tokenizer: Any, texts: list[_Text]) -> dict[str, 
 
 
 def _answer_released(model: Any, tokenizer: Any, text: _Text) -> tuple[float, float, int]:
-    """Seconds of prefill and of decoding, and the prompt's length."""
+    """Return the seconds of prefill and of decoding, and the prompt's length."""
     request = text.request
     context = build_context(tokenizer, request.query, [], request.system)
     ids = torch.tensor([context.ids], device=model.device)
@@ -204,7 +204,7 @@ def _answer_released(model: Any, tokenizer: Any, text: _Text) -> tuple[float, fl
 
 
 def _floor(model: Any, ours: dict[str, float]) -> dict[str, float]:
-    """Seconds that the machine needs at the least: prefill at its matrix rate, decoding at its bandwidth."""
+    """Return the least seconds on this machine: prefill at its matrix rate, decoding at its bandwidth."""
     rate, speed = matrix_rate(model.device, model.dtype), bandwidth(model.device)
     layers = sum(p.numel() for p in model.transformer.h.parameters())
     vision = sum(p.numel() for p in model.transformer.visual.transformer.parameters())

@@ -1,4 +1,4 @@
-"""What a machine can do at best: its matrix rate and bandwidth, measured, and who it is."""
+"""Measures a machine's matrix rate and bandwidth, and names it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One line that names machine and versions, for whoever quotes a figure."""
+    """Return one line with the machine and the versions."""
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)
     else:
@@ -24,27 +24,27 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product on random data."""
+    """Return the floating-point operations per second of a large matrix product on random data."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / _median_seconds(lambda: a @ b, device)
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second that reading a large array takes in."""
+    """Return the bytes per second of reading a large array."""
     count = 2**31 if device.type == "cuda" else 2**28
     values = torch.ones(count // 4, device=device)
     return count / _median_seconds(lambda: values.sum(), device)
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU's work; a CPU has none waiting."""
+    """Wait for a GPU's work; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Seconds that some work takes, and what it gives."""
+    """Return the seconds of some work, and its result."""
     synchronize(device)
     start = time.perf_counter()
     result = work()

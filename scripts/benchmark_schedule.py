@@ -1,4 +1,4 @@
-"""The engine's scheduler alone: a model that costs next to nothing, and very many requests."""
+"""Times the engine's scheduler alone: an almost free model and very many requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REVIEWS = 8
 
 
 def run_schedule(counts: Sequence[int]) -> dict[str, Any]:
-    """Times every count and prints the table; gives the figures."""
+    """Time every count, print the table and return the figures."""
     model, tokenizer = _tiny()
     print(f"{'requests':>10}{'seconds':>10}{'ms each':>10}{'saved':>8}{'peak cache tokens':>20}{'peak Python MiB':>18}")
     rows = []
@@ -55,8 +55,8 @@ def _tiny() -> tuple[QwenVLForCausalLM, QwenVLTokenizer]:
 
 
 def _requests(count: int) -> Iterator[Request]:
-    """Rows of eight that share 200 to 400 tokens, each with 20 to 60 of its own, and 3 to 9 to write."""
-    chooser = random.Random(0)  # noqa: S311 - lengths, no secrets
+    """Return rows of eight that share 200 to 400 tokens, each with 20 to 60 further ones, and 3 to 9 to generate."""
+    chooser = random.Random(0)  # noqa: S311 - lengths, not secrets
     for number in range(count):
         if number % REVIEWS == 0:
             common = "".join(chooser.choices("abcdefgh ", k=chooser.randrange(200, 400)))

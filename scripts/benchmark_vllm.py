@@ -20,7 +20,7 @@ FIGURES = ("requests per second", "prompt tokens per second", "written tokens pe
 
 
 def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
-    """Times both as often as asked, prints the table, and returns the figures."""
+    """Time both in rounds, print the table, and return the figures."""
     if find_spec("vllm") is None:
         fix = "run it with the Python that bash scripts/vllm_environment.sh prints"
         raise MMRoleError("vLLM is not installed in this environment", None, "benchmark vllm", fix)
@@ -34,7 +34,7 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
             tokenizer.save_pretrained(folder / "model")
         threads = torch.get_num_threads()
         engine = _start(options.checkpoint or folder / "model", model, options)
-        torch.set_num_threads(threads)  # vLLM takes all but one from the process that it is started in
+        torch.set_num_threads(threads)  # vLLM leaves this process only one thread
         machine = f"{describe(model.device, model.dtype)}, vLLM {_version()}"
         print(f"machine: {machine}")
         print(f"requests: {len(texts)} {options.texts}s, {sum(t.tokens for t in texts):,} tokens to write")
@@ -49,7 +49,7 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _start(checkpoint: Path, model: Any, options: argparse.Namespace) -> Any:
-    """vLLM's engine, in a process of its own, as it is by default; on a CPU with as many threads as ours has."""
+    """Return vLLM's engine, in a separate process (its default); on a CPU with as many threads as ours."""
     settings = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
     settings |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     settings |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
@@ -73,7 +73,7 @@ def _time_vllm(engine: Any, texts: list[Any], device: torch.device) -> dict[str,
     from vllm import SamplingParams
 
     messages = [_messages(text.request) for text in texts]
-    # What ends an answer cannot come out before the length is reached.
+    # No end token can be generated before the length is reached.
     lengths = [SamplingParams(temperature=0, min_tokens=t.tokens, max_tokens=t.tokens, ignore_eos=True) for t in texts]
     engine.chat(messages[:1], lengths[:1], use_tqdm=False)
     if not engine.reset_prefix_cache():
@@ -82,7 +82,7 @@ def _time_vllm(engine: Any, texts: list[Any], device: torch.device) -> dict[str,
     written = sum(len(output.outputs[0].token_ids) for output in outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     if written != (wanted := sum(text.tokens for text in texts)):
-        raise MMRoleError("vLLM wrote another number of tokens than asked", f"{written} of {wanted}", "benchmark vllm")
+        raise MMRoleError("vLLM generated a wrong number of tokens", f"{written} of {wanted}", "benchmark vllm")
     return {
         "requests": len(outputs),
         "seconds": seconds,

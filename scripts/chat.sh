@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Talks with a character: starts a page and an OpenAI-compatible API on this machine, or a chat in the terminal.
+# Chat with a character: starts a page and an OpenAI-compatible API on this machine, or a chat in the terminal.
 #
 #   bash scripts/chat.sh                                              then open http://127.0.0.1:8000/
 #   bash scripts/chat.sh --terminal --character "Hermione Granger"
 #
 #   MODEL_PATH   checkpoint or LoRA folder (default: model_weights/MMRole-Agent, else the demo's agent)
-#   DATA_ROOT    whose characters can be met (default: the repository if it has profiles/, else the demo's world)
-#   ENDPOINT, MODEL   an OpenAI-compatible endpoint (…/v1) and its model's name, which answer instead of a checkpoint
-#   SAVE_TO      data root of your own, into which the page saves chats (default: my_data in the repository)
-#   HOST, PORT   where to listen (127.0.0.1, 8000); elsewhere than on this machine it needs MMROLE_KEY, the clients' key
+#   DATA_ROOT    the data root with the characters (default: the repository if it has profiles/, else the demo's world)
+#   ENDPOINT, MODEL   an OpenAI-compatible endpoint (…/v1) and its model's name, instead of a checkpoint
+#   SAVE_TO      the data root into which the page saves chats (default: my_data in the repository)
+#   HOST, PORT   where to listen (127.0.0.1, 8000); for other machines it needs MMROLE_KEY, the clients' key
 # Further flags: bash scripts/chat.sh --help
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts a Python program under torchrun, in one process per GPU. The finetune scripts source it.
-#   PROCESSES   processes on this machine (default: one a GPU; one on the CPU without)
+#   PROCESSES   processes on this machine (default: one per GPU, or one on the CPU)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes: run the same script on each, NODE_RANK from 0. All must
 #               see the same data and results, on a shared file system.
 set -euo pipefail
@@ -24,20 +24,20 @@ GPUS=$(count_gpus)
 PROCESSES=${PROCESSES:-$((GPUS > 0 ? GPUS : 1))}
 count PROCESSES
 
-# spread PROGRAM FLAG…: in one process, or in PROCESSES of them on each node, under torchrun. It takes the script's place,
-# so that a signal to the script reaches it.
+# spread PROGRAM FLAG…: run in one process, or in PROCESSES on each node under torchrun. It replaces the script, so that
+# signals to the script reach it.
 spread() {
   if [[ $NNODES -eq 1 && $PROCESSES -eq 1 ]]; then
-    # No launcher between the user and an error. What a platform sets for a launch of its own would let it wait for others.
+    # No launcher between the user and an error. Without the variables of a platform's launcher, or it would wait for others.
     exec env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u LOCAL_WORLD_SIZE -u GROUP_RANK -u MASTER_ADDR -u MASTER_PORT "$PYTHON" "$@"
   fi
-  local nodes=(--standalone --local_addr 127.0.0.1) # a host's own name often leads nowhere
+  local nodes=(--standalone --local_addr 127.0.0.1) # the host's name often does not resolve
   if [[ $NNODES -gt 1 ]]; then
     nodes=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?the number of this node, from 0}"
       --master_addr "${MASTER_ADDR:?the address of node 0}" --master_port "${MASTER_PORT:-29500}")
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > PROCESSES ? $(nproc) / PROCESSES : 1))}
-  # Seconds that processes have to save in, after a signal.
+  # Seconds for saving after a signal.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
   exec "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$PROCESSES" "$@"
 }

@@ -28,11 +28,11 @@ from qwen_vl import QwenVLConfig, QwenVLForCausalLM, QwenVLTokenizer
 from qwen_vl.tokenization import SPLIT_PATTERN, VOCAB_FILE
 
 BYTES = 256
-HEAD_MULTIPLE = 128  # the resampler has a head for every 128 of its width
+HEAD_MULTIPLE = 128  # the resampler has one head per 128 of its width
 VOCAB_MULTIPLE = 64
-LONGEST_TOKEN = 16  # bytes; else whole Chinese sentences, which have no blanks, would become tokens
+LONGEST_TOKEN = 16  # bytes; otherwise complete Chinese sentences, which have no blanks, would become tokens
 SHARDS = 2
-# Fields of the released files that say nothing about size; but auto_map, whose code is not here.
+# Fields of the released files that do not concern size, without auto_map, whose code is not here.
 RELEASED_CONFIG: dict[str, Any] = {
     "attn_dropout_prob": 0.0,
     "bf16": False,
@@ -69,10 +69,10 @@ RELEASED_TOKENIZER: dict[str, Any] = {
 
 
 def corpus_texts(data_root: Path) -> list[str]:
-    """Gives each text of the data root's JSON files once, in order of file name.
+    """Yield each text of the data root's JSON files once, in order of file name.
 
     Raises:
-        MMRoleError: there is no text.
+        MMRoleError: There is no text.
     """
     files = sorted(data_root.rglob("*.json"), key=lambda path: path.relative_to(data_root).as_posix())
     texts = dict.fromkeys(
@@ -86,11 +86,11 @@ def corpus_texts(data_root: Path) -> list[str]:
 
 
 def train_ranks(texts: Sequence[str], size: int) -> list[bytes]:
-    """Learns byte-pair merges with the released split pattern.
+    """Learn byte-pair merges with the released split pattern.
 
     Args:
-        texts: What to learn from.
-        size: How many ranks there may be at most, the 256 bytes included.
+        texts: The training texts.
+        size: The largest number of ranks, the 256 bytes included.
 
     Returns:
         The tokens in order of rank: all single bytes first, in order, then the merges, the earliest learned first.
@@ -115,16 +115,16 @@ def train_ranks(texts: Sequence[str], size: int) -> list[bytes]:
 
 
 def write_ranks(path: Path, tokens: Sequence[bytes]) -> None:
-    """Writes a `.tiktoken` file: a line `base64(token) rank` for each token."""
+    """Write a `.tiktoken` file: a line `base64(token) rank` for each token."""
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     write_bytes(path, "".join(lines).encode())
 
 
 def tiny_config(tokenizer: QwenVLTokenizer, options: argparse.Namespace) -> QwenVLConfig:
-    """Gives the released configuration with small numbers, for the ids of ``tokenizer``.
+    """Return the released configuration with small numbers, for the ids of ``tokenizer``.
 
     Raises:
-        MMRoleError: the sizes do not fit together.
+        MMRoleError: The sizes do not fit together.
     """
     _check_multiple("--hidden_size", options.hidden_size, HEAD_MULTIPLE)
     _check_multiple("--hidden_size", options.hidden_size, options.heads)
@@ -132,7 +132,7 @@ def tiny_config(tokenizer: QwenVLTokenizer, options: argparse.Namespace) -> Qwen
     return QwenVLConfig(
         **RELEASED_CONFIG,
         dtype=torch.float32,
-        # Not the released 0.02, with which attention this narrow starts out flat and takes long to learn anything.
+        # Not the released 0.02, with which so narrow an attention starts out flat and learns slowly.
         initializer_range=round(options.hidden_size**-0.5, 3),
         hidden_size=options.hidden_size,
         intermediate_size=4 * options.hidden_size,
@@ -149,23 +149,23 @@ def tiny_config(tokenizer: QwenVLTokenizer, options: argparse.Namespace) -> Qwen
             "patch_size": 14,
             "width": options.vision_width,
         },
-        # Always above the tokenizer's ids: rows without a token exist, as in the released model.
+        # Above the tokenizer's ids: some rows have no token, as in the released model.
         vocab_size=(len(tokenizer) // VOCAB_MULTIPLE + 1) * VOCAB_MULTIPLE,
     )
 
 
 def draw_model(config: QwenVLConfig, seed: int) -> QwenVLForCausalLM:
-    """Initialises a model from ``seed``; the global random state is left as it was."""
+    """Initialise a model from ``seed``; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return QwenVLForCausalLM(config).eval()
 
 
 def make_checkpoint(options: argparse.Namespace) -> QwenVLForCausalLM:
-    """Makes the checkpoint that the command line asks for and gives its model.
+    """Make the checkpoint of the command line and return its model.
 
     Raises:
-        MMRoleError: the corpus or the sizes will not do, or OUT_DIR is not empty.
+        MMRoleError: The corpus or the sizes are unsuitable, or OUT_DIR is not empty.
     """
     out: Path = options.out_dir
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -196,14 +196,14 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters that stand for bytes in byte-level vocabularies: printable ones for themselves, others above 255."""
+    """Return the letters for bytes in byte-level vocabularies: printable ones unchanged, others above 255."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(BYTES) if value not in printable]
     return {chr(v): v for v in printable} | {chr(BYTES + place): v for place, v in enumerate(others)}
 
 
 def _shard_size(model: QwenVLForCausalLM) -> int:
-    """Bytes of a shard such that tensors put in one after the other fill SHARDS of them."""
+    """Return the bytes of a shard such that the tensors in order fill SHARDS of them."""
     sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
     return sum(sizes) // SHARDS + max(sizes)
 
@@ -216,10 +216,8 @@ def _check_multiple(option: str, value: int, factor: int) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a new or empty folder")
-    parser.add_argument(
-        "--corpus", type=Path, required=True, metavar="DATA_ROOT", help="where the vocabulary is learned"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--corpus", type=Path, required=True, metavar="DATA_ROOT", help="source of the vocabulary")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--ranks", type=int, default=3000, help="at most so many byte-pair ranks (default: 3000)")
     parser.add_argument("--hidden_size", type=int, default=128, help="width of the decoder, a multiple of 128")
     parser.add_argument("--layers", type=int, default=2)
@@ -231,9 +229,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     options = _parse(arguments)
-    disable_progress_bar()  # it is done in a moment
+    disable_progress_bar()  # it takes a moment
     model = make_checkpoint(options)
     weights = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in options.out_dir.iterdir())

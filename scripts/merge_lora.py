@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks, merges, saves."""
+    """Check, merge and save."""
     options = parse_options(argv)
     base = check(options.adapter, options.base_model, options.output_dir)
     model, tokenizer = merged(options.adapter, base, DTYPES.get(options.dtype, "auto"))
@@ -39,25 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="folder of the adapter")
-    parser.add_argument("output_dir", type=Path, help="folder to make")
-    parser.add_argument("--base_model", type=Path, help="folder of the base (the one that the adapter names)")
+    parser.add_argument("output_dir", type=Path, help="folder to create")
+    parser.add_argument("--base_model", type=Path, help="folder of the base (default: the one that the adapter names)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="(%(default)s: the base's)")
     return parser.parse_args(argv)
 
 
 def check(adapter: Path, base_model: Path | None, output_dir: Path) -> Path:
-    """The base to merge onto, if all is as it must be.
+    """Return the base to merge into, after all checks.
 
     Raises:
-        ProblemsError: The adapter or its base is not complete, the base is quantized, or the output folder is there.
+        ProblemsError: The adapter or its base is incomplete, the base is quantized, or the output folder exists.
     """
     if adapter.is_dir() and not is_adapter(adapter):
         raise MMRoleError("the folder holds no adapter", "adapter_config.json", adapter, "give the adapter's folder")
     if not adapter.is_dir():
-        raise MMRoleError("there is no such folder", adapter, "adapter", "give the folder that training has made")
+        raise MMRoleError("there is no such folder", adapter, "adapter", "give the folder that training made")
     base = base_model or adapter_base(adapter)
     problems = four_parts(checkpoint_problems(base, flag="--base_model"))
     if not problems and "quantization_config" in read_json(base / "config.json"):
@@ -65,13 +65,13 @@ def check(adapter: Path, base_model: Path | None, output_dir: Path) -> Path:
         problems.append(MMRoleError("an adapter cannot be merged into quantized weights", base, "--base_model", fix))
     if output_dir.exists():
         fix = "choose another folder, or remove this one"
-        problems.append(MMRoleError("the output folder is there already", output_dir, "output_dir", fix))
+        problems.append(MMRoleError("the output folder already exists", output_dir, "output_dir", fix))
     raise_problems(problems)
     return base
 
 
 def merged(adapter: Path, base: Path, dtype: Any) -> tuple[PreTrainedModel, QwenVLTokenizer]:
-    """The base with the adapter's weights added to its own, and the tokenizer."""
+    """Return the base with the adapter's weights added, and the tokenizer."""
     from peft import PeftModel
 
     model = QwenVLForCausalLM.from_pretrained(str(base), dtype=dtype, weights_only=True)

@@ -1,9 +1,9 @@
-"""Compares this implementation with the released code, case by case, on a checkpoint folder that has that code in it.
+"""Compares this implementation with the released code, case by case, on a checkpoint folder with that code.
 
 bash scripts/parity.sh CHECKPOINT [--i_trust_the_code_in_this_folder] [--device D] [--dtype T]
 
-The two sides run one after the other, each in a process of its own (parity_ours.py here, reference/run.py in the
-released code's environment), on the same cases in the same folder.
+The two sides run one after the other in separate processes (parity_ours.py here, reference/run.py in the released
+code's environment), on the same cases in the same folder.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from qwen_vl.checkpoint import ADAPTER_CONFIG
 
 HERE = Path(__file__).resolve().parent
 TRUST = "--i_trust_the_code_in_this_folder"
-LENGTHS = (2048, 2049, 4096, 4097)  # tokens; dynamic NTK changes behind the first and the third
-PLACES = [i / 15 for i in range(16)]  # where in a prompt logits are compared
+LENGTHS = (2048, 2049, 4096, 4097)  # tokens; dynamic NTK changes after the first and the third
+PLACES = [i / 15 for i in range(16)]  # places in a prompt where logits are compared
 SEED = 1234
 SAMPLING = {"checkpoint's sampling": {}, "top_p 0.95": {"top_p": 0.95}}
-# Largest difference allowed, in deviations of the released values. Half precision rounds differently in every kernel:
-# there the bound is a guard against gross errors, and float32 is what decides.
+# Largest allowed difference, in deviations of the released values. Half precision rounds differently in every kernel,
+# so there the bound catches gross errors only, and float32 decides.
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}
 ALLOWED_PIXELS = 1e-6
-# What the released side gets of this process's environment: no tokens, no keys.
+# Environment variables that the released side inherits: no tokens, no keys.
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 AGREES = ("same", "within")
 NOT_TRUSTED = f"""
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Side:
-    """What one side computed: facts about it, JSON values or failures, and arrays, by name of the case."""
+    """The results of one side: facts about it, and JSON values, failures and arrays by name of the case."""
 
     facts: dict[str, Any]
     values: dict[str, Any]
@@ -78,7 +78,7 @@ class Side:
 
 
 def build_cases(data: Mapping[str, Any], lengths: Sequence[int], new_tokens: int) -> list[Case]:
-    """All cases, in the order of the table; each has a `part` of it, a `kind` of work, and a `name`."""
+    """Return all cases in the order of the table; each has its `part`, a `kind` of work, and a `name`."""
     cases = [*_text_cases(data), *_picture_cases(data), *_logit_cases(data, lengths)]
     cases += _dialogue_cases(data["dialogues"], new_tokens)
     for name, sample in data["samples"].items():
@@ -137,7 +137,7 @@ def _dialogue_cases(dialogues: Mapping[str, Case], new_tokens: int) -> Iterator[
 
 
 def draw_pictures(pictures: Mapping[str, Any], folder: Path) -> None:
-    """Draws each picture as PNG: smooth colours with some noise, the same on every machine."""
+    """Draw each picture as PNG: smooth colours with some noise, the same on every machine."""
     folder.mkdir(parents=True)
     for number, (name, picture) in enumerate(pictures.items()):
         width, height = picture["size"]
@@ -152,27 +152,27 @@ def draw_pictures(pictures: Mapping[str, Any], folder: Path) -> None:
 
 
 def run_side(name: str, command: Sequence[str], work: Path, environ: Mapping[str, str]) -> Side:
-    """Runs one side to its end, and reads what it wrote.
+    """Run one side and read its results.
 
     Raises:
-        MMRoleError: It did not come to its end; its own lines stand above.
+        MMRoleError: It failed; its own lines stand above.
     """
     status = subprocess.run(  # noqa: S603 - a list, no shell
         command, cwd=work, env=environ, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False
     ).returncode
     if status or not all((work / f"{name}{kind}").is_file() for kind in (".json", ".npz")):
         raise MMRoleError(
-            f"the {name} side did not come to its end (its own lines above say why)",
+            f"the {name} side failed (its lines above say why)",
             f"exit status {status}" + (" (killed: out of memory?)" if status in (-9, 137) else ""),
             " ".join(command),
-            "mend what its last lines name; with too little memory: --dtype bfloat16, or fewer --lengths",
+            "fix what its last lines name; with too little memory: --dtype bfloat16, or fewer --lengths",
         )
     content = json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
     return Side(content["facts"], content["values"], np.load(work / f"{name}.npz"))
 
 
 def released_environment(work: Path) -> dict[str, str]:
-    """Environment variables of the released side: what it needs, its caches in the work folder, and no hub."""
+    """Return the environment of the released side: what it needs, its caches in the work folder, and no hub."""
     kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     caches = dict.fromkeys(("HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME"), str(work / "home"))
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
@@ -180,10 +180,10 @@ def released_environment(work: Path) -> dict[str, str]:
 
 
 def compare(cases: Sequence[Case], ours: Side, released: Side, allowed: float) -> list[Row]:
-    """The table's rows.
+    """Return the rows of the table.
 
     Args:
-        cases: What both sides computed.
+        cases: The cases of both sides.
         ours, released: The sides.
         allowed: Largest difference of vision outputs and logits, in standard deviations of the released values.
     """
@@ -209,7 +209,7 @@ def compare(cases: Sequence[Case], ours: Side, released: Side, allowed: float) -
 
 
 def compare_arrays(ours: np.ndarray, released: np.ndarray, bound: float) -> tuple[str, str, str, str]:
-    """What was compared, the largest difference, the bound, and the verdict; a NaN on either side differs."""
+    """Return what was compared, the largest difference, the bound, and the verdict; a NaN on either side differs."""
     shape = describe(released)
     if ours.shape != released.shape:
         return shape, f"shapes {ours.shape} / {released.shape}", f"{bound:.1e}", "DIFFERS"
@@ -219,7 +219,7 @@ def compare_arrays(ours: np.ndarray, released: np.ndarray, bound: float) -> tupl
 
 
 def first_difference(ours: Any, released: Any) -> str | None:
-    """Where two texts, lists of ids, or lists of such first differ, as "ours / released"; None where they do not."""
+    """Return where two texts, lists of ids, or lists of such first differ, as "ours / released"; None if equal."""
     if ours == released:
         return None
     if isinstance(ours, list) and isinstance(released, list) and ours and isinstance(ours[0], list | str):
@@ -234,7 +234,7 @@ def first_difference(ours: Any, released: Any) -> str | None:
 
 
 def describe(value: Any) -> str:
-    """How much was compared: "37 ids", "120 characters", "(16, 151936)"."""
+    """Return how much was compared: "37 ids", "120 characters", "(16, 151936)"."""
     if isinstance(value, np.ndarray):
         return str(value.shape)
     if isinstance(value, str):
@@ -245,7 +245,7 @@ def describe(value: Any) -> str:
 
 
 def own_rows(cases: Sequence[Case], ours: Side) -> list[Row]:
-    """The table where only our side ran: sizes, and for arrays mean and deviation."""
+    """Return the table if only our side ran: sizes, and for arrays mean and deviation."""
     rows = []
     for case in cases:
         name = case["name"]
@@ -262,7 +262,7 @@ def own_rows(cases: Sequence[Case], ours: Side) -> list[Row]:
 
 
 def show(rows: Sequence[Row], sides: Mapping[str, Side], console: Console) -> None:
-    """Prints who computed, and the rows."""
+    """Print the two sides and the rows."""
     for name, side in sides.items():
         facts = [f"{key} {value}" for key, value in side.facts.items() if key != "network"]
         console.print(f"{name + ':':<10}{', '.join(facts)}", markup=False, highlight=False)
@@ -281,7 +281,7 @@ def _plain(text: str) -> str:
 
 
 def run(options: argparse.Namespace, work: Path, console: Console) -> tuple[list[Row], dict[str, Side]]:
-    """Runs our side and, where its code is trusted, the released one; shows the table."""
+    """Run our side and, if its code is trusted, the released one; show the table."""
     data = read_json(HERE / "parity_cases.json")
     cases = build_cases(data, options.lengths, options.new_tokens)
     draw_pictures(data["pictures"], work / "images")
@@ -304,7 +304,7 @@ def run(options: argparse.Namespace, work: Path, console: Console) -> tuple[list
 
 
 def for_work_folder(checkpoint: Path, work: Path) -> Path:
-    """The checkpoint as both sides find it, who run elsewhere: an adapter may name its base from here, by `./base`."""
+    """Return the checkpoint's path for both sides, which run elsewhere; an adapter's base may be relative to here."""
     base = model_folder(checkpoint)
     if base == checkpoint:
         return checkpoint
@@ -319,7 +319,7 @@ def for_work_folder(checkpoint: Path, work: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0 where all agrees (or nothing was compared), 1 where something differs or failed."""
+    """Run the command line; returns 0 if all agrees (or nothing was compared), 1 if something differs or failed."""
     options = _parse(arguments)
     check(options.checkpoint, code=options.i_trust_the_code_in_this_folder, report=options.report)
     console = Console(width=max(Console().width, 140), soft_wrap=False)
@@ -362,7 +362,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=LENGTHS,
         help=f"tokens of the long prompts (default: {LENGTHS})",
     )
-    parser.add_argument("--new_tokens", type=positive, default=24, help="of every text that is compared (default: 24)")
+    parser.add_argument("--new_tokens", type=positive, default=24, help="tokens of every compared text (default: 24)")
     parser.add_argument("--tolerance", type=float, help=f"of vision and logits, in deviations (default: {ALLOWED})")
     parser.add_argument("--report", type=Path, metavar="FILE", help="also write the table there, as JSON")
     return parser.parse_args(arguments)

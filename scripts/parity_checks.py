@@ -1,4 +1,4 @@
-"""What scripts/parity.py checks before a model is loaded: the checkpoint, the code in it, and the report's place."""
+"""Checks of scripts/parity.py before a model is loaded: the checkpoint, the code in it, and the report's path."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ AGAIN = "put the .py and .json files that came with the weights (of Qwen/Qwen-VL
 
 
 def check(folder: Path, *, code: bool, report: Path | None) -> None:
-    """Tells everything that would stop a run, at once.
+    """Report everything that would stop a run, at once.
 
     Args:
         folder: The checkpoint.
-        code: Whether the released code in it is to run.
-        report: The file for a report, if there is to be one.
+        code: Whether the released code in it will run.
+        report: The file for a report, if any.
 
     Raises:
         ProblemsError: There is at least one problem.
@@ -33,7 +33,7 @@ def check(folder: Path, *, code: bool, report: Path | None) -> None:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder with the model and its code: the given one, or an adapter's base.
+    """Return the folder with the model and its code: the given one, or an adapter's base.
 
     Raises:
         CheckpointError: The adapter does not name its base.
@@ -42,7 +42,7 @@ def model_folder(folder: Path) -> Path:
 
 
 def code_problems(folder: Path) -> list[MMRoleError]:
-    """What is missing of the released code in `folder`: a file that names it, or the code itself."""
+    """Yield what is missing of the released code in `folder`: a file that names it, or the code itself."""
     return [problem for file, names in CODE.items() for problem in _missing_code(folder, file, names)]
 
 
@@ -64,11 +64,11 @@ def _missing_code(folder: Path, file: str, names: Sequence[str]) -> Iterator[MMR
 def _report_problems(report: Path) -> list[MMRoleError]:
     place = Path(os.path.realpath(report))
     if place.exists() and not place.is_file():
-        what = "the report is to be a file, and that is none"
+        what = "the report must be a file"
     elif not place.parent.is_dir():
-        what = "the report's folder is not there"
+        what = "the report's folder does not exist"
     elif not os.access(place.parent, os.W_OK | os.X_OK):
         what = "the report's folder cannot be written to"
     else:
         return []
-    return [MMRoleError(what, report, "--report", "name a file in a folder that is there and that you may write to")]
+    return [MMRoleError(what, report, "--report", "name a file in an existing folder with write permission")]

@@ -1,4 +1,4 @@
-"""Makes the released code's environment, `.venv-reference`; does nothing when nothing changed."""
+"""Makes the released code's environment, `.venv-reference`; quick when nothing changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ REQUIREMENTS = ROOT / "requirements-reference.txt"
 FOLDER = ROOT / ".venv-reference"
 CANDIDATES = ("python3.11", "python3.10", "python3", sys.executable)
 SETTING = "PYTHON_FOR_REFERENCE"
-# transformers 4.32's tokenizers has wheels up to Python 3.11; this project itself begins at 3.10.
+# transformers 4.32's tokenizers has wheels up to Python 3.11; this project starts at 3.10.
 FITS = "import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))"
 
 
 def find_python(candidates: Sequence[str] | None = None) -> str:
-    """The first Python 3.10 or 3.11 among `candidates` (default: `PYTHON_FOR_REFERENCE`, else the usual names).
+    """Return the first Python 3.10 or 3.11 among `candidates` (default: `PYTHON_FOR_REFERENCE`, else the usual names).
 
     Raises:
         MMRoleError: There is none.
@@ -30,7 +30,7 @@ def find_python(candidates: Sequence[str] | None = None) -> str:
         candidates = os.environ.get(SETTING, "").split() or CANDIDATES
     for candidate in candidates:
         program = shutil.which(candidate)
-        # pyenv leaves names on the PATH that only say that there is no such Python: each is tried.
+        # pyenv puts names on the PATH that only report a missing Python, so each is tried.
         if program and not subprocess.run([program, "-c", FITS], capture_output=True, check=False).returncode:  # noqa: S603
             return program
     raise MMRoleError(
@@ -42,10 +42,10 @@ def find_python(candidates: Sequence[str] | None = None) -> str:
 
 
 def ensure_environment(folder: Path = FOLDER, requirements: Path = REQUIREMENTS) -> Path:
-    """Returns the interpreter of the environment in `folder`, which is made if it is not what `requirements` ask for.
+    """Return the interpreter of the environment in `folder`, which is made if it does not match `requirements`.
 
     Raises:
-        MMRoleError: There is no fitting Python, or the packages cannot be installed.
+        MMRoleError: There is no suitable Python, or the packages cannot be installed.
     """
     python, stamp = folder / "bin" / "python", folder / "made-from.txt"
     if python.exists() and stamp.is_file() and stamp.read_text() == requirements.read_text():
@@ -75,7 +75,7 @@ def _run(command: list[str], fix: str) -> None:
 
 
 def main() -> None:
-    """Prints the interpreter of the environment."""
+    """Print the interpreter of the environment."""
     print(ensure_environment())
 
 

@@ -97,7 +97,7 @@ class Ours:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs all cases and writes what came out."""
+    """Run all cases and write the results."""
     work, folder, device, dtype = arguments or sys.argv[1:]
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     print("[parity] ours: loading the model, without the folder's code", file=sys.stderr, flush=True)

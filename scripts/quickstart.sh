@@ -6,7 +6,7 @@
 #
 # Sets everything up first. Needs no download of data or weights: it draws characters, pictures and a tiny base
 # checkpoint from a seed. The same command resumes it, and keeps what is finished.
-#   DEMO_DIR   where it all goes (default: demo in the repository); remove the folder to start again
+#   DEMO_DIR   the output folder (default: demo in the repository); remove it to start again
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
@@ -18,13 +18,13 @@ AGENT=mmrole-agent
 BASE_MODEL=$DEMO_DIR/model_weights/Qwen-VL-Chat
 AGENT_MODEL=$DEMO_DIR/model_weights/MMRole-Agent
 JUDGE_MODEL=$DEMO_DIR/model_weights/MMRole-Eval_RM
-FAILED_REVIEWS=1  # RM_review's status when all is done but some reviews could not be read
+FAILED_REVIEWS=1  # RM_review's status if all is done but some reviews could not be read
 # The demo's own settings, found by trial for the tiny base, and not the recipe of finetune_*.sh: batches of 4 that are
 # one loss group each, a learning rate 300 times as large with a cosine, transformers' weight decay, no checkpoints.
 TRAINING=(--bf16 False --gradient_checkpointing False --learning_rate 3e-3 --lr_scheduler_type cosine
     --warmup_steps 0.05 --loss_group step --fill_to 4 --decay_all False --seed 0 --logging_steps 5
     --save_strategy no --resume_save_steps 0)
-export CUDA_VISIBLE_DEVICES=  # matrices this small gain nothing from a GPU, and little from a second thread
+export CUDA_VISIBLE_DEVICES=  # such small matrices gain nothing from a GPU, and little from a second thread
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 took=()
@@ -33,7 +33,7 @@ step() {
     name=$*
     printf '\n== %s\n' "$*"
 }
-# Notes how long the current step took, for the end.
+# Records how long the current step took, for the summary.
 done_step() { took+=("$(printf '%5d s  %s' $((SECONDS - now)) "$name")"); }
 
 # Runs a command that makes FOLDER.part; FOLDER appears only when it is complete.
@@ -50,7 +50,7 @@ make_once() {
     mv "$folder.part" "$folder"
 }
 
-# train_once FOLDER SCRIPT FLAG…: from the base; the trainer writes training.json with the whole model, last of all.
+# train_once FOLDER SCRIPT FLAG…: from the base; the trainer writes training.json last, after the model.
 train_once() {
     local folder=$1 script=$2
     shift 2

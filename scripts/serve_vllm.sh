@@ -3,7 +3,7 @@
 #
 #   MODEL_PATH=model_weights/MMRole-Agent PORT=8000 bash scripts/serve_vllm.sh [vLLM's own flags]
 #
-# Says when it is ready and how to ask it. The first run makes the environment (scripts/vllm_environment.sh).
+# Reports when it is ready and how to use it. The first run makes the environment (scripts/vllm_environment.sh).
 #   MODEL_PATH   the checkpoint's folder (default: model_weights/MMRole-Agent)
 #   PORT         the port (default: 8000)
 #   VLLM_API_KEY the key that clients must give (default: none)
@@ -43,9 +43,9 @@ PYTHON=$(bash "$ROOT/scripts/vllm_environment.sh")
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 # nothing is sent or fetched
 
-# Past any proxy, which could not reach this machine's loopback address.
+# Bypasses proxies, which could not reach this machine's loopback address.
 ASK="import urllib.request as r; r.build_opener(r.ProxyHandler({})).open('$ADDRESS/health', timeout=5)"
-# Watches from beside: `exec` below gives the server this shell's number, and signals reach it directly.
+# In the background: `exec` below gives the server this shell's process id, so that signals reach it.
 (
     until "$PYTHON" -c "$ASK" 2>/dev/null; do
         kill -0 $$ 2>/dev/null || exit 0

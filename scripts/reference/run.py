@@ -5,9 +5,9 @@ Started by parity.py:
     .venv-reference/bin/python run.py WORK CHECKPOINT DEVICE DTYPE
 
 It imports nothing of this project. It reads WORK/cases.json, runs with WORK as its working directory, and writes
-reference.json and reference.npz there. What the remote code asks of `requests` (a font) is answered by an empty file;
-Python's sockets and other programs are refused to it, and listed. That holds off code that means no harm: what goes
-around Python (ctypes, a library's own sockets) is stopped only by a container without a network.
+reference.json and reference.npz there. A download of the remote code through `requests` (a font) gives an empty file;
+Python's sockets and other programs are refused to it, and listed. This stops well-meaning code only: what bypasses
+Python (ctypes, a library's own sockets) needs a container without a network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Case = Mapping[str, Any]
 
 
 def close_the_network() -> list[str]:
-    """Refuses Python's sockets and other programs for the rest of this process; `requests` answers with nothing.
+    """Refuse Python's sockets and other programs for the rest of this process; `requests` returns empty files.
 
     Returns:
         A list that gets a line for each attempt.
@@ -72,7 +72,7 @@ class Released:
         tokenizer_class = _remote_class(base, "tokenizer_config.json", "AutoTokenizer")
         config = config_class.from_pretrained(str(base))
         dtype = dtype or _dtype_of(config)
-        # The released code otherwise chooses a precision by itself.
+        # Otherwise the released code chooses a precision itself.
         config.bf16, config.fp16 = dtype == torch.bfloat16, dtype == torch.float16
         config.fp32, config.use_flash_attn = dtype == torch.float32, False
         model = model_class.from_pretrained(str(base), config=config, torch_dtype=dtype, low_cpu_mem_usage=True)
@@ -127,7 +127,7 @@ class Released:
         return self.model.chat(self.tokenizer, case["query"], **_dialogue(case), **case["settings"])[0]
 
     def stream(self, case: Case) -> str:
-        # The streaming package streams in its sampling mode only; from the best token alone that is greedy.
+        # The streaming package streams only when it samples; with one candidate token that is greedy.
         settings = {"do_sample": True, "top_k": 1, "max_new_tokens": case["settings"]["max_new_tokens"]}
         text = ""
         for text in self.model.chat_stream(self.tokenizer, case["query"], **_dialogue(case), **settings):  # noqa: B007
@@ -140,15 +140,15 @@ class Released:
 
 
 def cut_to_length(ids: Sequence[int], length: int | None) -> list[int]:
-    """The ids, repeated until there are `length` of them; as they are for None."""
+    """Return the ids, repeated up to `length`; unchanged for None."""
     return list(ids) if length is None else (list(ids) * (length // len(ids) + 1))[:length]
 
 
 def training_labels(tokenizer: Any, conversations: Sequence[Case], limit: int) -> tuple[list[int], list[int]]:
-    """Returns the ids and labels that the paper's trainer makes of a sample, whose code is in no checkpoint's folder.
+    """Return the ids and labels of a sample by the paper's trainer, whose code is in no checkpoint's folder.
 
-    Every turn is `<|im_start|>role\\ntext<|im_end|>\\n`, a fixed system turn first. What opens and closes a turn is
-    learned in all of them, the assistant's text besides, the role never. Whatever is over `limit` is cut off.
+    Every turn is `<|im_start|>role\\ntext<|im_end|>\\n`, a fixed system turn first. The tokens that open and close a
+    turn are always learned, the assistant's text too, the role never. Tokens over `limit` are cut off.
     """
     newline = tokenizer("\n").input_ids
     turns = [{"from": "system", "value": "You are a helpful assistant."}, *conversations]
@@ -167,7 +167,7 @@ def training_labels(tokenizer: Any, conversations: Sequence[Case], limit: int) -
 
 
 def run_cases(side: Any, cases: Sequence[Case], name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Runs every case on a side: JSON values and arrays by the case's name; a failed case gets its error."""
+    """Run every case on a side; returns JSON values and arrays by the case's name, or the error of a failed case."""
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     part = None
@@ -197,7 +197,7 @@ def _dialogue(case: Case) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> tuple[Path, bool]:
-    """The folder with the model and its code, and whether the given one is an adapter on top of it."""
+    """Return the folder with the model and its code, and whether the given one is an adapter on top of it."""
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
         return folder, False
@@ -206,7 +206,7 @@ def base_of(folder: Path) -> tuple[Path, bool]:
 
 
 def _remote_class(folder: Path, file: str, name: str) -> Any:
-    """A class of the code in `folder`, as its `auto_map` names it. Only this folder is looked at."""
+    """Return a class of the code in `folder`, as its `auto_map` names it; only this folder is searched."""
     reference = json.loads((folder / file).read_text(encoding="utf-8"))["auto_map"][name]
     dynamic = importlib.import_module("transformers.dynamic_module_utils")
     return dynamic.get_class_from_dynamic_module(
@@ -215,7 +215,7 @@ def _remote_class(folder: Path, file: str, name: str) -> Any:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    """The model with a LoRA adapter put into its layers; fields that this peft does not know are left out."""
+    """Return the model with a LoRA adapter in its layers, without fields that this peft does not know."""
     peft = importlib.import_module("peft")
     fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     known = {name: value for name, value in fields.items() if name in peft.LoraConfig.__dataclass_fields__}
@@ -228,10 +228,10 @@ def _dtype_of(config: Any) -> torch.dtype:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs all cases and writes what came out."""
+    """Run all cases and write the results."""
     # As given: a checkpoint may be a link, and the work folder is the working directory.
     work, folder, device, dtype = Path(arguments[0]), Path(arguments[1]), arguments[2], arguments[3]
-    for package in ("transformers", "matplotlib.font_manager"):  # what they do on import is not the code's doing
+    for package in ("transformers", "matplotlib.font_manager"):  # their imports are not the released code's doing
         importlib.import_module(package)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if device == "auto":

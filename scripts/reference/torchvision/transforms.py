@@ -1,6 +1,6 @@
-"""What the released code takes from torchvision, on Pillow alone: this file stands in for `torchvision.transforms`.
+"""The parts of torchvision that the released code uses, on Pillow alone: replaces `torchvision.transforms`.
 
-It lies beside `run.py`, whose folder comes first where Python looks for modules; nothing else sees it.
+It is beside `run.py`, whose folder is first on Python's path; nothing else imports it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 class InterpolationMode(Enum):
-    """How `Resize` fills in pixels."""
+    """Interpolation of `Resize`."""
 
     NEAREST = "nearest"
     BILINEAR = "bilinear"
@@ -24,7 +24,7 @@ class InterpolationMode(Enum):
 
 
 class Compose:
-    """One transform after the other."""
+    """Applies transforms in order."""
 
     def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
         self.transforms = list(transforms)
@@ -36,7 +36,7 @@ class Compose:
 
 
 class Resize:
-    """A Pillow image to `(height, width)`, or its shorter side to one number, its aspect kept."""
+    """Resizes a Pillow image to `(height, width)`, or its shorter side to one number, with its aspect kept."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Resize:
         antialias: bool | None = None,
     ) -> None:
         if max_size is not None:
-            raise NotImplementedError("this stand-in for torchvision's Resize has no max_size")
+            raise NotImplementedError("this replacement of torchvision's Resize has no max_size")
         self.size = size
         self.resampling = Image.Resampling[interpolation.name]
 
@@ -60,18 +60,18 @@ class Resize:
 
 
 class ToTensor:
-    """An 8-bit Pillow image to float32 (channels, height, width) from 0 to 1."""
+    """Converts an 8-bit Pillow image to float32 (channels, height, width) from 0 to 1."""
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         values = np.asarray(image)
         if values.dtype != np.uint8:
-            raise NotImplementedError(f"this stand-in for torchvision's ToTensor knows 8-bit images, not {image.mode}")
+            raise NotImplementedError(f"this replacement of ToTensor supports 8-bit images, not {image.mode}")
         channels = torch.from_numpy(np.atleast_3d(values).copy()).permute(2, 0, 1)  # (C, H, W)
         return channels.contiguous().float().div(255)
 
 
 class Normalize:
-    """(x - mean) / std, channel by channel."""
+    """Computes (x - mean) / std by channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], inplace: bool = False) -> None:
         self.mean, self.std = mean, std
