@@ -315,7 +315,7 @@ def test_reviews_that_cannot_be_used(world: Path, tmp_path: Path) -> None:
     with pytest.raises(MMRoleError, match="no reviews"):
         main([str(world), "--reviews", str(tmp_path / "empty")])
     row = read(tmp_path / "eval/in-test_reviews/agent-0/comment_test.json")[1]
-    with pytest.raises(MMRoleError, match="more than once"):
+    with pytest.raises(MMRoleError, match="are repeated"):
         write_reviews(tmp_path, [("a", row), ("a", row)], review_prompts, validation=1, seed=0)
 
 
