@@ -470,7 +470,7 @@ def _recipe_problems(flags: Namespace) -> list[MMRoleError]:
 
 
 def _deepspeed_problems(config: Path) -> list[MMRoleError]:
-    """Blocks of a DeepSpeed config that would make transformers ignore flags without a word."""
+    """Returns the blocks of a DeepSpeed config that would make transformers ignore flags silently."""
     try:
         blocks = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -110,7 +110,7 @@ class SupervisedDataset(Dataset):
         return len(self.rows)
 
     def tokens(self, index: int, max_length: int | None = None) -> tuple[list[int], list[int]]:
-        """Ids and labels of a sample, without its images."""
+        """Returns the ids and labels of a sample, without its images."""
         row = self.rows[index]
         system = row.get("system") if self.use_sample_system else None
         return preprocess(
@@ -118,7 +118,7 @@ class SupervisedDataset(Dataset):
         )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample: `id`, `input_ids` and `labels` (lists), `pixel_values` (N, 3, size, size) or None.
+        """Returns a sample: `id`, `input_ids` and `labels` (lists), `pixel_values` (N, 3, size, size) or None.
 
         Raises:
             ValueError: An image is missing or broken, or a tag is; names the sample.
@@ -183,7 +183,7 @@ def _images_and_ids(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def filled_length(samples: int, multiple: int) -> int:
-    """Samples after filling up to a multiple."""
+    """Returns the number of samples after filling up to a multiple."""
     return math.ceil(samples / multiple) * multiple
 
 
@@ -221,7 +221,7 @@ class Order:
         return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * (self.filled // self.step))
 
     def ends_epoch(self, update: int) -> bool:
-        """Whether the next update begins in another epoch, or there is none; the released trainer saves there.
+        """Returns whether the next update begins in another epoch, or there is none; the released trainer saves there.
 
         Args:
             update: Updates done.
@@ -234,7 +234,7 @@ class Order:
         return sum(self.ends_epoch(update) for update in range(1, self.updates + 1))
 
     def sample(self, position: int) -> int:
-        """Index in the training file of the sample at a position of the stream."""
+        """Returns the index in the training file of the sample at a position of the stream."""
         epoch, place = divmod(position, self.filled)
         place %= self.samples
         return place if self.seed is None else int(_permutation(self.samples, self.seed, epoch)[place])
@@ -313,7 +313,7 @@ def loss_divisors(
     group: int,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """What to divide the loss of each sample's tokens by, so that an update's sum is its loss.
+    """Returns what to divide the loss of each sample's tokens by, so that an update's sum is its loss.
 
     published: the loss of an update is the mean over its groups of the mean over each group's supervised tokens. A
     sample that comes twice counts twice, a group without supervised tokens counts 0.

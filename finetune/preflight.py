@@ -402,7 +402,7 @@ def _read_config(base: Path) -> QwenVLConfig:
     from qwen_vl.checkpoint import read_json_file
 
     if "visual" not in read_json_file(base / "config.json"):
-        raise ValueError("config.json has no vision tower (visual): this is no Qwen-VL checkpoint")
+        raise ValueError("config.json has no vision tower (visual): this is not a Qwen-VL checkpoint")
     return QwenVLConfig.from_pretrained(str(base))
 
 

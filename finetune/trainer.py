@@ -197,7 +197,7 @@ class SupervisedTrainer(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The released scripts' schedule, or one of transformers'."""
+        """Returns the released scripts' schedule, or one of transformers'."""
         if self.args.lr_scheduler_type != WARMUP_LR:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
@@ -207,7 +207,7 @@ class SupervisedTrainer(Trainer):
         return self.lr_scheduler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the weights that decay."""
+        """Returns the names of the weights that decay."""
         if self.args.decay_all:  # published: the released AdamW block makes one group of all
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
@@ -219,7 +219,7 @@ class SupervisedTrainer(Trainer):
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """The loader, which does not wait for ever for a batch that a worker has lost."""
+        """Returns the loader, which does not wait for ever for a batch that a worker has lost."""
         loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers:
             loader.base_dataloader.timeout = SECONDS_FOR_A_BATCH
@@ -234,7 +234,7 @@ class SupervisedTrainer(Trainer):
             self.data_collator = kept
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of a step, each with its samples' loss divisors; that time is time waiting for data."""
+        """Returns the micro-batches of a step with their loss divisors; this counts as time waiting for data."""
         began = time.perf_counter()
         if self._meter.began is None:
             self._meter.began = began
@@ -303,7 +303,7 @@ class SupervisedTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """The mean loss over all supervised tokens of the evaluation set; logits are never made."""
+        """Returns the mean loss over all supervised tokens of the evaluation set; logits are never made."""
         model = self._wrap_model(self.model, training=False, dataloader=dataloader).eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in dataloader:
@@ -340,7 +340,7 @@ class SupervisedTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def step_was_skipped(self) -> bool:
-        """Whether float16's loss scale was too large and is now halved: normal in the first steps."""
+        """Returns whether float16's loss scale was too large and is now halved: normal in the first steps."""
         return self.args.fp16 and self.accelerator.optimizer_step_was_skipped
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -2,7 +2,7 @@
 
 Importing it makes the model known to transformers' auto classes: `import qwen_vl`, then
 `AutoModelForCausalLM.from_pretrained(path)`, with no remote code. torch and transformers, which take seconds to import,
-come with the first of the names below that is used, or with the user's own import of transformers.
+are imported when one of the names below is first used, or when the user imports transformers.
 """
 
 import sys
@@ -30,7 +30,7 @@ _MODULES = {
     "QwenVLTokenizer": "tokenization",
     "load": "loading",
 }
-# Each of our modules registers its class when it is imported; here is with which of transformers' modules that must be.
+# Each of our modules registers its class on import, once this module of transformers has been imported.
 _REGISTERED_WITH = {
     "transformers.models.auto.configuration_auto": "configuration",
     "transformers.models.auto.image_processing_auto": "images",
@@ -53,7 +53,7 @@ def __dir__() -> list[str]:
 class _Registration(MetaPathFinder):
     """Imports our modules once those of transformers that they register with have been imported.
 
-    That happens after the outermost import has ended: in the middle of one, our modules or theirs may be half there.
+    This happens after the outermost import has ended: during it, our modules or theirs may be incomplete.
     """
 
     def __init__(self) -> None:

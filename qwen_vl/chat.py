@@ -21,12 +21,12 @@ Turn = tuple[Query, str]
 
 # published: a chat context reads the vision tags alone as special, so a typed <|im_end|> stays text.
 _USER_TAGS = frozenset(VISION_TAGS)
-# An answer may point at things (<ref>, <box>) but never shows a picture: its <img> is text, and opens no file.
+# An answer may mark regions (<ref>, <box>) but never shows a picture: its <img> is text, and opens no file.
 _ANSWER_TAGS = _USER_TAGS - frozenset(IMAGE_TAGS)
 
 
 class Context(NamedTuple):
-    """A prompt or a part of one: as text, as ids, and with the images that its spans stand for, in order."""
+    """A prompt or a part of one: its text, its ids, and the images of its spans in order."""
 
     text: str
     ids: list[int]
@@ -40,21 +40,21 @@ def make_context(
     system: Query = "",
     max_window_size: int = MAX_WINDOW_SIZE,
 ) -> tuple[str, list[int]]:
-    """The prompt of a conversation, as released.
+    """Returns the prompt of a conversation, as released.
 
     Args:
         tokenizer: The checkpoint's tokenizer.
         query: A text, whose vision tags are read; or elements `{"image": path}` and `{"text": plain}`, for programs:
-            their texts are plain whatever they hold, and their image paths may have any length.
+            their texts are always plain, and their image paths may have any length.
         history: Pairs (query, answer), oldest first.
         system: The system message, a text whose vision tags are read or elements as in `query`.
-        max_window_size: Tokens within which system and history must stay; older turns are left out whole.
+        max_window_size: Tokens within which system and history must stay; older turns are left out completely.
 
     Returns:
         The text and its ids.
 
     Raises:
-        ValueError: An image tag is not closed, or an element is of no known kind.
+        ValueError: An image tag is not closed, or an element has an unknown kind.
 
     Source: the released `make_context` (behaviour).
     """
@@ -99,7 +99,7 @@ def build_context(
 
 
 def append_answer(tokenizer: QwenVLTokenizer, prompt: Context, answer: Query, *, closed: bool) -> Context:
-    """A prompt that `build_context` gave, with its answer, or if it is not closed with the beginning of one."""
+    """Returns a prompt of `build_context` with its answer, or with the beginning of one if it is not closed."""
     end = Context("<|im_end|>", [tokenizer.im_end_id], [])
     return _join(prompt, _piece(tokenizer, answer, _ANSWER_TAGS), *([end] if closed else []))
 
@@ -115,7 +115,7 @@ def _join(*pieces: Context) -> Context:
 
 
 def _message(tokenizer: QwenVLTokenizer, role: str, content: Context) -> Context:
-    """`<|im_start|>role\\n…<|im_end|>`, role, newline and content tokenized each on its own."""
+    """`<|im_start|>role\\n…<|im_end|>`, role, newline and content tokenized separately."""
     ids = [tokenizer.im_start_id, *tokenizer.encode_plain(role), *tokenizer.encode_plain("\n")]
     ids += [*content.ids, tokenizer.im_end_id]
     return Context(f"<|im_start|>{role}\n{content.text}<|im_end|>", ids, content.images)
@@ -139,7 +139,7 @@ def _piece(tokenizer: QwenVLTokenizer, content: Query, tags: frozenset[str]) -> 
 
 
 def _list_piece(tokenizer: QwenVLTokenizer, elements: Sequence[dict[str, Any]]) -> Context:
-    """A list of elements; text between two images is tokenized in one go, as it would be within one string."""
+    """Returns a list of elements; text between two images is tokenized in one go, as it would be within one string."""
     ids: list[int] = []
     images: list[Any] = []
     text = pending = ""
@@ -159,7 +159,7 @@ def _list_piece(tokenizer: QwenVLTokenizer, elements: Sequence[dict[str, Any]]) 
 
 
 def cut_answer(tokenizer: QwenVLTokenizer, ids: Sequence[int]) -> str:
-    """The text of an answer's ids.
+    """Returns the text of an answer's ids.
 
     published: cut before the first `<|im_end|>` or `<|im_start|>`; where there is none, the last token is dropped,
     whatever it is; then stripped.
@@ -169,7 +169,7 @@ def cut_answer(tokenizer: QwenVLTokenizer, ids: Sequence[int]) -> str:
 
 
 class _StopWhen(StoppingCriteria):
-    """Ends generation as soon as the event is set: whoever read the stream has gone."""
+    """Ends generation as soon as the event is set, because nobody reads the stream any more."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -199,7 +199,7 @@ class ChatMixin:
             query: A text, in which `<img>path</img>` shows a local picture, or a list of elements (`make_context`).
             history: Pairs (query, answer) of the turns before, oldest first; not changed.
             system: The system message; as elements `[{"text": …}]` nothing in it is a tag.
-            seed: Sampling then depends on this alone, and the global random state is left as it was.
+            seed: Sampling then depends on this alone, and the global random state is unchanged.
             max_window_size: Tokens that system and history may take; by default the checkpoint's.
             **generation_kwargs: What `generate()` takes: `do_sample`, `top_p`, `max_new_tokens` and so on; by default
                 the checkpoint's generation settings.
@@ -228,7 +228,7 @@ class ChatMixin:
         max_window_size: int | None = None,
         **generation_kwargs: Any,
     ) -> Iterator[str]:
-        """Answers a query while it is being written: yields the text so far, again and again.
+        """Answers a query and yields the text so far while it is written.
 
         published: special tokens are left out and nothing else is cut, so that a text which ended at the limit keeps
         its last token here, unlike in `chat`. The arguments and errors are `chat`'s.
@@ -246,7 +246,7 @@ class ChatMixin:
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_StopWhen(gone)]),
                     )
-            except BaseException as error:  # noqa: BLE001 - handed to the reader below, whatever it is
+            except BaseException as error:  # noqa: BLE001 - passed on to the reader below
                 failures.append(error)
                 streamer.end()
 
@@ -298,7 +298,7 @@ class ChatMixin:
 
 @contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeds torch inside the block and gives the random state back after it; does nothing for None."""
+    """Seeds torch inside the block and restores the random state after it; does nothing for None."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:

@@ -20,13 +20,13 @@ VOCAB_FILE = "qwen.tiktoken"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _SETTINGS = ("config.json", GENERATION_CONFIG, "tokenizer_config.json", ADAPTER_CONFIG)
-_WEIGHTS = {  # of a whole checkpoint and of an adapter, in the order in which a loader looks for them
+_WEIGHTS = {  # of a complete checkpoint and of an adapter, in the order in which a loader looks for them
     False: (("model", ".safetensors"), ("pytorch_model", ".bin")),
     True: (("adapter_model", ".safetensors"), ("adapter_model", ".bin")),
 }
 _CHUNKS = 128
 _CHUNK_BYTES = 32 * 1024
-_ZIP, _PICKLE = b"PK", b"\x80"  # first bytes of what torch.save writes, since version 1.6 and before
+_ZIP, _PICKLE = b"PK", b"\x80"  # first bytes of files by torch.save, since version 1.6 and before
 _ZIPPED = (".bin", ".pt", ".pth")
 _FETCH = "fetch the checkpoint again (see model_weights/README.md), or give another folder"
 
@@ -59,7 +59,7 @@ class CheckpointError(ValueError):
 
 
 class MissingFilesError(CheckpointError, FileNotFoundError):
-    """A checkpoint, or a file that it needs, is not there."""
+    """A checkpoint, or a file that it needs, is missing."""
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def is_adapter(folder: Path) -> bool:
     """Returns whether a folder holds a LoRA adapter, which needs a base checkpoint.
 
     Raises:
-        CheckpointError: The folder may not be looked into.
+        CheckpointError: The folder cannot be read.
     """
     try:
         return (folder / ADAPTER_CONFIG).is_file()
@@ -132,7 +132,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Returns the names of the files that a checkpoint or an adapter needs and that are not there.
+    """Returns the names of the missing files of a checkpoint or an adapter.
 
     Raises:
         CheckpointError: The index of its weights is damaged.
@@ -154,9 +154,9 @@ def checkpoint_problems(
     """Returns everything that is missing from a checkpoint folder.
 
     Args:
-        folder: A checkpoint in the released layout, or a LoRA adapter, whose base is looked at too.
+        folder: A checkpoint in the released layout, or a LoRA adapter, whose base is checked too.
         use_lora: Whether it has to be an adapter.
-        flag: What the folder was given with, for the messages.
+        flag: The flag of the folder, for the messages.
     """
     folder = Path(folder)
     fetch = f"download or copy the checkpoint completely (see model_weights/README.md), or give another {flag}"
@@ -165,7 +165,7 @@ def checkpoint_problems(
     try:
         next(folder.iterdir(), None)
         if use_lora and not is_adapter(folder):
-            fix = "leave --use_lora away for a whole checkpoint"
+            fix = "leave out --use_lora for a complete checkpoint"
             return [MissingFilesError("--use_lora is given, but the folder holds no adapter", None, folder, fix)]
         missing = missing_files(folder)
         base = adapter_base(folder) if is_adapter(folder) else None
@@ -178,12 +178,12 @@ def checkpoint_problems(
 
 
 def _base_problems(base: Path, adapter: Path) -> list[CheckpointError]:
-    """Returns the same for the base that an adapter names, which no flag can give."""
+    """Returns the same for the base that an adapter names, for which there is no flag."""
     named = adapter / ADAPTER_CONFIG
     if base.is_dir() and base.resolve() != adapter.resolve():
         return checkpoint_problems(base, flag=f"base_model_name_or_path in {named}")
     fix = f"put the base model there, or correct base_model_name_or_path in {named}"
-    return [MissingFilesError("the adapter names a base model that is no checkpoint folder here", base, named, fix)]
+    return [MissingFilesError("the adapter names a base model that is not a checkpoint folder here", base, named, fix)]
 
 
 # ---------------------------------------------------------------------------- damaged?
@@ -192,7 +192,7 @@ def _base_problems(base: Path, adapter: Path) -> list[CheckpointError]:
 def weight_problems(folder: Path) -> list[CheckpointError]:
     """Returns the damage of a complete checkpoint's weights and vocabulary, an adapter's base included.
 
-    Headers and sizes are looked at, no weight is read.
+    Headers and sizes are checked, no weight is read.
 
     Raises:
         CheckpointError: An adapter names no base, or an index is damaged.
@@ -207,7 +207,7 @@ def weight_problems(folder: Path) -> list[CheckpointError]:
 
 
 def file_damages(path: Path) -> list[tuple[str, str]]:
-    """Returns what is surely wrong with a file of weights or of an optimizer's state, and what to do about it."""
+    """Returns the certain damage of a file of weights or optimizer state, and what to do about it."""
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
@@ -229,7 +229,7 @@ def file_damages(path: Path) -> list[tuple[str, str]]:
 def _bin_damage(path: Path, start: bytes) -> str | None:
     if start.startswith(_ZIP):
         return None if zipfile.is_zipfile(path) else "is cut off: the end of the archive is missing"
-    return None if start.startswith(_PICKLE) else "is no file of weights"
+    return None if start.startswith(_PICKLE) else "is not a file of weights"
 
 
 def _size(path: Path) -> str:
@@ -250,8 +250,8 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 def checkpoint_fingerprint(folder: str | Path) -> str:
     """Returns a hash that stays when a checkpoint is copied or renamed, and changes with its settings or weights.
 
-    Settings and vocabulary are read whole. Of each weight file count the name, the size and 128 evenly spread chunks of
-    32 KiB, so that 19 GB take about a second; small files are read whole. An adapter's includes its base's.
+    Settings, vocabulary and small files are read completely. Of each larger weight file it uses the name, the size and
+    128 evenly spread chunks of 32 KiB, so that 19 GB take about a second. An adapter's includes its base's.
 
     Args:
         folder: A complete checkpoint folder or LoRA adapter.
@@ -280,14 +280,14 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
 def _settings_bytes(path: Path) -> bytes:
     if path.suffix != ".json":
         return path.read_bytes()
-    # Where a folder lay when it was saved says nothing about what is in it.
+    # The path of a folder when it was saved says nothing about its content.
     left_out = ("_name_or_path", "base_model_name_or_path")
     kept = {key: value for key, value in read_json_file(path).items() if key not in left_out}
     return repr(sorted(kept.items())).encode("utf-8", "surrogatepass")
 
 
 def _sampled(path: Path) -> bytes:
-    """Returns the sha256 of evenly spread chunks, the first and last bytes among them; of a small file, the whole."""
+    """Returns the sha256 of evenly spread chunks, the first and last bytes included; of a small file, of all of it."""
     digest = hashlib.sha256()
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -310,19 +310,19 @@ def check_vision(config: dict[str, Any], where: object) -> None:
         CheckpointError: It does not.
     """
     if not isinstance(config.get("visual"), dict):
-        what = "config.json says nothing of a vision tower (visual): this is no Qwen-VL checkpoint"
-        fix = "give a Qwen-VL checkpoint; a text-only Qwen has the same model_type, and does not run here"
+        what = "config.json has no vision tower (visual): this is not a Qwen-VL checkpoint"
+        fix = "give a Qwen-VL checkpoint; a text-only Qwen has the same model_type, and is not supported"
         raise CheckpointError(what, f"model_type {config.get('model_type')}", where, fix)
 
 
 def code_files(folder: str | Path) -> list[Path]:
-    """Returns the `.py` files of a checkpoint folder: remote code, which nothing here runs."""
+    """Returns the `.py` files of a checkpoint folder: remote code, which is never run."""
     path = Path(folder)
     return sorted(path.glob("*.py")) if str(folder) and path.is_dir() else []
 
 
 def copy_code_files(source: str | Path, target: str | Path) -> list[Path]:
-    """Copies the released code files along with a saved checkpoint, for those who still use them; runs nothing."""
+    """Copies the released code files to a saved checkpoint, for those who still use them; runs nothing."""
     copied = []
     for file in code_files(source):
         destination = Path(target) / file.name
@@ -333,7 +333,7 @@ def copy_code_files(source: str | Path, target: str | Path) -> list[Path]:
 
 
 def names_code_of(auto_map: object, folder: str | Path) -> bool:
-    """Returns whether all that an `auto_map` names (`"module.Class"`, or lists of them with None) lies in a folder."""
+    """Returns whether a folder has all files that an `auto_map` names (`"module.Class"`, or lists with None)."""
     entries = auto_map.values() if isinstance(auto_map, dict) else ()
     references = [name for entry in entries for name in (entry if isinstance(entry, list | tuple) else [entry])]
     modules = [reference.partition(".")[0] for reference in references if isinstance(reference, str)]

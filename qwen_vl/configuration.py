@@ -1,4 +1,4 @@
-"""Reads and writes the configuration of a released Qwen-VL checkpoint as it is."""
+"""Reads and writes the configuration of a released Qwen-VL checkpoint unchanged."""
 
 import logging
 from pathlib import Path
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 # The ids that follow image_start_id in every Qwen-VL vocabulary: <img> </img> <imgpad>.
 IMAGE_TOKEN_COUNT = 3
-# And those before it: <|endoftext|> <|im_start|> <|im_end|>, 205 <|extra_N|>, and six of references and boxes.
+# The ids before it: <|endoftext|> <|im_start|> <|im_end|>, 205 <|extra_N|>, and six of references and boxes.
 TOKENS_BEFORE_IMAGES = 3 + 205 + 6
 VISUAL_FIELDS = frozenset(
     ["heads", "image_size", "image_start_id", "layers", "mlp_ratio", "output_dim", "patch_size", "width"]
@@ -22,7 +22,7 @@ RELEASED_TOKENIZER = "QWenTokenizer"
 
 
 class QwenVLConfig(PreTrainedConfig):
-    """Shape and behaviour of a Qwen-VL model; every field carries the name that the released `config.json` gives it.
+    """Shape and behaviour of a Qwen-VL model; every field has its name in the released `config.json`.
 
     Args:
         vocab_size: Rows of the embedding and of `lm_head`, padded above the tokenizer's ids.
@@ -36,11 +36,11 @@ class QwenVLConfig(PreTrainedConfig):
         seq_length: Length the base model was trained at; dynamic NTK and log-n attention begin beyond it, in tokens.
         use_dynamic_ntk: Stretch the rotary base for prompts longer than `seq_length` (not in training mode).
         use_logn_attn: Scale queries beyond `seq_length` by log(position) / log(seq_length) (not in training mode).
-        max_position_embeddings: Longest context that the model is meant for, in tokens.
+        max_position_embeddings: Longest intended context, in tokens.
         visual: The vision tower: `heads image_size image_start_id layers mlp_ratio output_dim patch_size width`.
 
     Raises:
-        ValueError: A size that cannot hold together, with the numbers.
+        ValueError: Sizes do not fit together; names the numbers.
     """
 
     model_type = "qwen"
@@ -115,7 +115,7 @@ class QwenVLConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes `config.json`, with the code files of the folder that it came from.
 
-        `auto_map` is written only where the files that it names are: without them nobody could load what is saved.
+        `auto_map` is written only with the files that it names, without which the folder could not be loaded.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         copy_code_files(self._name_or_path, save_directory)
@@ -141,15 +141,15 @@ class QwenVLConfig(PreTrainedConfig):
 
     @property
     def used_vocab_size(self) -> int:
-        """Number of ids that the tokenizer knows; rows of `lm_head` from here on exist but mean nothing."""
+        """Number of ids with a token; rows of `lm_head` from here on are unused."""
         return self.visual["image_start_id"] + IMAGE_TOKEN_COUNT
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with the architecture's released name, so that the released code still reads what is saved."""
+        """Returns all fields, with the architecture's released name, which the released code needs."""
         return super().to_dict() | {"architectures": [RELEASED_ARCHITECTURE]}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `config.json` gets; transformers 4, which the released code needs, knows the dtype as `torch_dtype`."""
+        """Returns the content of `config.json`; the released code reads the dtype as `torch_dtype`."""
         fields = super().to_diff_dict()
         if "dtype" in fields:
             fields["torch_dtype"] = fields["dtype"]

@@ -1,4 +1,4 @@
-"""An image file, safely opened, to the pixels that the vision tower expects."""
+"""Opens image files safely and makes the pixels that the vision tower expects."""
 
 import re
 import warnings
@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-# Not from transformers itself, which up to 5.17 has a stand-in for it where torchvision is not installed.
+# Not from transformers itself, which up to 5.17 replaces it where torchvision is not installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from qwen_vl.configuration import QwenVLConfig
@@ -41,7 +41,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
 
     @classmethod
     def get_image_processor_dict(cls, path: str | Path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings of a checkpoint; released ones have no file of their own for them, and `config.json` says it."""
+        """Returns the settings of a checkpoint, which released ones have in `config.json`."""
         try:
             return super().get_image_processor_dict(path, **kwargs)
         except OSError:
@@ -87,11 +87,11 @@ class QwenVLImageProcessor(BaseImageProcessor):
                     return opened.convert("RGB")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"image too large to open safely: {path} ({error})") from error
-        except Exception as error:  # one image's boundary: each of Pillow's decoders fails in its own way
+        except Exception as error:  # per-image boundary: each of Pillow's decoders raises other errors
             raise ValueError(f"not a readable image: {path} ({error})") from error
 
     def load_all(self, images: list[Any]) -> torch.Tensor | None:
-        """Pixels (N, 3, image_size, image_size) of several images in order, or None for none."""
+        """Returns the pixels (N, 3, image_size, image_size) of several images in order, or None for none."""
         return torch.stack([self.load(image) for image in images]) if images else None
 
     def _normalise(self, image: Image.Image) -> torch.Tensor:
@@ -101,7 +101,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
         return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
     def _resize(self, image: Image.Image) -> Image.Image:
-        """To the square, one axis after the other, in the order of Pillow 13 whatever version is installed.
+        """Resizes to the square, one axis after the other, in the order of Pillow 13 with every version.
 
         The order shows in the last bits of tall pictures, because the result of the first axis is rounded to bytes.
         """

@@ -22,7 +22,7 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.
 
 
 def ntk_alpha(length: int, seq_length: int) -> float:
-    """Dynamic NTK's factor for a prompt of `length` tokens, at least 1.
+    """Returns dynamic NTK's factor for a prompt of `length` tokens, at least 1.
 
     published: it follows from the prompt's own length at prefill and then stays for that request.
     """
@@ -30,13 +30,13 @@ def ntk_alpha(length: int, seq_length: int) -> float:
 
 
 def rotary_frequencies(alpha: float, base: float, width: int, device: torch.device) -> torch.Tensor:
-    """Inverse frequencies (width / 2,) in float32 for the base stretched by `alpha`."""
+    """Returns the inverse frequencies (width / 2,) in float32 for the base stretched by `alpha`."""
     stretched = base * alpha ** (width / (width - 2))
     return 1.0 / (stretched ** (torch.arange(0, width, 2, device=device).float() / width))
 
 
 def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the rotary angles.
+    """Returns the cosines and sines of the rotary angles.
 
     Args:
         frequencies: float32 (B, D / 2), a row's own.
@@ -58,7 +58,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def logn_factors(positions: torch.Tensor, seq_length: int) -> torch.Tensor:
-    """What log-n attention multiplies the queries with: float32 (B, 1, T, 1).
+    """Returns the factors of log-n attention for the queries: float32 (B, 1, T, 1).
 
     published: a query at 1-based position p > seq_length gets log(p) / log(seq_length), an earlier one 1.
     """
@@ -88,14 +88,14 @@ def eager_attention(
 def segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[int], scaling: float
 ) -> torch.Tensor:
-    """Causal attention within each of several samples that lie one after the other in a row.
+    """Causal attention within each of several samples in one row.
 
     Each sample is a call of its own: exact, no mask, and the work is the sum of the squares, not the square of the sum.
 
     Args:
         query, key, value: (1, H, T, D).
         segments: Lengths that sum to T.
-        scaling: What the scores are multiplied with.
+        scaling: Factor of the scores.
 
     Returns:
         (1, T, H, D).

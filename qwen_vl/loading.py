@@ -1,4 +1,4 @@
-"""One call from a checkpoint folder to a model that can talk."""
+"""Loads a model and its tokenizer from a checkpoint folder."""
 
 import logging
 import tempfile
@@ -39,8 +39,8 @@ def load(
     """Model, in eval mode, and tokenizer of a checkpoint folder: a released one, a fine-tuned one, or a LoRA adapter.
 
     Args:
-        path: A local folder. One with `adapter_config.json` is put onto the base model that it names.
-        dtype: A torch dtype or its name; "auto" is what the checkpoint says.
+        path: A local folder. One with `adapter_config.json` is applied to the base model that it names.
+        dtype: A torch dtype or its name; "auto" is the checkpoint's.
         device: "auto" is the first GPU, or the CPU where there is none.
         attn_implementation: "sdpa", "flash_attention_2" (where installed) or "eager".
         device_map: Spreads the model over several devices, which accelerate chooses ("auto") or a map names, the CPU
@@ -75,10 +75,10 @@ def load(
     if code_files(folder):
         logger.warning("%s has code files (%s): they are not run.", folder, code_files(folder)[0].name)
     if (settings := folder / GENERATION_CONFIG).is_file():
-        read_json_file(settings)  # transformers takes a broken one for none, and would decode greedily
+        read_json_file(settings)  # transformers ignores a broken one, and would decode greedily
     tokenizer = QwenVLTokenizer.from_pretrained(folder)
     check_fit(tokenizer, QwenVLConfig.from_pretrained(str(folder)), folder)
-    # Straight to the device, where accelerate is there to do it: eight processes would fill the machine's memory first.
+    # Directly onto the device if accelerate is installed: eight processes would fill the machine's memory first.
     if find_spec("accelerate"):
         options["device_map"] = device_map if place is None else {"": place}
     if device_map is None or any(folder.glob("*.safetensors")):
@@ -109,7 +109,7 @@ def check_fit(tokenizer: QwenVLTokenizer, config: QwenVLConfig, folder: Path) ->
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """A device that is here; "auto" is the first GPU, or the CPU where there is none.
+    """Returns an available device; "auto" is the first GPU, or else the CPU.
 
     Raises:
         ValueError: No device has that name, or this machine or this torch has none of its kind.
@@ -129,7 +129,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def _load_adapter(folder: Path, **options: Any) -> tuple[QwenVLForCausalLM, QwenVLTokenizer]:
-    from peft import PeftModel  # heavy, and needed for adapters only
+    from peft import PeftModel  # heavy, and only for adapters
 
     model, tokenizer = load(adapter_base(folder), **options)
     if (folder / VOCAB_FILE).is_file():
@@ -145,7 +145,7 @@ def _quantization_config(quantization: str) -> BitsAndBytesConfig:
         raise ValueError(f"no such quantization: {quantization!r}. Use {' or '.join(QUANTIZATIONS)}.")
     if not find_spec("bitsandbytes"):
         raise ValueError(
-            f"quantization {quantization} needs the package bitsandbytes: pip install bitsandbytes, or leave it away"
+            f"quantization {quantization} needs the package bitsandbytes: pip install bitsandbytes, or leave it out"
         )
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)

@@ -23,7 +23,7 @@ class LanguageHead(nn.Linear):
     def forward(
         self, hidden: torch.Tensor, labels: torch.Tensor | None = None, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., C); or, with labels (N,) for hidden states (N, C), the float32 sum.
+        """Returns the logits (..., V) of hidden states (..., C); with labels (N,), for (N, C), the float32 sum.
 
         Args:
             hidden: Hidden states.
@@ -82,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def supervised_loss(
     head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor, divisors: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Cross-entropy over the supervised tokens of a micro-batch, logits at their positions only.
+    """Returns the cross-entropy over the supervised tokens of a micro-batch, logits at their positions only.
 
     published: without divisors it is the mean over this micro-batch's supervised tokens. Where there are none it is 0,
     with gradients of 0.
@@ -90,7 +90,7 @@ def supervised_loss(
     Args:
         head: The language head.
         hidden: (B, T, C).
-        labels: int64 (B, T), not shifted, -100 where nothing is to be learned.
+        labels: int64 (B, T), not shifted, -100 at positions without supervision.
         divisors: int64 (B, T), aligned with the labels; then the result is the sum of each token's loss by its divisor.
 
     Returns:

@@ -44,7 +44,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     config_class = QwenVLConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    # What a device map must not tear apart: a layer's residual stream, and the tower, which uses parameters of its own.
+    # What a device map must not split: a layer's residual stream, and the tower, which uses parameters of its own.
     _no_split_modules = ("DecoderLayer", "VisionTransformer")
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
@@ -128,7 +128,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         prompt_lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, T, C) after the final norm; the arguments are those of `QwenVLForCausalLM.forward`."""
+        """Returns the hidden states (B, T, C) after the final norm; arguments as for `QwenVLForCausalLM.forward`."""
         use_cache = not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -169,7 +169,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         )
 
     def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, *, prefilled: bool) -> torch.Tensor:
-        """Token embeddings (B, T, C) with the image features in place of what stands between `<img>` and `</img>`."""
+        """Returns the token embeddings (B, T, C), with image features between `<img>` and `</img>`."""
         embeds = self.wte(input_ids)  # (B, T, C)
         if prefilled and pixel_values is None:
             return embeds  # one more token of an answer: images came with the prompt
@@ -186,21 +186,21 @@ class QwenVLModel(QwenVLPreTrainedModel):
             if not self.training and not hasattr(self.wte.weight, "ds_id"):  # DeepSpeed's mark of a sharded weight
                 return embeds
             # Every parameter takes part in every training step, and in every forward over sharded weights, or the other
-            # ranks wait for ever for the one whose batch has no image. The scatter below then copies nothing: its share
+            # ranks wait forever for one whose batch has no image. The scatter below then copies nothing: its share
             # is zero, whatever the features are.
             pixel_values = embeds.new_zeros(1, 3, self.visual.image_size, self.visual.image_size)
         features = self.visual(pixel_values).to(embeds)  # (N, 256, C)
         return embeds.masked_scatter(inside[..., None], features)  # out of place: embeds may be a leaf
 
     def _image_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """True (B, T) strictly between `<img>` and `</img>`."""
+        """Returns True (B, T) strictly between `<img>` and `</img>`."""
         starts, ends = input_ids == self.config.image_start_id, input_ids == self.config.image_end_id
         return (starts.cumsum(-1) > ends.cumsum(-1)) & ~starts
 
     def _frequencies(
         self, prompt_lengths: torch.Tensor, cache: Cache | None, past: int, device: torch.device
     ) -> torch.Tensor:
-        """Rotary frequencies (B, D / 2) of each row.
+        """Returns the rotary frequencies (B, D / 2) of each row.
 
         published: a row's alpha follows from its own prompt's length at prefill and stays; so they live in the cache.
         """
@@ -221,7 +221,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
 def _positions(
     attention_mask: torch.Tensor | None, shape: tuple[int, int], past: int, device: torch.device
 ) -> torch.Tensor:
-    """Positions (B, T) counted from 0 over a row's own tokens, padding left out."""
+    """Returns the positions (B, T) counted from 0 over a row's own tokens, padding left out."""
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -shape[1] :]
     return torch.arange(past, past + shape[1], device=device)[None]
@@ -230,7 +230,7 @@ def _positions(
 def _lengths(
     attention_mask: torch.Tensor | None, shape: tuple[int, int], past: int, device: torch.device
 ) -> torch.Tensor:
-    """Number of tokens (B,) of each row, padding left out."""
+    """Returns the number of tokens (B,) of each row, padding left out."""
     if attention_mask is not None and attention_mask.dim() == 2:
         return attention_mask.long().sum(-1)
     return torch.full((shape[0],), past + shape[1], device=device)
@@ -284,13 +284,13 @@ class QwenVLForCausalLM(ChatMixin, QwenVLPreTrainedModel, GenerationMixin):
         loss_divisors: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where labels are given.
+        """Returns the logits, and the loss where labels are given.
 
         Args:
             input_ids: int64 (B, T); an image is a span of 258 ids, `<img>` first and `</img>` last.
             attention_mask: (B, S), 0 where a row is padded (left or right); None for no padding.
             pixel_values: float (N, 3, 448, 448), one for each image span, row by row.
-            labels: int64 (B, T), not shifted, -100 where nothing is to be learned.
+            labels: int64 (B, T), not shifted, -100 at positions without supervision.
             past_key_values: Cache of the tokens before; filled in place.
             use_cache: Whether to return a cache; by default in eval mode only.
             position_ids: int64 (B, T); by default counted over each row's own tokens.

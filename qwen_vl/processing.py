@@ -18,7 +18,7 @@ Element = dict[str, Any]
 # Where a picture stands in the parts of a message that transformers' documentation shows.
 _IMAGE_KEYS = ("image", "url", "path", "image_url")
 _PADDING = ("padding", "padding_side", "pad_to_multiple_of")
-# Arguments of transformers' method that say what is done here in any case.
+# Arguments of transformers' method that ask for what is always done here.
 _ALWAYS_SO = ("sanitize_control_tokens", "add_special_tokens")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -36,7 +36,7 @@ class QwenVLProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "QwenVLProcessor":
-        """The processor of a checkpoint: a released one, which has no file for it, or a saved one."""
+        """Returns the processor of a checkpoint: a released one, which has no file for it, or a saved one."""
         place = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         tokenizer = QwenVLTokenizer.from_pretrained(pretrained_model_name_or_path, **place)
         return cls(QwenVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **place), tokenizer)
@@ -52,7 +52,7 @@ class QwenVLProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Encodes texts in which every special token counts, as in training, and pictures for their `<img></img>`.
 
-        What a user typed belongs into `apply_chat_template`, where it stays text.
+        User input belongs into `apply_chat_template`, where it stays text.
 
         Args:
             images: One picture or any lists of them (paths or Pillow images), in the order of the texts.
@@ -95,7 +95,7 @@ class QwenVLProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The prompts of conversations: the ids that `make_context` gives for the same texts and pictures.
+        """Returns the prompts of conversations: the ids that `make_context` gives for the same texts and pictures.
 
         Text is never read as tags: `<|im_end|>` or `<img>` in a message stay text. Without a system message it is
         `chat()`'s, and turns that do not fit the window are left out whole, as there.
@@ -183,7 +183,7 @@ class QwenVLProcessor(ProcessorMixin):
 
 
 def _elements(content: Any, *, display: bool) -> list[Element]:
-    """The content of a message as `make_context` takes it, in which no text is read as tags."""
+    """Returns the content of a message as `make_context` takes it, in which no text is read as tags."""
     parts = [content] if isinstance(content, str | dict) else content
     if not isinstance(parts, Sequence):
         raise ValueError(f"the content of a message is a text or a list of parts, not {content!r}")
@@ -210,7 +210,7 @@ def _element(part: Any, *, display: bool) -> Element:
 
 
 def _flat(images: Any) -> Any:
-    """Every picture of nested lists, in order."""
+    """Returns every picture of nested lists, in order."""
     if isinstance(images, list | tuple):
         for image in images:
             yield from _flat(image)

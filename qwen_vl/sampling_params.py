@@ -1,14 +1,14 @@
-"""What a checkpoint and a request may ask of generation, checked without loading anything."""
+"""The generation settings of checkpoints and requests, checked without loading anything."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TOP_K = 50  # what generate() takes where neither request nor checkpoint says
-LEAST_TEMPERATURE = 1e-5  # below, logits divided by it are no numbers any more
-MAX_NEW_TOKENS = 512  # the released checkpoints' limit, for one that names none
-# What else a checkpoint's settings may ask of generate(): it would change the texts, and the engine does not know it.
+TOP_K = 50  # default of generate()
+LEAST_TEMPERATURE = 1e-5  # logits divided by a smaller one are not finite
+MAX_NEW_TOKENS = 512  # the released checkpoints' limit, for checkpoints without one
+# Other generation settings of checkpoints that would change the texts, and that the engine does not support.
 UNKNOWN = ("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "num_beams", "min_p")
 UNKNOWN += ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "bad_words_ids", "sequence_bias")
 UNKNOWN += ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
@@ -18,7 +18,7 @@ NEUTRAL = (None, 0, 1, 1.0)  # these change nothing
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a request's tokens are chosen.
+    """The settings that choose a request's tokens.
 
     Attributes:
         do_sample: False takes the most likely token, whatever the others say.
@@ -27,8 +27,8 @@ class SamplingSettings:
         top_p: Keep the most likely tokens up to this mass; 1 keeps all.
 
     Raises:
-        ValueError: One that is needed cannot be used.
-        TypeError: It is no number.
+        ValueError: A used setting is invalid.
+        TypeError: A setting is not a number.
     """
 
     do_sample: bool = True
@@ -49,10 +49,10 @@ class SamplingSettings:
 
 
 def check_limit(limit: object) -> int:
-    """The most tokens of an answer.
+    """Returns the most tokens of an answer.
 
     Raises:
-        ValueError: It is no whole number above 0.
+        ValueError: It is not a whole number above 0.
     """
     if type(limit) is not int or limit < 1:
         raise ValueError(f"max_new_tokens is {limit}; it must be a whole number, 1 or more")
@@ -60,10 +60,10 @@ def check_limit(limit: object) -> int:
 
 
 def unknown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a checkpoint's generation settings that would change its texts and that the engine does not know."""
+    """Returns a checkpoint's generation settings that change texts and that the engine does not support."""
     return {name: settings[name] for name in UNKNOWN if settings.get(name) not in NEUTRAL}
 
 
 def first(*values: Any) -> Any:
-    """The first value that is not None."""
+    """Returns the first value that is not None."""
     return next(value for value in values if value is not None)

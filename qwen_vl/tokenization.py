@@ -46,7 +46,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
 
     Args:
         vocab_file: A `.tiktoken` file: one `base64(token) rank` a line, ranks from 0 without a gap.
-        **config: Contents of `tokenizer_config.json`, which are saved again as they are.
+        **config: Contents of `tokenizer_config.json`, which are saved again unchanged.
 
     Raises:
         FileNotFoundError: There is no such vocabulary.
@@ -83,7 +83,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "QwenVLTokenizer":
-        """The tokenizer of a checkpoint folder (its `.py` files are never run).
+        """Returns the tokenizer of a checkpoint folder (its `.py` files are never run).
 
         Raises:
             FileNotFoundError: The folder has no `qwen.tiktoken`.
@@ -134,7 +134,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         return (str(target),)
 
     def __len__(self) -> int:
-        """Number of ids that mean something: ranks and special tokens."""
+        """Returns the number of used ids: ranks and special tokens."""
         return self.encoding.n_vocab
 
     @property
@@ -143,7 +143,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         return len(self)
 
     def get_vocab(self) -> dict[str, int]:
-        """Ids by token."""
+        """Returns the ids by token."""
         return dict(self._ids)
 
     def _add_tokens(self, new_tokens: Sequence[Any], special_tokens: bool = False) -> int:
@@ -162,7 +162,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         split_special_tokens: bool = False,
         **__: Any,
     ) -> list[str]:
-        """Tokens of a text. The arguments are those of `encode`; `split_special_tokens` allows none."""
+        """Returns the tokens of a text. The arguments are those of `encode`; `split_special_tokens` allows none."""
         ids = self.encode(text, allowed_special=() if split_special_tokens else allowed_special)
         return [self._tokens[i] for i in ids]
 
@@ -173,11 +173,11 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         return self._tokens.get(index, "\ufffd")
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Text of tokens."""
+        """Returns the text of tokens."""
         return "".join(tokens).encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
 
     def encode(self, text: Any, *args: Any, allowed_special: AllowedSpecial = "all", **kwargs: Any) -> list[int]:
-        """Ids of a text, NFC-normalised first; special tokens not in `allowed_special` are plain text.
+        """Returns the ids of a text, NFC-normalised first; special tokens not in `allowed_special` are plain text.
 
         Further arguments are those of transformers' `encode`.
 
@@ -203,11 +203,11 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         )
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of text that nobody vouches for: whatever tags it holds stay text."""
+        """Returns the ids of untrusted text: tags in it stay text."""
         return self.encode(text, allowed_special=())
 
     def image_span(self, path: bytes = b"") -> list[int]:
-        """The 258 ids of one image. The path inside is only a label: the model never reads it."""
+        """Returns the 258 ids of one image. The path inside is only a label: the model never reads it."""
         return [self.img_start_id, *path, *[self.img_pad_id] * (IMAGE_SPAN - len(path)), self.img_end_id]
 
     def _fill_image_spans(self, ids: list[int]) -> list[int]:
@@ -224,7 +224,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
                     'element {"text": ...}, where tags are plain text.'
                 )
             end = ids.index(self.img_end_id, start)
-            # published: the path's bytes themselves stand as ids, whatever tokens those ids otherwise mean.
+            # published: the path's bytes are used as ids, whatever tokens these ids otherwise mean.
             path = self.encoding.decode_bytes(ids[start + 1 : end])
             if len(path) > IMAGE_SPAN:
                 raise ValueError(
@@ -244,13 +244,13 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         errors: str = "replace",
         **_: Any,
     ) -> str:
-        """Text of ids, for `decode`. A whole image span gives its path; ids that no token has give U+FFFD.
+        """Returns the text of ids, for `decode`. A whole image span gives its path; ids that no token has give U+FFFD.
 
         Args:
             token_ids: One id, or a flat sequence of them.
             skip_special_tokens: Leave out all special tokens; an image's path stays.
             clean_up_tokenization_spaces: Not used: the text is the tokens' bytes.
-            errors: What bytes that are not UTF-8 become (`bytes.decode`).
+            errors: Treatment of bytes that are not UTF-8 (`bytes.decode`).
         """
         ids = [token_ids] if isinstance(token_ids, int) else [int(i) for i in token_ids]
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors=errors)
@@ -270,7 +270,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         return b"".join(pieces)
 
     def _span_end(self, ids: list[int], start: int) -> int | None:
-        """Index of the `</img>` if a whole image span begins at `start`."""
+        """Returns the index of the `</img>` if a whole image span begins at `start`."""
         end = start + IMAGE_SPAN + 1
         if ids[start] != self.img_start_id or end >= len(ids) or ids[end] != self.img_end_id:
             return None
@@ -284,10 +284,10 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         return self.encoding.decode_single_token_bytes(token)
 
     def from_list_format(self, elements: Sequence[dict[str, Any]]) -> str:
-        """One text from elements such as `{"image": "a.jpg"}, {"text": "..."}, {"ref": "dog", "box": (1, 2, 3, 4)}`.
+        """Returns a text from elements like `{"image": "a.jpg"}, {"text": "…"}, {"ref": "dog", "box": (1, 2, 3, 4)}`.
 
         Raises:
-            ValueError: An element of no known kind.
+            ValueError: An element has an unknown kind.
         """
         text, pictures = "", 0
         for element in elements:
@@ -306,7 +306,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         return text
 
     def to_list_format(self, text: str) -> list[dict[str, str]]:
-        """A text with tags as elements, in order: `text`, `image`, `ref`, `box`, `quad`."""
+        """Returns a text with tags as elements, in order: `text`, `image`, `ref`, `box`, `quad`."""
         elements: list[dict[str, str]] = []
         rest = 0
         for match in _LIST_FORMAT.finditer(text):
@@ -333,12 +333,12 @@ def _as_text(token: bytes) -> str:
 
 
 def _no_vocabulary(path: Path) -> MissingFilesError:
-    fix = f"a Qwen-VL checkpoint has a {VOCAB_FILE} in it: download the folder whole"
+    fix = f"a Qwen-VL checkpoint has a {VOCAB_FILE} in it: download the complete folder"
     return MissingFilesError("there is no vocabulary file", path, None, fix)
 
 
 def picture_label(number: int) -> str:
-    """What stands before the picture of that number (from 1) in a query."""
+    """Returns the prefix of the picture of that number (from 1) in a query."""
     return f"Picture {number}: "
 
 
@@ -347,7 +347,7 @@ def _as_boxes(box: Sequence[Any]) -> Sequence[Sequence[int]]:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes to rank from a `.tiktoken` file.
+    """Reads the rank of each token from a `.tiktoken` file.
 
     Raises:
         FileNotFoundError: No such file.

@@ -35,7 +35,7 @@ def interpolate_positions(table: torch.Tensor, patches: int) -> torch.Tensor:
 
 
 def sincos_positions(width: int, side: int) -> torch.Tensor:
-    """The 2-D sine-cosine table with which the resampler's positions start.
+    """Returns the 2-D sine-cosine table with which the resampler's positions start.
 
     Args:
         width: Width of an entry, a multiple of 4.
@@ -195,7 +195,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.empty(output_dim, output_dim))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, image_size, image_size) to features (B, 256, C)."""
+        """Encodes pixels (B, 3, image_size, image_size) into features (B, 256, C)."""
         x = self.conv1(pixel_values.to(self.conv1.weight.dtype))  # (B, W, side, side)
         x = x.flatten(2).transpose(1, 2)  # (B, P, W)
         x = self.ln_pre(x + interpolate_positions(self.positional_embedding, x.shape[1]))

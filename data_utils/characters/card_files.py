@@ -205,7 +205,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _card_text(kind: bytes, data: bytes) -> bool:
-    """Whether a chunk is a card's or one of its assets'."""
+    """Return whether a chunk is a card's or one of its assets'."""
     if kind not in _TEXT_CHUNKS:
         return False
     keyword = data.partition(b"\0")[0].decode(_LATIN1)
@@ -213,7 +213,7 @@ def _card_text(kind: bytes, data: bytes) -> bool:
 
 
 def _text_of(kind: bytes, data: bytes, most: int) -> tuple[str, bytes | None]:
-    """The keyword and the text of a tEXt, zTXt or iTXt chunk; no text where it is damaged or longer than `most`."""
+    """Return the keyword and the text of a tEXt, zTXt or iTXt chunk; no text if damaged or longer than `most`."""
     keyword, _, rest = data.partition(b"\0")
     packed = False
     if kind == b"zTXt":
@@ -244,7 +244,7 @@ def _unwrapped(text: bytes) -> bytes:
 
 
 def decode_base64(text: bytes | str) -> bytes:
-    """The bytes of a base64 text; line breaks and missing padding are allowed.
+    """Return the bytes of a base64 text; line breaks and missing padding are allowed.
 
     Raises:
         ValueError: It is not base64.

@@ -200,7 +200,7 @@ def card_fields(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def exported_cards(file: CardFile, name: str, script: str, profile: str) -> dict[str, dict[str, Any]]:
-    """The V2 and the V3 card of a character, by the keyword of their chunks.
+    """Return the V2 and the V3 card of a character, by the keyword of their chunks.
 
     Args:
         file: The card that the character was imported from, empty for none. Its fields stay as they are, unless the
@@ -270,7 +270,7 @@ def _pictures(file: CardFile, fields: Mapping[str, Any], notes: list[str]) -> It
 
 
 def _lore(book: Any) -> tuple[list[str], int]:
-    """The constant entries of a lorebook in their order, and how many others there are."""
+    """Return the constant entries of a lorebook in their order, and how many others there are."""
     entries = book.get("entries") if isinstance(book, dict) else None
     if isinstance(entries, dict):
         entries = [*entries.values()]

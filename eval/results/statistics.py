@@ -110,7 +110,7 @@ def _of_metrics(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> Estimate:
 
 
 def difference(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> tuple[Estimate, np.ndarray]:
-    """The mean difference of two agents on the same rows.
+    """Return the mean difference of two agents on the same rows.
 
     Args:
         first: (rows, metrics), nan where there is none.
@@ -170,7 +170,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def smallest_difference(error: np.ndarray, clusters: np.ndarray, comparisons: int = 1) -> np.ndarray:
-    """The smallest true difference that a two-sided test at 5 % shows with 80 % power.
+    """Return the smallest true difference that a two-sided test at 5 % shows with 80 % power.
 
     Args:
         error: Standard error of a difference.

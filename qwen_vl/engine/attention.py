@@ -1,4 +1,4 @@
-"""Attention to a part of the keys, and how such parts are joined: the same as attention to all of them at once.
+"""Attention to parts of the keys, and joining the parts: equal to attention to all keys at once.
 
 Shapes: B batch, H heads, T queries, S keys of the part, D width per head.
 """
@@ -24,7 +24,7 @@ def partial_attention(
     Args:
         query: (B, H, T, D).
         key, value: (B, H, S, D).
-        scaling: What the scores are multiplied with.
+        scaling: Factor of the scores.
         causal: Query t reads keys up to t; without a mask.
         mask: Added to the scores, in the queries' dtype: broadcastable to (B, H, T, S).
 

@@ -1,4 +1,4 @@
-"""Keys and values of what is in flight: dense blocks of entries, each of which is a stretch of tokens.
+"""Keys and values of the running sequences: dense blocks of entries, each of which is a stretch of tokens.
 
 An entry holds a prefix that several sequences read, or what one sequence has after its prefix. Blocks are allocated
 whole, never grow, and are freed when they are empty, so memory is what is counted.
@@ -28,7 +28,7 @@ class Entry:
     """A place in a block.
 
     Attributes:
-        length: Tokens that have keys and values there, or get them in the prefill that is being computed.
+        length: Tokens that have keys and values there, or get them in the current prefill.
     """
 
     block: "Block"
@@ -76,7 +76,7 @@ class Cache:
     Args:
         layers, heads, width: L, H and D of the model.
         dtype: Of keys and values.
-        device: Where they lie.
+        device: Their device.
     """
 
     def __init__(self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -95,7 +95,7 @@ class Cache:
         return sum(block.capacity * block.room for block in self.blocks)
 
     def add(self, room: int, count: int, budget: int, left: float, *, must: bool) -> Entry | None:
-        """An entry, in a block that has a place, or in a new one.
+        """Returns an entry, in a block that has a place, or in a new one.
 
         Args:
             room: Tokens it must be able to hold.
@@ -127,7 +127,7 @@ class Cache:
         """Gives an entry's place back, to which the block's last entry moves; an empty block's memory is freed."""
         block, data = entry.block, entry.block.data
         last = block.entries.pop()
-        # What is masked has weight 0, and 0 times NaN is NaN: places that no entry fills hold zeros. A step that failed
+        # Masked places have weight 0, and 0 times NaN is NaN: unused places hold zeros. A step that failed
         # in the middle may have written one token more than the length says.
         if last is not entry:
             data[:, :, entry.place, :, : last.length] = data[:, :, last.place, :, : last.length]
@@ -192,12 +192,12 @@ class CacheStep:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, a GPU's or the machine's."""
+    """Returns whether memory ran out, a GPU's or the machine's."""
     return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in _MESSAGES)
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that may be used: nine tenths of what a GPU has free, half of what the machine has."""
+    """Returns the bytes that may be used: nine tenths of what a GPU has free, half of what the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] * 0.9
     return psutil.virtual_memory().available * 0.5

@@ -1,6 +1,6 @@
 """Many requests at once through one model: they come and go while others run, and none changes another's answer.
 
-What a request gives depends on the request alone: its tokens are those that `chat()` finds for it (in float32; in
+The result of a request depends on the request alone: its tokens are those that `chat()` finds for it (in float32; in
 bfloat16 the rounding of a matrix product depends on its shape), whatever shares its batch, its order or its process.
 """
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 SEEDS = range(-(2**63), 2**64)
 LOOKAHEAD = 128  # waiting groups that memory is taken for
-RECOVERY = 0.01  # by which the budget grows in a step after an out-of-memory error; after n of them by an n-th of it
+RECOVERY = 0.01  # growth of the budget per step after an out-of-memory error; after n errors an n-th of it
 NO_NUMBERS = "the model computed NaN or infinity: its weights are damaged, or the dtype is too narrow (not bfloat16)"
 
 
@@ -49,7 +49,7 @@ class BatchGenerator:
         share_prefixes: False computes every prompt alone.
 
     Attributes:
-        batch: What is in flight.
+        batch: The running sequences.
         forward: The decoder's passes over the batch.
         images: Features of the latest images.
         statistics: Counts since the engine was made.
@@ -72,11 +72,11 @@ class BatchGenerator:
         if not model.is_on_one_device:
             raise ValueError(
                 "the engine needs the whole model on one device, and this one is spread over several (device_map). "
-                "Ask it one by one with chat(), or load it without device_map."
+                "Use chat() for one request at a time, or load it without device_map."
             )
         gpu = model.device.type == "cuda"
         if unknown := unknown_settings(model.generation_config.to_dict()):
-            raise ValueError(f"generation_config.json asks for {unknown}, which the batched engine does not know")
+            raise ValueError(f"generation_config.json asks for {unknown}, which the batching engine does not support")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows = max_rows or (512 if gpu else 256)
         self.prefill_tokens = prefill_tokens or (8192 if gpu else 4096)
@@ -108,7 +108,7 @@ class BatchGenerator:
                     for request in islice(source, self.window):
                         try:
                             self.add_request(request)
-                        except (ValueError, TypeError, KeyError) as error:  # one request's boundary
+                        except (ValueError, TypeError, KeyError) as error:  # per-request boundary
                             yield Result.failed(request, f"{type(error).__name__}: {error}")
                 if not self.unfinished:
                     return
@@ -117,7 +117,7 @@ class BatchGenerator:
             self._drop(lambda _: True)
 
     def add_request(self, request: Request) -> None:
-        """Lets a request wait for the next steps.
+        """Queues a request for the next steps.
 
         Raises:
             ValueError: It cannot be answered: a setting, a tag or the length of the prompt. That an image cannot be
@@ -128,7 +128,7 @@ class BatchGenerator:
         self._added += 1
 
     def abort(self, request_id: Any) -> bool:
-        """Drops the request of this id, for which no event comes any more; returns whether there was one."""
+        """Drops the request of this id, so that no further event comes; returns whether there was one."""
         return self._drop(lambda sequence: sequence.request.id == request_id)
 
     @property
@@ -229,7 +229,7 @@ class BatchGenerator:
                 if not batch.groups or not is_out_of_memory(error):
                     raise
                 self.statistics.out_of_memory += 1
-                self._memory_limit = batch.tokens  # what is in flight fits; nothing is wrong with it
+                self._memory_limit = batch.tokens  # the running sequences fit
                 return
             if broken:
                 self._fail_broken(group, broken, events)
@@ -241,13 +241,13 @@ class BatchGenerator:
             tokens += group.prefill_tokens
 
     def _fail_broken(self, group: Group, broken: dict[Hashable, str], events: list[Event]) -> None:
-        """Takes the sequences with such an image out of the first group that waits."""
+        """Removes the sequences with such an image from the first waiting group."""
         reasons = {m: [broken[k] for k in map(image_key, m.images) if k in broken] for m in group.members}
         self._waiting[:1] = self._grouped([member for member in group.members if not reasons[member]])
         events += [_failure(member, why[0]) for member, why in reasons.items() if why]
 
     def _features(self, group: Group) -> tuple[dict[Hashable, torch.Tensor], dict[Hashable, str]]:
-        """Features of a group's images; and for those that cannot be read, why."""
+        """Returns the features of a group's images; and for those that cannot be read, why."""
         images = [image for member in group.members for image in member.images]
         upcoming = (i for g in self._waiting[: image_cache.AT_ONCE] for member in g.members for i in member.images)
         try:
@@ -258,7 +258,7 @@ class BatchGenerator:
         return self.images.of(images, one_by_one=True)
 
     def _answer_length(self) -> int:
-        """Tokens that an answer is expected to have: somewhat more than the mean so far."""
+        """Returns the expected length of an answer in tokens: somewhat more than the mean so far."""
         stats = self.statistics
         mean = stats.new_tokens / stats.requests if stats.requests else 0
         return max(-(-int(mean * 1.25) // ROOM_STEP), 1) * ROOM_STEP
@@ -322,7 +322,7 @@ class BatchGenerator:
         if not back:  # nothing in flight: a block or the vision tower does not fit
             group = self._waiting[0]
             if self._memory_limit > group.shared + len(group.members) * (group.suffix + ROOM_STEP):
-                return  # a smaller block may do
+                return  # a smaller block may fit
             members = self._waiting.pop(0).members
         if not alone:
             self._waiting[:0] = self._grouped(members)
@@ -335,7 +335,7 @@ class BatchGenerator:
 
     @torch.inference_mode()
     def _drop(self, unwanted: Callable[[Sequence], bool]) -> bool:
-        """Takes out the sequences that `unwanted` is true for; returns whether there were any."""
+        """Removes the sequences for which `unwanted` is true; returns whether there were any."""
         before = self.unfinished
         self._incoming = [sequence for sequence in self._incoming if not unwanted(sequence)]
         for group in self.batch.groups[:]:
@@ -347,7 +347,7 @@ class BatchGenerator:
         return self.unfinished < before
 
     def _tokens_that_fit(self) -> int:
-        """How many tokens' keys and values the free memory holds, beside what the computation needs."""
+        """Returns how many tokens' keys and values the free memory holds, beside what the computation needs."""
         config, item = self.model.config, self.model.dtype.itemsize
         activations = self.prefill_tokens * (8 * config.hidden_size + 2 * config.intermediate_size) * max(item, 4)
         logits = 4 * self.max_rows * config.vocab_size * 4

@@ -41,7 +41,7 @@ class BatchForward:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.model.device
 
     def prefill(self, groups: list[Group]) -> tuple[list[tuple[Group, Sequence]], torch.Tensor]:
@@ -111,7 +111,7 @@ class BatchForward:
         return self.head(self._layers(embeds, positions, rows, attend)[0])
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features (N, 256, C) of images (N, 3, size, size)."""
+        """Returns the features (N, 256, C) of images (N, 3, size, size)."""
         return self.model.transformer.visual(pixels.to(self.device)).to(self.model.dtype)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

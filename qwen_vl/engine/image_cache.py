@@ -1,4 +1,4 @@
-"""Features of images: opened in threads, encoded several at once, the latest kept."""
+"""Features of images, which are opened in threads and encoded in batches; the latest are kept."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from qwen_vl.engine.cache import OUT_OF_MEMORY_ALONE, is_out_of_memory
 from qwen_vl.images import QwenVLImageProcessor
 
 AT_ONCE = 8  # through the vision tower
-KEPT = 64  # features of the latest images, in case another group shows them again
+KEPT = 64  # features of the latest images, for later groups
 
 
 def image_key(image: Any) -> Hashable:
@@ -34,12 +34,12 @@ class ImageCache:
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], processor: QwenVLImageProcessor) -> None:
         self.encode, self.processor = encode, processor
         self.encoded, self.kept = 0, KEPT
-        self._kept: dict[Hashable, tuple[Any, torch.Tensor]] = {}  # with the image: its id stays its own that long
+        self._kept: dict[Hashable, tuple[Any, torch.Tensor]] = {}  # with the image, so that its id is not reused
 
     def of(
         self, images: Sequence[Any], upcoming: Iterable[Any] = (), *, one_by_one: bool = False
     ) -> tuple[dict[Hashable, torch.Tensor], dict[Hashable, str]]:
-        """Features (256, C) of each image by its key; and for those that cannot be read, why.
+        """Returns the features (256, C) of each image by its key; and for those that cannot be read, why.
 
         Args:
             images: What is needed.
@@ -85,5 +85,5 @@ class ImageCache:
     def _open(self, image: Any) -> torch.Tensor | str:
         try:
             return self.processor.load(image)
-        except Exception as error:  # noqa: BLE001 - one image's boundary: whatever is wrong with it fails its request
+        except Exception as error:  # noqa: BLE001 - per-image boundary: any error fails its request
             return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What goes into the engine, what comes out of it, and what it counts."""
+"""Requests, results and counts of the engine."""
 
 import codecs
 from collections.abc import Collection, Sequence
@@ -15,8 +15,8 @@ class Request:
     """A prompt to answer.
 
     Attributes:
-        id: Comes back with the events and the result.
-        query: As `chat()` takes it: a text whose tags are read, or elements whose texts are plain.
+        id: Returned with the events and the result.
+        query: As for `chat()`: a text whose tags are read, or elements whose texts are plain.
         system: The system message, a text or elements.
         history: Pairs (query, answer), oldest first.
         seed: What sampling depends on.
@@ -61,7 +61,7 @@ class Result:
 
     @classmethod
     def failed(cls, request: Request, error: str, prompt_tokens: int = 0) -> "Result":
-        """The result of a request that failed."""
+        """Returns the result of a request that failed."""
         return cls(request.id, "", error, prompt_tokens=prompt_tokens, finish_reason="error")
 
 
@@ -101,8 +101,8 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._last: int | None = None  # the latest token, which the next one makes certain
-        self._ids: list[int] = []  # certain, but maybe of an incomplete image span
-        self._held = ""  # decoded, but maybe stripped or of a stop text
+        self._ids: list[int] = []  # certain, but possibly of an incomplete image span
+        self._held = ""  # decoded, but possibly to be stripped, or part of a stop text
         self._given = 0  # characters
         self._ended = self.stopped = False
 
@@ -137,14 +137,14 @@ class TextStream:
         return text, text[self._given :]
 
     def _in_span(self) -> bool:
-        """Whether the ids are the beginning of what may become a whole image span, which is decoded as one."""
+        """Returns whether the ids are the beginning of what may become a whole image span, which is decoded as one."""
         pad = self._tokenizer.img_pad_id
         if self._ids[0] != self._tokenizer.img_start_id or len(self._ids) > IMAGE_SPAN + 1:
             return False
         return all(0 <= token < 256 or token == pad for token in self._ids[1:])
 
     def _first_stop(self, text: str) -> int:
-        """Where the first stop text begins, or may begin."""
+        """Returns where the first stop text begins, or may begin."""
         ends = range(len(text))
         return min((i for i in ends for stop in self._stop if _may_begin(text[i:], stop)), default=len(text))
 
@@ -155,7 +155,7 @@ def _may_begin(text: str, stop: str) -> bool:
 
 @dataclass
 class Statistics:
-    """What an engine has done so far, in tokens unless it says otherwise."""
+    """The work of an engine so far, in tokens unless named otherwise."""
 
     requests: int = 0
     prompt_tokens: int = 0

@@ -13,7 +13,7 @@ from qwen_vl.sampling_params import SamplingSettings
 
 CANDIDATES = 64  # W; top-p 0.3 rarely leaves more than a few
 CHUNK = 128  # ids whose largest logit is found first
-MARGIN = 1e-4  # of probability mass: nearer to the limit than this, rounding could decide, and the exact way is taken
+MARGIN = 1e-4  # of probability mass: nearer to the limit, rounding could decide, so the exact way is used
 
 
 class RequestGenerator:
@@ -29,7 +29,7 @@ class RequestGenerator:
         self._drawn = 0  # draws that the generator is past
 
     def variates(self, draw: int, size: int, count: int) -> torch.Tensor:
-        """The first `count` of the `size` exponential variates of a draw, counted from 0: float32 (count,)."""
+        """Returns the first `count` of the `size` exponential variates of a draw, counted from 0: float32 (count,)."""
         if self._generator is None or draw < self._drawn:
             self._generator, self._drawn = torch.Generator(self._device).manual_seed(self._seed), 0
         while self._drawn < draw:
@@ -53,7 +53,7 @@ def _skip(generator: torch.Generator, size: int) -> None:
 
 @lru_cache
 def skips_by_uniform(device: torch.device) -> bool:
-    """Whether uniform doubles use as much of a generator as exponential variates do, one by one: so it is on a CPU."""
+    """Returns whether uniform doubles advance a generator as exponential variates do, as on a CPU."""
     if device.type != "cpu":
         return False
     one, other = (torch.Generator().manual_seed(0) for _ in range(2))
@@ -69,7 +69,7 @@ def choose(
     draws: Sequence[tuple[RequestGenerator, int]],
     used: int,
 ) -> list[int | None]:
-    """The next token of each row.
+    """Returns the next token of each row.
 
     Args:
         logits: (n, V) of the last positions.
@@ -133,7 +133,7 @@ class _Limits(NamedTuple):
 
 
 def _chunk_maxima(logits: torch.Tensor, used: int) -> torch.Tensor:
-    """The largest logit (n, U / CHUNK) of each chunk of ids: one quick pass, where `argmax` and `topk` are slow."""
+    """Returns the largest logit (n, U / CHUNK) of each chunk of ids: a quick pass, unlike `argmax` and `topk`."""
     whole = used // CHUNK * CHUNK
     parts = [logits[:, :whole].unflatten(1, (-1, CHUNK)).amax(dim=-1)] if whole else []
     if whole < used:
@@ -142,12 +142,12 @@ def _chunk_maxima(logits: torch.Tensor, used: int) -> torch.Tensor:
 
 
 def _columns(chunks: torch.Tensor, used: int) -> torch.Tensor:
-    """Ids (n, c * CHUNK) of chunks (n, c); those of the last may go beyond `used`."""
+    """Returns the ids (n, c * CHUNK) of chunks (n, c); those of the last may go beyond `used`."""
     return (chunks[..., None] * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(1)
 
 
 def _logsumexp(logits: torch.Tensor, rows: torch.Tensor, limits: _Limits, used: int) -> torch.Tensor:
-    """Logarithm of the sum of the exponentials of the scores, float32 (rows, 1); infinite where top-k comes first."""
+    """Returns the log-sum-exp of the scores, float32 (rows, 1); infinite where top-k comes first."""
     total = torch.full((len(rows), 1), torch.inf, device=logits.device)
     wanted = (limits.top_k == 0).nonzero()[:, 0]
     # A few rows at a time on a CPU: what does not fit its caches takes three times as long.
@@ -160,7 +160,7 @@ def _logsumexp(logits: torch.Tensor, rows: torch.Tensor, limits: _Limits, used: 
 def _candidates(
     logits: torch.Tensor, largest: torch.Tensor, rows: torch.Tensor, limits: _Limits, total: torch.Tensor, used: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
-    """What top-k and top-p keep of rows, from their W highest scores.
+    """Returns what top-k and top-p keep of rows, from their W highest scores.
 
     Returns:
         Ids (rows, W), scores (rows, W), -inf where an id is dropped; and for each row its best id, how many ids are
@@ -191,7 +191,7 @@ def _largest_ratio(scores: torch.Tensor, variates: torch.Tensor) -> torch.Tensor
 
 
 def exact_choice(logits: torch.Tensor, setting: SamplingSettings, variates: torch.Tensor, used: int) -> int:
-    """The draw of one row (V,), by the arithmetic of transformers' temperature, top-k and top-p, step by step."""
+    """Draws for one row (V,) with the exact arithmetic of transformers' temperature, top-k and top-p."""
     scores = logits.float()[None] / setting.temperature
     scores[:, used:] = -torch.inf
     if setting.top_k:

@@ -1,4 +1,4 @@
-"""What waits and what is in flight: sequences, in groups that share a prefix, and the batch that they make up."""
+"""Waiting and running sequences, in groups that share a prefix, and the batch of the running ones."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from qwen_vl.sampling_params import SamplingSettings
 from qwen_vl.vision import QUERIES
 
 MOST_ROWS = 16  # prompts that share one prefix
-LEAST_SHARE = 1 / 8  # of the longer prompt: to save less, entries of all lengths would lie in a block
+LEAST_SHARE = 1 / 8  # of the longer prompt; a shorter one would mix entries of all lengths in a block
 LEAST_SHARED = 32  # tokens: a shorter common prefix is not worth a group
 RESERVE = 0.1  # of the budget, for answers that become longer than expected
 GROWTH = 1.5  # an entry that is full moves to one with so many times the room
@@ -23,7 +23,7 @@ GROWTH = 1.5  # an entry that is full moves to one with so many times the room
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way through the engine: its prompt, and its answer so far."""
+    """A request in the engine: its prompt, and its answer so far."""
 
     request: Request
     number: int  # order of arrival
@@ -40,11 +40,11 @@ class Sequence:
     own: Entry | None = None  # keys and values of what comes after the shared prefix, while in flight
 
     def __len__(self) -> int:
-        """Tokens of prompt and answer."""
+        """Returns the number of tokens of prompt and answer."""
         return len(self.prompt) + len(self.answer)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
-        """Ids of a stretch of prompt and answer."""
+        """Returns the ids of a stretch of prompt and answer."""
         if end <= len(self.prompt):
             return self.prompt[start:end]
         return np.concatenate([self.prompt, np.array(self.answer, dtype=np.int64)])[start:end]
@@ -60,7 +60,7 @@ class Sequence:
         return shared
 
     def comparable(self, numbers: dict[Hashable, int]) -> np.ndarray:
-        """The tokens with each image's places numbered by the image: equal numbers where the computation is equal.
+        """Returns the tokens, with positions of images numbered by image: equal numbers mean equal computation.
 
         Args:
             numbers: An image's key to its number; added to.
@@ -128,7 +128,7 @@ class Batch:
         Args:
             group: What comes in.
             budget: Tokens that the caches may have room for.
-            answer: Tokens that an answer is expected to have.
+            answer: Expected tokens of an answer.
             waiting: The next of the groups that wait behind it: memory is taken for those of about its length as well.
 
         Returns:
@@ -176,7 +176,7 @@ class Batch:
         """Gives every sequence room for one more token; where the budget is too small, the youngest leave.
 
         Args:
-            budget: Tokens that the caches may have room for; the last sequence stays whatever it says.
+            budget: Tokens that the caches may have room for; the last sequence stays in any case.
             back: Gets the sequences that had to leave.
         """
         full = [member for member in self.sequences if member.own.length == member.own.room]
@@ -198,7 +198,7 @@ class Batch:
                 self.crowded = True
 
     def finish(self, group: Group, member: Sequence) -> None:
-        """Takes out a sequence that is finished, and its group with the last one."""
+        """Removes a finished sequence, and its group with the last one."""
         if len(group.members) == 1:
             self.release(group)
             self.crowded = False
@@ -208,7 +208,7 @@ class Batch:
         member.own = None
 
     def release(self, group: Group) -> None:
-        """Takes a group out."""
+        """Removes a group."""
         self.groups.remove(group)
         self._free(group)
 
@@ -242,7 +242,7 @@ def grouped(sequences: Iterable[Sequence], most: int, *, share: bool = True) -> 
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many leading elements two integer arrays share."""
+    """Returns how many leading elements two integer arrays share."""
     size = min(len(a), len(b))
     different = np.flatnonzero(a[:size] != b[:size])
     return int(different[0]) if len(different) else size
@@ -285,7 +285,7 @@ def _shareable(prompts: list[np.ndarray], kinds: list[float], a: int, b: int) ->
 
 
 def _grow(with_next: list[int], start: int, most: int) -> tuple[int, int]:
-    """End of the group that begins at `start`, and what it shares."""
+    """Returns the end of the group that begins at `start`, and what it shares."""
     shared, size = 0, 1
     while start + size < len(with_next) + 1 and size < most:
         nearest = with_next[start + size - 1]

@@ -42,7 +42,7 @@ FIELDS = {
 
 
 def incompatibilities() -> list[str]:
-    """What stands against serving Qwen-VL with this vLLM; empty if nothing does."""
+    """Returns the reasons against serving Qwen-VL with this vLLM."""
     found = installed_version()
     if found is None or not SpecifierSet(TESTED_VLLM).contains(found, prereleases=True):
         return [f"vLLM {found} is installed"]
@@ -61,7 +61,7 @@ def incompatibilities() -> list[str]:
 
 
 def installed_version() -> str | None:
-    """The version of vLLM, by whichever name its distribution has."""
+    """Returns the version of vLLM, by whichever name its distribution has."""
     for name in DISTRIBUTIONS:
         try:
             return version(name)
@@ -71,7 +71,7 @@ def installed_version() -> str | None:
 
 
 def refusing_config(problems: list[str]) -> type[QwenVLServingConfig]:
-    """A config class with which no Qwen-VL checkpoint opens, because of these problems."""
+    """Returns a config class with which no Qwen-VL checkpoint opens, because of these problems."""
 
     class RefusingConfig(QwenVLServingConfig):
         def __init__(self, *_: Any, **__: Any) -> NoReturn:

@@ -127,7 +127,7 @@ class ParallelDecoder(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states (N, C) after the final norm; positions (3, N), of which the rows are alike."""
+        """Returns the hidden states (N, C) after the final norm; positions (3, N), of which the rows are alike."""
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         places = (positions[0] % STRIDE)[:, None]  # (N, 1)
         # Where a step is padded, positions are left over from steps before.
@@ -165,7 +165,7 @@ class QwenVLForServing(nn.Module, SupportsMultiModal, SupportsMRoPE):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Positions (3, tokens) of a request and the delta of those that follow; see `positions`."""
+        """Returns the positions (3, tokens) of a request and the delta of those that follow; see `positions`."""
         length = len(input_tokens)
         # vLLM's own trial runs have no prompt.
         if self.config.prompt_ending[0] in input_tokens:
@@ -176,7 +176,7 @@ class QwenVLForServing(nn.Module, SupportsMultiModal, SupportsMRoPE):
         return positions.expand(3, -1), delta
 
     def embed_multimodal(self, **kwargs: torch.Tensor) -> MultiModalEmbeddings:
-        """Features (256, C) of each picture of `pixel_values`."""
+        """Returns the features (256, C) of each picture of `pixel_values`."""
         pixels = kwargs.get("pixel_values")
         return [] if pixels is None else self.visual(pixels)
 
@@ -191,7 +191,7 @@ class QwenVLForServing(nn.Module, SupportsMultiModal, SupportsMRoPE):
         return self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits (N, V), without the ids that no token has; None where another GPU gathers them."""
+        """Returns the logits (N, V), without the ids that no token has; None where another GPU gathers them."""
         logits = self.logits_processor(self.lm_head, hidden_states)
         if logits is not None:
             logits[..., self.config.used_vocab_size :] = -torch.inf
@@ -229,7 +229,7 @@ class QwenVLForServing(nn.Module, SupportsMultiModal, SupportsMRoPE):
 
 
 def _own_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """The parameter that a released weight goes to, and which part of it."""
+    """Returns the parameter that a released weight goes to, and which part of it."""
     name = name.replace("transformer.visual.", "visual.", 1) if name.startswith("transformer.visual.") else name
     name = name.replace("transformer.", "decoder.", 1) if name.startswith("transformer.") else name
     if name.startswith("decoder."):

@@ -13,17 +13,17 @@ STRIDE = 2**20  # more than any prompt and answer together
 
 
 def rotary_class(length: int, trained_length: int, *, dynamic_ntk: bool = True) -> int:
-    """The class of a prompt of `length` tokens; prompts may share a prefix only within one."""
+    """Returns the class of a prompt of `length` tokens; prompts may share a prefix only within one."""
     return (int(ntk_alpha(length, trained_length)) + 1).bit_length() - 2 if dynamic_ntk else 0
 
 
 def class_alpha(number: int) -> int:
-    """Dynamic NTK's alpha of a class."""
+    """Returns dynamic NTK's alpha of a class."""
     return 2 ** (number + 1) - 1
 
 
 def prompt_length(ids: Sequence[int], ending: Sequence[int]) -> int:
-    """Tokens of the prompt alone, of a request's ids with or without a part of its answer.
+    """Returns the tokens of the prompt alone, of a request's ids with or without a part of its answer.
 
     After a preemption a model runner may give both together. An answer never holds the first id of the ending,
     `<|im_start|>`, because generation stops at it.

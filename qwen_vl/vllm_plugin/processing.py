@@ -52,7 +52,7 @@ class ProcessingInfo(BaseProcessingInfo):
         return {"image": QUERIES + 2}
 
     def span(self) -> list[int]:
-        """The ids of a picture: `<img>`, 256 times `<imgpad>`, `</img>`."""
+        """Returns the ids of a picture: `<img>`, 256 times `<imgpad>`, `</img>`."""
         start = self.get_hf_config().image_start_id
         return [start, *[start + 2] * QUERIES, start + 1]
 

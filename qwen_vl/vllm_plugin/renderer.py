@@ -37,7 +37,7 @@ class QwenVLRenderer(BaseRenderer[ServingTokenizer]):
     def render_messages(
         self, messages: list[ChatCompletionMessageParam], params: ChatParams
     ) -> tuple[list[ConversationMessage], TokensPrompt]:
-        """The messages as vLLM wants them back, and the prompt that `make_context` gives for them.
+        """Returns the messages as vLLM wants them back, and the prompt that `make_context` gives for them.
 
         Raises:
             ValueError: They ask for something that the model's contexts do not have, or a picture cannot be read.
@@ -125,7 +125,7 @@ def _element(part: Any, local_pictures: str) -> Element:
 
 
 def open_picture(url: str, local_pictures: str = "") -> Image.Image:
-    """The picture of a `data:` URL, or of a `file://` URL under `local_pictures`, in RGB.
+    """Returns the picture of a `data:` URL, or of a `file://` URL under `local_pictures`, in RGB.
 
     published: transparency is dropped and EXIF orientation ignored, which vLLM's own loader does otherwise.
 

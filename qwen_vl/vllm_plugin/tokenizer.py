@@ -35,7 +35,7 @@ class ServingTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *_: Any, **__: Any) -> "ServingTokenizer":
-        """The tokenizer of a checkpoint folder."""
+        """Returns the tokenizer of a checkpoint folder."""
         return cls(QwenVLTokenizer.from_pretrained(path), str(path))
 
     def __len__(self) -> int:

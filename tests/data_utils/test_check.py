@@ -26,7 +26,7 @@ from eval.judging.prompt import review_prompts
 from qwen_vl import QwenVLTokenizer
 from tests.closed import close
 
-# MMRole-Data's published snapshot. Two numbers are not as MMROLE_DATA.md has them, and were counted again by hand: 216
+# MMRole-Data's published snapshot. Two numbers differ from earlier counts, and were counted again by hand: 216
 # are the turns with leading or trailing blanks, in 128 dialogues; and the five unreferenced images are not
 # The_Big_Bang_Theory/06 to 10 but those below (06 and 09 are in dialogues).
 SNAPSHOT = {

@@ -144,7 +144,7 @@ def test_a_budget_stops_and_the_next_run_goes_on(site, world, capsys):
     assert len(site.chats) == 18
 
 
-@pytest.mark.parametrize("moment", [6, 12, 36])
+@pytest.mark.parametrize("moment", [6, 12, 30])
 def test_killed_at_each_stage(site, world, tmp_path, moment):
     other = make_world(tmp_path / "other")
     assert inference.main(flags(site, other)) == 0

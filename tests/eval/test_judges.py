@@ -221,9 +221,9 @@ def test_people_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     ("line", "what"),
     [
         (["r", "one", "Charm", 8, 9], "no such metric"),
-        (["r", "one", "Fluency", "eight", 9], "no scores"),
-        (["r", "one", "Fluency", 11, 9], "no scores"),
-        (["r", "one", "Fluency"], "no scores"),
+        (["r", "one", "Fluency", "eight", 9], "not scores"),
+        (["r", "one", "Fluency", 11, 9], "not scores"),
+        (["r", "one", "Fluency"], "not scores"),
     ],
 )
 def test_people_must_give_scores(tmp_path: Path, line: list[Any], what: str) -> None:

@@ -137,7 +137,7 @@ def test_use_lora_needs_an_adapter(folder):
 def test_an_adapter_whose_base_is_none(tmp_path, base):
     adapter = make_adapter(tmp_path / "adapter", base)
     (problem,) = checkpoint_problems(adapter)
-    assert "names a base model that is no checkpoint folder here" in problem.what
+    assert "names a base model that is not a checkpoint folder here" in problem.what
     assert problem.where == adapter / "adapter_config.json"
     assert "base_model_name_or_path" in problem.fix and "--model_path" not in str(problem)
 
@@ -193,7 +193,7 @@ def test_sound_weights(tmp_path, name, content):
         ("model.safetensors", POINTER, "git lfs pull"),
         ("pytorch_model.bin", ZIPPED[:-1], "is cut off"),
         ("pytorch_model.bin", b"", "is empty"),
-        ("pytorch_model.bin", b"<html>not found</html>", "is no file of weights"),
+        ("pytorch_model.bin", b"<html>not found</html>", "is not a file of weights"),
         ("qwen.tiktoken", POINTER, "git lfs pull"),
     ],
 )
