@@ -58,7 +58,7 @@ def test_the_terminal(checkpoint: Path, demo: Path, tmp_path: Path) -> None:
     assert "there is no command /agian" in done.stderr
     own = read_cast(demo).pictures_of(name)
     assert name in own[0].information.role
-    assert name not in json.loads((world / "images" / "annotations.json").read_text(encoding="utf-8"))[0]["role_info"]
+    assert name not in json.loads((demo / "images" / "annotations.json").read_text(encoding="utf-8"))[0]["role_info"]
     assert f" - Scene information: {own[0].information.scene}\n" in done.stdout
 
 
