@@ -11,10 +11,19 @@ import pytest
 import torch
 
 import qwen_vl
+from data_utils.demo.world import draw_world, write_world
 from qwen_vl import QwenVLTokenizer
 from tests.qwen_vl.conftest import small_model
 
 uvicorn = pytest.importorskip("uvicorn", reason="the web extra is not installed")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another made-up data root, whose first picture does not show its first character."""
+    folder = tmp_path_factory.mktemp("web") / "world"
+    write_world(draw_world(0), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
