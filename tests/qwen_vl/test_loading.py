@@ -90,7 +90,7 @@ def test_lora_folder_goes_onto_its_base(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(ids).logits, expected)
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/gone"}))
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder here: /gone"):
+    with pytest.raises(FileNotFoundError, match="not a checkpoint folder here: /gone"):
         qwen_vl.load(tmp_path / "adapter")
 
 
