@@ -314,7 +314,7 @@ def test_a_text_only_qwen_is_refused(released: Path, tmp_path: Path, caplog: pyt
     (tmp_path / "qwen.tiktoken").write_bytes((released / "qwen.tiktoken").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
     for auto in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
-        with pytest.raises(ValueError, match="no Qwen-VL checkpoint"):
+        with pytest.raises(ValueError, match="not a Qwen-VL checkpoint"):
             auto.from_pretrained(tmp_path)
     caplog.clear()
     with pytest.raises(ValueError, match="processing class"):  # transformers' own; it drops ours
