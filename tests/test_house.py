@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "web": {"qwen_vl", "data_utils"},
 }
 # A script may import the ones beside it: Python looks into a script's own folder first.
-SIBLINGS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+SIBLINGS = {path.stem for path in (ROOT / "scripts").glob("*.py")} | {"reference"}  # what scripts import
 LEAVES = {"inference", "scripts", "tests"}
 ONLY_WHERE_USED = {"deepspeed", "peft", "gradio", "openai", "wandb", "bitsandbytes", "flash_attn", "vllm"}
 NEVER = {
