@@ -174,7 +174,7 @@ class Endpoint:
         return asyncio.run_coroutine_threadsafe(self._ask(request), self._loop)
 
     def client(self) -> Any:
-        """Returns an `openai.AsyncOpenAI` of the first URL, for who streams in an event loop; the caller closes it."""
+        """Return an `openai.AsyncOpenAI` of the first URL, for who streams in an event loop; the caller closes it."""
         import openai
 
         return openai.AsyncOpenAI(base_url=self._urls[0], **self._settings)

@@ -106,7 +106,7 @@ def prompts(row: Row, image: Path, *, swap: bool = False) -> list[Prompt]:
 
 
 def with_answers_swapped(row: Row) -> Row:
-    """A copy of the row whose answer and reference have changed places."""
+    """Return a copy of the row with answer and reference exchanged."""
     question, last, *others = row["conversations"]
     return {**row, "conversations": [question, {**last, "value": last["answer"], "answer": last["value"]}, *others]}
 

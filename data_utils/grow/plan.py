@@ -32,7 +32,7 @@ from data_utils.roots import Characters, dialogue_files, read_annotations, read_
 from data_utils.samples import speaker
 from data_utils.schema import Dialogue, read_rows
 
-TURNS = (8, 10, 12, 14)  # what nine in ten published human-role dialogues have
+TURNS = (8, 10, 12, 14)  # nine in ten published human-role dialogues have so many
 LARGEST_SIDE, LARGEST_FILE = 2048, 4 * 2**20
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 

@@ -62,7 +62,7 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True)
 class CommonReviews:
-    """The reviews that several judges all read.
+    """The reviews that several judges have in common.
 
     Attributes:
         scores: (judges, rows, metrics, 2) scores of answer and reference; nan where a judge lacks the review.
@@ -215,7 +215,7 @@ def common(*judges: Sequence[Record]) -> CommonReviews:
 
 
 def agreement(pairs: CommonReviews) -> list[Agreement]:
-    """All statistics of two judges, per metric and for Overall, with intervals by leaving out one character a time."""
+    """Return all statistics of two judges, per metric and for Overall; intervals leave out one character at a time."""
     found = []
     for j, column in enumerate(METRIC_COLUMNS):
         metrics = slice(None) if column == OVERALL else slice(j, j + 1)

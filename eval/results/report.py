@@ -116,7 +116,7 @@ class Report:
         agents: Best first.
         estimates: (`MEAN_RATIO` or `RATIO_OF_MEANS`, group) -> an estimate for each of `COLUMNS`.
         comparisons: All pairs of agents, sets and columns.
-        smallest: What differences the sets can show.
+        smallest: The differences that the sets can show.
         position_bias: The judge with the two answers exchanged, if it has reviewed them so.
         spread: The judge's repeated reviews, if there are any.
         origins: How answers and reviews were made, as far as known.
@@ -175,8 +175,8 @@ def build_report(
     """Compute all numbers, best agent first.
 
     Args:
-        agents: As read.
-        seed: Of the permutation tests; an agent's intervals depend neither on it nor on the other agents.
+        agents: The agents with their reviews.
+        seed: Seed of the permutation tests; an agent's intervals depend neither on it nor on the other agents.
         position_bias: The judge with the two answers exchanged.
         spread: The judge's repeated reviews.
         origins: How answers and reviews were made.
@@ -289,6 +289,6 @@ def _smallest(comparisons: list[Comparison]) -> list[SmallestDifference]:
 def indistinguishable_pairs(
     report: Report, split: str | None = None, column: str = OVERALL
 ) -> tuple[list[Comparison], int]:
-    """The pairs of agents that cannot be told apart, and how many pairs there are."""
+    """Return the pairs of agents that cannot be told apart, and the number of all pairs."""
     chosen = [c for c in report.comparisons if (c.split, c.column) == (split, column)]
     return [comparison for comparison in chosen if not comparison.apart], len(chosen)

@@ -170,8 +170,8 @@ def _judge_tables(report: Report) -> list[Table]:
         found.append(
             Table(
                 "The judge with the answers exchanged",
-                f"Of {bias.reviews} reviews in both orders: the share that names the same winner, or a tie, and "
-                "how many points of score the first place is worth (above 0: the first answer is preferred).",
+                f"Of {bias.reviews} reviews in both orders: the share with the same winner, or a tie, and "
+                "the advantage of the first place in score points (above 0: the first answer is preferred).",
                 ["Set", *METRIC_COLUMNS],
                 [
                     ["same winner", *_intervals(bias.consistency)],
