@@ -68,7 +68,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
 
         Raises:
             FileNotFoundError: There is no such file, or it is a URL.
-            ValueError: It is no image, is cut short, or has more pixels than Pillow thinks safe; names the file.
+            ValueError: It is not an image, is cut short, or has more pixels than Pillow allows; names the file.
             TypeError: It is no path.
         """
         if not isinstance(image, str | Path):

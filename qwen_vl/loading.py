@@ -44,8 +44,8 @@ def load(
         device: "auto" is the first GPU, or the CPU where there is none.
         attn_implementation: "sdpa", "flash_attention_2" (where installed) or "eager".
         device_map: Spreads the model over several devices, which accelerate chooses ("auto") or a map names, the CPU
-            and the disk among them; `device` then counts for nothing. Such a model answers through `chat()` and
-            `generate()`, and not through the engine. What `.bin` files give to the disk is written to a temporary
+            and the disk included; `device` is then ignored. Such a model answers through `chat()` and `generate()`,
+            but not through the engine. What `.bin` files give to the disk is written to a temporary
             folder (TMPDIR), which goes with the model.
         quantization: "4bit" or "8bit" puts the decoder's weights into bitsandbytes' formats.
 

@@ -33,7 +33,7 @@ from qwen_vl.language import DecoderLayer, RMSNorm, logn_factors, ntk_alpha, rot
 from qwen_vl.loss import LanguageHead, supervised_loss
 from qwen_vl.vision import QUERIES, Resampler, VisionTransformer, sincos_positions
 
-# Kept as they are in a quantized model: the tower and its resampler, and the head. From the start of a module's name.
+# Not quantized in a quantized model: the tower and its resampler, and the head. From the start of a module's name.
 NOT_QUANTIZED = ["transformer.visual", "lm_head"]
 _OF_A_LAYER = re.compile(r"transformer\.(h|visual\.transformer\.resblocks)\.\d+\.")
 

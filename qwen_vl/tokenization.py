@@ -121,7 +121,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         if config.get("model_max_length") == VERY_LARGE_INTEGER:
             del config["model_max_length"]
         if "auto_map" in config and not names_code_of(config["auto_map"], save_directory):
-            del config["auto_map"]  # nobody could load it
+            del config["auto_map"]  # it could not be loaded
         config["tokenizer_class"] = RELEASED_TOKENIZER
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return (*file_names, *self.save_vocabulary(str(save_directory), filename_prefix), *map(str, code))

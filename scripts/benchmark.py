@@ -55,7 +55,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--data_root", type=Path, required=True, help="folder of dialogues/, images/, profiles/ and data/")
     flag("--steps", type=int, default=3, help="steps of ours that are timed, after one that is not (%(default)s)")
     flag("--released_steps", type=int, default=1, help="steps of the released way that are timed (%(default)s)")
-    flag("--layers", type=int, help="keep so many layers of the decoder only, so that full tuning fits one GPU")
+    flag("--layers", type=int, help="keep only so many layers of the decoder, so that full tuning fits one GPU")
     _add_model_flags(parser)
     parser.set_defaults(device="auto", dtype="auto")
 

@@ -33,7 +33,7 @@ from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 
 TRAINER = Path(__file__).resolve().parents[1] / "finetune" / "finetune.py"
-SPREAD = 37  # every so many samples of the data are taken, so that all lengths and kinds occur
+SPREAD = 37  # step between the samples, so that all lengths and kinds occur
 RATES = ("samples_per_second", "tokens_per_second", "supervised_tokens_per_second", "model_tflops_per_second")
 # The paper's recipe in small steps. The released way's loss is a mean over a micro-batch; so that of both is.
 DEFAULTS = {
@@ -114,7 +114,7 @@ def _ours(words: list[str], output: Path) -> dict[str, Any]:
     """Runs the trainer; every step trains the same samples, so that a step's tokens per second say its seconds."""
     began = time.perf_counter()
     if subprocess.run([sys.executable, str(TRAINER), *words], check=False).returncode:  # noqa: S603 - our trainer
-        raise MMRoleError("the trainer did not come to its end (its own lines above say why)", None, "benchmark train")
+        raise MMRoleError("the trainer failed (its own lines above say why)", None, "benchmark train")
     total = time.perf_counter() - began
     report = read_json(output / TRAINING)
     whole = report["throughput"]

@@ -68,7 +68,7 @@ for argument in "$@"; do
         *) fail "unknown option" "$argument" "scripts/vllm_environment.sh" "bash scripts/vllm_environment.sh [--test]" ;;
     esac
 done
-# Not the extra `test`, whose servers vLLM has in other versions. Once there, they stay.
+# Not the extra `test`, whose servers vLLM pins to other versions. Once installed, they stay.
 TESTS=()
 if [[ -n $WITH_TESTS ]] || { [[ -f $STAMP ]] && grep -q '^tests .*pytest' "$STAMP"; }; then
     mapfile -t TESTS < <(sed -nE 's/^ +"(pytest(-timeout)?>=[^"]+)",.*/\1/p' "$ROOT/pyproject.toml" | sort -u)

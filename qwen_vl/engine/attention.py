@@ -55,7 +55,7 @@ def causal_attention(
     Args:
         parts: Queries, keys and values (1, H, T, D) of each continuation.
         past_key, past_value: (1, H, S, D); S may be 0.
-        scaling: What the scores are multiplied with.
+        scaling: Factor of the scores.
         last: Only for the last query of each part.
 
     Returns:

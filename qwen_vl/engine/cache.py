@@ -41,7 +41,7 @@ class Entry:
         return self.block.room
 
     def read(self, layer: int | slice) -> torch.Tensor:
-        """Keys and values (2, H, length, D) of a layer, or (layers, 2, H, length, D) of several: a view."""
+        """Returns keys and values (2, H, length, D) of a layer, or (layers, 2, H, length, D) of several: a view."""
         return self.block.data[layer, ..., self.place, :, : self.length, :]
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -115,7 +115,7 @@ class BatchForward:
         return self.model.transformer.visual(pixels.to(self.device)).to(self.model.dtype)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (n, V) of (n, C), in memory that is kept: on a CPU, fresh pages cost nearly as much as the product."""
+        """Returns logits (n, V) of (n, C), in reused memory: fresh pages cost a CPU nearly as much as the product."""
         head, count = self.model.lm_head, len(hidden)
         if self.device.type != "cpu" or type(head) is not LanguageHead:
             return head(hidden)
@@ -128,7 +128,7 @@ class BatchForward:
     def _spans(
         self, spans: list[Span], features: dict[Hashable, torch.Tensor], attend: Attend, wanted: torch.Tensor
     ) -> torch.Tensor:
-        """Hidden states (n, C) at the `wanted` tokens of stretches of sequences, which lie one after the other."""
+        """Returns the hidden states (n, C) at the `wanted` tokens of consecutive stretches of sequences."""
         ids = np.concatenate([member.tokens(start, end) for member, start, end in spans])
         positions = np.concatenate([np.arange(start, end) for _, start, end in spans])
         lengths = [end - start for _, start, end in spans]
@@ -154,7 +154,7 @@ class BatchForward:
         attend: Attend,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All layers and the final norm.
+        """Returns all layers and the final norm.
 
         Args:
             x: (1, T, C).

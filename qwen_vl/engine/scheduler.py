@@ -50,7 +50,7 @@ class Sequence:
         return np.concatenate([self.prompt, np.array(self.answer, dtype=np.int64)])[start:end]
 
     def shared_with(self, other: "Sequence") -> int:
-        """How many leading tokens are computed alike in another sequence."""
+        """Returns how many leading tokens are computed alike in another sequence."""
         if self.alpha != other.alpha:
             return 0
         shared = common_prefix(self.tokens(0, len(self)), other.tokens(0, len(other)))
