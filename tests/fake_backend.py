@@ -144,8 +144,8 @@ def make_model(folder: Path, weights: bytes = b"weights") -> Path:
 
 def flags(root: Path, *more: object) -> list[str]:
     """Flags of both scripts for such a world; results go below `root/eval`."""
-    told = ["--data_root", root, "--eval_dir", root / "eval", "--model_path", root / "model", *more]
-    return [str(word) for word in told]
+    result = ["--data_root", root, "--eval_dir", root / "eval", "--model_path", root / "model", *more]
+    return [str(word) for word in result]
 
 
 def results(folder: Path) -> dict[str, bytes]:

@@ -163,7 +163,7 @@ EVAL_ROOMS = {
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_rooms_know_only_what_lies_below(path: Path) -> None:
+def test_rooms_import_only_what_is_below(path: Path) -> None:
     own = room(module_of(path))
     for module in imported_modules(path):
         if room(module) in TOOLS and room(module) != own:
@@ -218,7 +218,7 @@ def test_every_requirement_has_both_ends() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nobody_is_let_in(path: Path) -> None:
+def test_no_remote_code_and_no_pickles(path: Path) -> None:
     for function, keywords, line in calls(parsed(path)):
         assert keywords.get("trust_remote_code", "False") == "False", f"{name_of(path)}:{line}"
         assert keywords.get("allow_pickle", "False") == "False", f"{name_of(path)}:{line}"

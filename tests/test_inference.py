@@ -79,13 +79,13 @@ def test_published_answers_come_out_byte_for_byte(shared, tmp_path):
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(b"")
     source = shared / "mmrole_data/data/test/in-distribution"
-    told = flags(world, "--input_dir", source, "--output_dir", tmp_path / "out")
-    assert inference.main(told, FakeBackend(lambda prompt: texts[prompt.text])) == 0
+    result = flags(world, "--input_dir", source, "--output_dir", tmp_path / "out")
+    assert inference.main(result, FakeBackend(lambda prompt: texts[prompt.text])) == 0
     for path in published.glob("*.json"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_keys_of_the_data_s_own_survive(world):
+def test_extra_keys_of_the_data_survive(world):
     path = world / "data/test/in-distribution/comment_test.json"
     write_rows(path, [{"note": [1.0, None], **sample("a"), "更多": {"x": "\u2028"}}])
     inference.main(flags(world), FakeBackend(lambda prompt: "hi"))
@@ -97,11 +97,11 @@ def test_keys_of_the_data_s_own_survive(world):
 def test_released_flags(world, tmp_path):
     write_rows(tmp_path / "in" / "a.json", [sample("a")])
     write_rows(tmp_path / "in" / "b.json", [sample("b")])
-    told = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "one", "--input_file", "b.json")
-    assert inference.main(told, FakeBackend()) == 0
+    result = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "one", "--input_file", "b.json")
+    assert inference.main(result, FakeBackend()) == 0
     assert list(results(tmp_path / "one")) == ["b.json"]
-    told = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "all")
-    assert inference.main(told, FakeBackend()) == 0
+    result = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "all")
+    assert inference.main(result, FakeBackend()) == 0
     assert list(results(tmp_path / "all")) == ["a.json", "b.json"]
     assert results(tmp_path / "all")["b.json"] == results(tmp_path / "one")["b.json"]
 
@@ -155,11 +155,11 @@ def test_another_model_or_other_settings_are_refused_and_both_are_named(world):
     backend = FakeBackend()
     with pytest.raises(ProblemsError) as caught:
         inference.main([*flags(world), "--model_path", str(other), "--no_random", "--seed", "5"], backend)
-    told = str(caught.value)
-    assert str(world / "model") in told
-    assert str(other) in told
-    assert 'decoding: "as the checkpoint says" there, "greedy" now' in told
-    assert "seed: 0 there, 5 now" in told
+    result = str(caught.value)
+    assert str(world / "model") in result
+    assert str(other) in result
+    assert 'decoding: "as the checkpoint says" there, "greedy" now' in result
+    assert "seed: 0 there, 5 now" in result
     assert backend.prompts == []
     assert results(world / "eval") == made
     assert inference.main([*flags(world), "--model_path", str(other), "--overwrite"], backend) == 0
@@ -202,17 +202,17 @@ def test_another_input_of_the_same_name_is_refused(world, tmp_path, capsys):
     for folder, names in (("in1", "abc"), ("in2", "xy")):
         write_rows(tmp_path / folder / "x.json", [sample(name) for name in names])
 
-    def told(folder, *more):
+    def flags_of(folder, *more):
         return flags(world, "--input_dir", tmp_path / folder, "--output_dir", tmp_path / "out", *more)
 
-    assert inference.main(told("in1"), FakeBackend()) == 0
+    assert inference.main(flags_of("in1"), FakeBackend()) == 0
     made = (tmp_path / "out/x.json").read_bytes()
-    assert "made from another input: 3 of its 3 rows" in problems_of(told("in2"))
+    assert "made from another input: 3 of its 3 rows" in problems_of(flags_of("in2"))
     assert (tmp_path / "out/x.json").read_bytes() == made
-    assert inference.main(told("in1", "--limit", 1), FakeBackend()) == 0
+    assert inference.main(flags_of("in1", "--limit", 1), FakeBackend()) == 0
     assert "has rows that are not selected now" in capsys.readouterr().out
     assert (tmp_path / "out/x.json").read_bytes() == made
-    assert inference.main(told("in2", "--overwrite"), FakeBackend()) == 0
+    assert inference.main(flags_of("in2", "--overwrite"), FakeBackend()) == 0
     assert [row["id"] for row in json.loads((tmp_path / "out/x.json").read_text())] == ["x", "y"]
 
 
@@ -230,7 +230,7 @@ def problems_of(arguments):
     return str(caught.value)
 
 
-def test_everything_wrong_is_told_at_once(world):
+def test_everything_wrong_is_reported_at_once(world):
     test = world / "data" / "test"
     (test / "in-distribution/comment_test.json").write_text("[{]")
     write_rows(test / "in-distribution/human-role_test.json", [sample("a", role=None), sample("a", image="../x.png")])
@@ -240,7 +240,7 @@ def test_everything_wrong_is_told_at_once(world):
     )
     (world / "eval").write_text("a file where the folder should be")
     (world / "model" / "config.json").unlink()
-    told = problems_of(flags(world))
+    result = problems_of(flags(world))
     for part in (
         "line 1, column 3",
         "role: ",
@@ -253,16 +253,16 @@ def test_everything_wrong_is_told_at_once(world):
         "the output folder cannot be written",
         "config.json",
     ):
-        assert part in told, part
+        assert part in result, part
     assert (world / "eval").is_file()
 
 
 def test_an_unreadable_checkpoint_comes_with_everything_else(world):
     (world / "model/generation_config.json").write_text("{")
     write_rows(world / "data/test/in-distribution/comment_test.json", [sample("b", image="gone.png")])
-    told = problems_of(flags(world, "--device", "cuda:99"))
+    result = problems_of(flags(world, "--device", "cuda:99"))
     for part in ("3 problems", "generation_config.json", "gone.png", "cuda:99"):
-        assert part in told, part
+        assert part in result, part
 
 
 def test_damaged_weights_are_seen_before_they_are_loaded(world):
@@ -270,23 +270,23 @@ def test_damaged_weights_are_seen_before_they_are_loaded(world):
     weights.write_bytes(weights.read_bytes()[:-3])
     (world / "model/qwen.tiktoken").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (world / "eval").write_text("a file where the folder should be")
-    told = problems_of(flags(world))
+    result = problems_of(flags(world))
     for part in ("4 problems", "model.safetensors is cut off", "git lfs pull", "the output folder cannot be written"):
-        assert part in told, part
+        assert part in result, part
 
 
-def test_an_output_that_is_a_folder_is_told_once(world):
+def test_an_output_that_is_a_folder_is_reported_once(world):
     (world / "eval" / FILES[0]).mkdir(parents=True)
-    told = problems_of(flags(world))
-    assert "the output is a folder" in told
-    assert "problems" not in told
+    result = problems_of(flags(world))
+    assert "the output is a folder" in result
+    assert "problems" not in result
 
 
 def test_hidden_files_are_no_input(world, tmp_path):
     write_rows(tmp_path / "in" / "a.json", [sample("a")])
     (tmp_path / "in" / "._a.json").write_bytes(b"\0\5\x16\7")
-    told = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out")
-    assert inference.main(told, FakeBackend()) == 0
+    result = flags(world, "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out")
+    assert inference.main(result, FakeBackend()) == 0
     assert list(results(tmp_path / "out")) == ["a.json"]
 
 
@@ -320,12 +320,12 @@ def test_missing_images_may_be_skipped(world, capsys):
 def test_no_image_folder_is_not_skipped_over(world):
     assert "no such image folder" in problems_of(flags(world, "--image_dir", "nowhere", "--missing_image", "skip"))
     (world / "empty").mkdir()
-    told = problems_of(flags(world, "--image_dir", world / "empty", "--missing_image", "skip"))
-    assert "no row has its image" in told
+    result = problems_of(flags(world, "--image_dir", world / "empty", "--missing_image", "skip"))
+    assert "no row has its image" in result
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "expected"),
     [
         (["--model_path", "nowhere"], "no such checkpoint folder"),
         (["--use_lora"], "holds no adapter"),
@@ -336,8 +336,8 @@ def test_no_image_folder_is_not_skipped_over(world):
         (["--output_dir", "out"], "--output_dir needs --input_dir"),
     ],
 )
-def test_flags_that_cannot_be_followed(world, more, told):
-    assert told in problems_of([*flags(world), *more])
+def test_flags_that_cannot_be_followed(world, more, expected):
+    assert expected in problems_of([*flags(world), *more])
     assert not (world / "eval").exists()
 
 
@@ -391,12 +391,12 @@ def test_two_real_samples(shared, tiny_a, tmp_path):
     assert not list(Path(tmp_path).glob("*.ttf"))
 
 
-def test_closed_images_are_told_once_and_are_not_missing(world, monkeypatch):
+def test_closed_images_are_reported_once_and_are_not_missing(world, monkeypatch):
     close(monkeypatch, world / "images")
-    with pytest.raises(MMRoleError) as told:
+    with pytest.raises(MMRoleError) as result:
         inference.main(flags(world), FakeBackend())
-    assert str(told.value).count("cannot read: Permission denied") == 1
-    assert "missing" not in str(told.value)
+    assert str(result.value).count("cannot read: Permission denied") == 1
+    assert "missing" not in str(result.value)
 
 
 def test_a_closed_input_folder_is_not_an_empty_one(world, tmp_path, monkeypatch):
@@ -405,7 +405,7 @@ def test_a_closed_input_folder_is_not_an_empty_one(world, tmp_path, monkeypatch)
         inference.main(flags(world, "--input_dir", world / "data", "--output_dir", tmp_path / "out"), FakeBackend())
 
 
-def test_nobody_needs_to_read_what_is_printed(world):
+def test_output_need_not_be_read(world):
     command = [sys.executable, "-u", "-m", "tests.fake_backend", *flags(world)]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     run.stdout.close()
@@ -416,6 +416,6 @@ def test_nobody_needs_to_read_what_is_printed(world):
 def test_an_output_folder_whose_name_is_no_utf_8(world, tmp_path, capsys):
     folder = os.fsdecode(bytes(tmp_path) + b"/g \xff")
     for more in (["--limit", "1"], []):
-        told = flags(world, "--eval_dir", folder, *more)
-        assert run_main(lambda told=told: inference.main(told, FakeBackend())) == 0
+        words = flags(world, "--eval_dir", folder, *more)
+        assert run_main(lambda words=words: inference.main(words, FakeBackend())) == 0
     assert sorted(results(Path(folder))) == sorted(FILES)

@@ -30,7 +30,7 @@ def test_answer_review_result_on_the_real_test_set(shared: Path, tiny_a: Path, t
     answered = run("inference.sh", *few, **places)
     assert answered.returncode == 0, answered.stderr
     reviewed = run("eval/RM_review.sh", *few, "--retries", "0", **places)
-    # An untrained judge writes no readable score: that is told by status 1, never by a guess.
+    # An untrained judge writes no readable score: the status is 1, and no score is guessed.
     assert reviewed.returncode in (0, 1), reviewed.stderr
     result = run("eval/RM_result.sh", EVAL_DIR=results, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -48,7 +48,7 @@ def test_readme_has_the_commands() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_scripts_are_there_and_read_what_they_are_given(line: str) -> None:
+def test_scripts_exist_and_read_their_settings(line: str) -> None:
     *variables, bash, script = shlex.split(line)
     assert bash == "bash"
     source = (ROOT / script).read_text(encoding="utf-8")

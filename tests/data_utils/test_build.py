@@ -159,7 +159,7 @@ def test_characters_of_all_splits_can_speak(data_root: Path):
         characters.role("Nobody")
 
 
-def test_a_folder_that_is_no_data_root_is_told(tmp_path: Path):
+def test_a_folder_that_is_no_data_root_is_reported(tmp_path: Path):
     with pytest.raises(MMRoleError) as caught:
         DataRoots([tmp_path])
     assert str(tmp_path) in str(caught.value)

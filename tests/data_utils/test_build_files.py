@@ -220,7 +220,7 @@ def test_characters_of_one_name_that_are_different_people(world: Path, extra: Pa
     assert check_roots(world, [extra])[1][1].exit_status() == 1
 
 
-def test_link_to_an_image_that_has_moved_is_made_anew(world: Path, extra: Path) -> None:
+def test_link_to_an_image_that_has_moved_is_made_again(world: Path, extra: Path) -> None:
     flags = [str(world), "--extra_root", str(extra), "--link_images"]
     main(flags)
     extra = extra.rename(extra.with_name("moved"))

@@ -52,7 +52,7 @@ def test_dialogues_that_may_not_be_read_are_not_taken_for_absent(world: Path, mo
     assert not (world / TRAIN).exists()
 
 
-def test_half_a_test_set_is_told_and_can_be_made_whole(world: Path) -> None:
+def test_half_a_test_set_is_reported_and_can_be_made_whole(world: Path) -> None:
     out = world / "data/test"
     shutil.rmtree(out)
     main([str(world), "--test", "--out", str(out)])
@@ -94,9 +94,9 @@ def test_ids_that_come_again_in_another_root(world: Path, split: str) -> None:
     again = world.parent / f"mine/dialogues/{split}/comment.json"
     write(again, [{**dialogue, "place_info": "somewhere else"}])
     flags = [] if split == SPLITS[0] else ["--test", "--out", str(world / "built")]
-    with pytest.raises(MMRoleError, match="have the same id") as told:
+    with pytest.raises(MMRoleError, match="have the same id") as result:
         main([str(world), "--extra_root", str(world.parent / "mine"), *flags])
-    assert all(part in str(told.value) for part in (dialogue["id"], str(first), str(again), "to do:"))
+    assert all(part in str(result.value) for part in (dialogue["id"], str(first), str(again), "to do:"))
     assert not (world / TRAIN).exists() and not (world / "built").exists()
 
 

@@ -76,7 +76,7 @@ def test_a_second_call_adds_and_repeats_nothing(tmp_path: Path, picture: Path) -
     assert len(read(root / "images/annotations.json")) == 1
 
 
-def test_a_killed_run_is_gone_on_with(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_is_resumed(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every file that is written: what comes after it is made up for, under the same names."""
     ada = NewCharacter("Ada", "Sea", "One.", [Picture(picture, "A tower.")])
     add_character(tmp_path / "whole", ada)
@@ -176,7 +176,9 @@ def test_names_and_texts_that_cannot_be_kept(tmp_path: Path, picture: Path) -> N
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 
-def test_a_folder_is_read_and_the_rest_is_told(tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_is_read_and_the_rest_is_reported(
+    tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = tmp_path / "Ada"
     folder.mkdir()
     for name in ("profile.png", "one.png"):
@@ -188,8 +190,8 @@ def test_a_folder_is_read_and_the_rest_is_told(tmp_path: Path, picture: Path, ca
     profile, pictures = read_folder(folder)
     assert profile == "Keeps a light."
     assert [(p.path.name, p.about) for p in pictures] == [("one.png", "A tower."), ("profile.png", "")]
-    told = capsys.readouterr().err.splitlines()
-    assert [Path(line.partition(" (")[0]).name for line in told] == ["three.gif", "two.txt"]
+    result = capsys.readouterr().err.splitlines()
+    assert [Path(line.partition(" (")[0]).name for line in result] == ["three.gif", "two.txt"]
 
 
 def test_a_broken_data_root_is_not_touched(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_images(world: Path, clean: Path) -> None:
     assert pictures[1].name in report.findings["broken_image"].examples[0]["file"]
 
 
-def test_only_missing_coco_images_have_a_status_of_their_own(world: Path) -> None:
+def test_only_missing_coco_images_have_a_separate_status(world: Path) -> None:
     remove_coco_image(world)
     assert exit_status(check_roots(world)) == 3
 

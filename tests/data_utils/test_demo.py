@@ -180,7 +180,7 @@ def test_a_folder_with_other_content_is_never_written_to(tmp_path: Path):
     assert contents(tmp_path) == {}
 
 
-def test_an_unknown_prompt_function_is_told_before_anything_is_written(tmp_path: Path):
+def test_an_unknown_prompt_function_is_reported_before_anything_is_written(tmp_path: Path):
     with pytest.raises(MMRoleError, match="no such function"):
         main([str(tmp_path / "world"), "--review_prompts", "eval.review_prompt:nothing"])
     assert not (tmp_path / "world").exists()

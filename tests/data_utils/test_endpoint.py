@@ -146,7 +146,7 @@ def test_what_no_request_can_pass_ends_all_of_them(site: Site, reply: Reply, mes
     assert len(site.chats) <= Endpoint([f"{site.url}/v1"], "m").limit  # at once, at first
 
 
-def test_nobody_listens(site: Site) -> None:
+def test_no_server_listens(site: Site) -> None:
     site.url = "http://127.0.0.1:9"
     with pytest.raises(MMRoleError, match="cannot be reached"):
         ask(site)

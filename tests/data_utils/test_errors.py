@@ -35,7 +35,7 @@ def test_a_list_is_shown_whole():
     assert shown(names).splitlines() == names
 
 
-def test_all_problems_are_told():
+def test_all_problems_are_reported():
     problems = [MMRoleError(f"wrong {number}") for number in range(30)]
     text = str(ProblemsError(problems))
     assert all(f"[{number + 1}/30]\nproblem: wrong {number}" in text for number in range(30))
@@ -63,9 +63,9 @@ def test_run_main_prints_user_errors_without_a_traceback(capsys):
         raise MMRoleError("wrong", value="\udc80 bad", fix="mend it")
 
     assert run_main(main) == 2
-    told = capsys.readouterr().err
-    assert "problem: wrong" in told
-    assert "Traceback" not in told
+    result = capsys.readouterr().err
+    assert "problem: wrong" in result
+    assert "Traceback" not in result
 
 
 def test_run_main_lets_bugs_through():

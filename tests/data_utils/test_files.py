@@ -19,7 +19,7 @@ def test_read_json_gives_what_write_json_wrote(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (b'[1,\n  {"a": }]', "line 2, column 9"),
         (b"", "line 1, column 1"),
@@ -31,12 +31,12 @@ def test_read_json_gives_what_write_json_wrote(tmp_path):
         (b"[" * 100_000, "not valid JSON"),
     ],
 )
-def test_broken_json_is_told_with_its_place(tmp_path, content, told):
+def test_broken_json_is_reported_with_its_place(tmp_path, content, expected):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(MMRoleError) as caught:
         read_json(path)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert str(path) in str(caught.value)
     assert caught.value.fix
 
@@ -52,7 +52,7 @@ def test_json_lines_are_read_as_a_list(tmp_path):
     assert read_json(tmp_path / "x.jsonl") == rows
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(MMRoleError, match="No such file"):
         read_json(tmp_path / "nowhere.json")
 
@@ -88,14 +88,14 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("write", [lambda path: write_text(path, "x"), lambda path: write_rows(path, [{"id": "x"}])])
-def test_a_file_for_a_folder_is_told(tmp_path, write):
+def test_a_file_for_a_folder_is_reported(tmp_path, write):
     (tmp_path / "file").write_text("x")
     with pytest.raises(MMRoleError, match="cannot write"):
         write(tmp_path / "file" / "x.json")
 
 
 @pytest.mark.parametrize("write", [lambda path: write_text(path, "x"), lambda path: write_rows(path, [{"id": "x"}])])
-def test_a_read_only_file_system_is_told(tmp_path, monkeypatch, write):
+def test_a_read_only_file_system_is_reported(tmp_path, monkeypatch, write):
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 

@@ -151,7 +151,7 @@ BAD_ANSWERS = {
 
 
 @pytest.mark.parametrize("bad", BAD_ANSWERS)
-def test_bad_answers_are_asked_for_again(site: Site, demo: Path, tmp_path: Path, cast: Characters, bad: str) -> None:
+def test_bad_answers_are_requested_again(site: Site, demo: Path, tmp_path: Path, cast: Characters, bad: str) -> None:
     site.chat = scripted(BAD_ANSWERS[bad], good_answer)
     flags = ["--characters", min(cast.profiles), "--kinds", "human-role", "--images_per_character", "1"]
     assert grow_dialogues(site, demo, tmp_path, *flags) == 0
@@ -261,10 +261,10 @@ def test_key_is_nowhere(
     flags = ["--characters", min(cast.profiles), "--images_per_character", "1"]
     assert run_main(lambda: grow_dialogues(site, demo, tmp_path, *flags)) in (1, 2)
     assert set(site.keys) == {f"Bearer {SECRET}"}
-    told = capfd.readouterr()
-    assert SECRET not in told.out + told.err
-    assert "wxyz" not in told.out + told.err
-    assert "***" in told.out + told.err
+    result = capfd.readouterr()
+    assert SECRET not in result.out + result.err
+    assert "wxyz" not in result.out + result.err
+    assert "***" in result.out + result.err
     for path in (p for p in tmp_path.rglob("*") if p.is_file()):
         assert SECRET not in path.read_text(encoding="utf-8")
         assert "wxyz" not in path.read_text(encoding="utf-8")
@@ -290,8 +290,8 @@ def test_key_in_an_answer_is_nowhere(
     # What is escaped comes to light when the answer is read, which asks again; the rest waits for the next run.
     for status in [1, 1] if times > 1 else [0] if leak == "escaped" else [1, 0]:
         assert grow_dialogues(site, demo, tmp_path, *flags) == status
-    told = capfd.readouterr()
-    assert SECRET not in told.out + told.err
+    result = capfd.readouterr()
+    assert SECRET not in result.out + result.err
     assert len(dialogues_of(tmp_path)) == int(times == 1)
     for path in (p for p in tmp_path.rglob("*") if p.is_file()):
         assert SECRET not in path.read_text(encoding="utf-8")
@@ -421,7 +421,7 @@ def test_people_from_facts_then_their_dialogues(site: Site, demo: Path, tmp_path
     assert len(list(iterate_samples(rows, characters_of(root)))) > 12
 
 
-def test_profile_that_is_there_is_not_replaced(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+def test_existing_profile_is_not_replaced(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
     root = tmp_path / "root"
     shutil.copytree(demo / "profiles", root / "profiles")
     facts = tmp_path / "facts.json"
@@ -452,7 +452,7 @@ def test_names_of_the_source_that_lead_elsewhere(site: Site, tmp_path: Path, nam
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_everything_wrong_with_names_is_told_at_once(site: Site, demo: Path, tmp_path: Path) -> None:
+def test_everything_wrong_with_names_is_reported_at_once(site: Site, demo: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(demo, tmp_path / "source"))
     folder = source / "profiles/in-distribution"
     for name, edit in (("profiles.json", {"a/b": "x", ".c": "y"}), ("roles.json", {"Sea": ["a/b", ".c"]})):
@@ -472,7 +472,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_ill_typed_files_are_told(site: Site, demo: Path, tmp_path: Path, name: str) -> None:
+def test_ill_typed_files_are_reported(site: Site, demo: Path, tmp_path: Path, name: str) -> None:
     root = Path(shutil.copytree(demo, tmp_path / "root"))
     (root / name).write_text(json.dumps(WRONG[name]), encoding="utf-8")
     with pytest.raises(MMRoleError) as caught:
@@ -486,7 +486,7 @@ def test_ill_typed_files_are_told(site: Site, demo: Path, tmp_path: Path, name: 
     assert site.chats == []
 
 
-def test_a_broken_file_of_dialogues_is_told(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+def test_a_broken_file_of_dialogues_is_reported(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
     path = tmp_path / "dialogues/in-distribution/comment/mine.json"
     path.parent.mkdir(parents=True)
@@ -746,7 +746,7 @@ def test_edited_profiles_stay_so(site: Site, tmp_path: Path) -> None:
     assert read_json(profiles_of(root)) == {"Ines": SUMMARY, "Otto": SUMMARY}
 
 
-def test_a_profile_of_ones_own_is_not_replaced(site: Site, tmp_path: Path) -> None:
+def test_a_profile_of_the_user_is_not_replaced(site: Site, tmp_path: Path) -> None:
     site.chat = scripted("no")
     assert grow_person(site, tmp_path / "root", {"name": "Otto"}) == 1
     profiles_of(tmp_path / "root").parent.mkdir(parents=True)
@@ -768,7 +768,7 @@ BAD_FACTS = [
 
 
 @pytest.mark.parametrize(("facts", "words"), BAD_FACTS)
-def test_facts_that_are_not_asked_for(site: Site, tmp_path: Path, facts: Any, words: str) -> None:
+def test_facts_that_are_refused(site: Site, tmp_path: Path, facts: Any, words: str) -> None:
     root = tmp_path / "root"
     profiles_of(root).parent.mkdir(parents=True)
     rewrite(profiles_of(root), {"Otto Ray": "A profile."})
@@ -789,7 +789,7 @@ def test_bytes_and_marks_of_other_encodings(site: Site, tmp_path: Path) -> None:
     assert raw.read_text(encoding="utf-8") == "Ada was here."
 
 
-def test_templates_with_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_templates_with_faults_are_reported_at_once(tmp_path: Path) -> None:
     mine = Path(shutil.copytree(PROMPTS, tmp_path / "prompts"))
     questions = mine / "questions_English.txt"
     questions.write_text("\ufeffWhat is it?\n\n  Whose is it? \n", encoding="utf-8")
@@ -801,13 +801,15 @@ def test_templates_with_faults_are_told_at_once(tmp_path: Path) -> None:
     (mine / "inter-role.txt").write_text("Say it.\n---\n", encoding="utf-8")
     with pytest.raises(ProblemsError) as caught:
         Templates(mine)
-    told = str(caught.value)
+    result = str(caught.value)
     for words in ("holds <img>", "no questions", "nothing", "nothing before its line ---", "nothing after its line"):
-        assert words in told
-    assert "no line ---" not in told
+        assert words in result
+    assert "no line ---" not in result
 
 
-def test_broken_images_are_told_before_any_request(site: Site, demo: Path, tmp_path: Path, cast: Characters) -> None:
+def test_broken_images_are_reported_before_any_request(
+    site: Site, demo: Path, tmp_path: Path, cast: Characters
+) -> None:
     source = Path(shutil.copytree(demo, tmp_path / "source"))
     names = [f"COCO/train2017/{path.name}" for path in sorted((source / "images/COCO/train2017").glob("*.jpg"))[:3]]
     for name in names[1:]:

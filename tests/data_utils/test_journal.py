@@ -22,7 +22,7 @@ def begin(path: Path, *entries: tuple[str, object], **settings: object) -> None:
             journal.add(key, value)
 
 
-def test_a_journal_goes_on_where_it_stopped(tmp_path):
+def test_a_journal_resumes_where_it_stopped(tmp_path):
     path = tmp_path / "x.journal"
     begin(path, ("a", "甲\n"), ("b", 1))
     with Journal.open(path, SETTINGS, {}) as journal:
@@ -43,7 +43,7 @@ def test_every_cut_of_the_last_line_is_dropped(tmp_path):
         assert path.read_bytes() == whole
 
 
-def test_a_half_written_header_begins_anew(tmp_path):
+def test_a_half_written_header_starts_again(tmp_path):
     path = tmp_path / "x.journal"
     begin(path, ("a", 1))
     whole = path.read_bytes()
@@ -54,7 +54,7 @@ def test_a_half_written_header_begins_anew(tmp_path):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_broken_line_in_the_middle_is_told(tmp_path, number):
+def test_a_broken_line_in_the_middle_is_reported(tmp_path, number):
     path = tmp_path / "x.journal"
     begin(path, ("a", 1), ("b", 2))
     lines = path.read_bytes().splitlines(keepends=True)
@@ -73,12 +73,12 @@ def test_other_settings_are_refused_and_both_are_named(tmp_path):
     before = path.read_bytes()
     with pytest.raises(MMRoleError) as caught:
         Journal.open(path, {"model": "xyz", "seed": 7, "new": 1}, {"names": {"model": "/new/model"}})
-    told = str(caught.value)
-    assert 'model: "abc" (/old/model) there, "xyz" (/new/model) now' in told
-    assert "seed: 0 there, 7 now" in told
-    assert "gone: true there, nothing now" in told
-    assert "new: nothing there, 1 now" in told
-    assert "--overwrite" in told
+    result = str(caught.value)
+    assert 'model: "abc" (/old/model) there, "xyz" (/new/model) now' in result
+    assert "seed: 0 there, 7 now" in result
+    assert "gone: true there, nothing now" in result
+    assert "new: nothing there, 1 now" in result
+    assert "--overwrite" in result
     assert path.read_bytes() == before
 
 
@@ -111,7 +111,7 @@ def test_two_processes_cannot_write_one_journal(tmp_path):
     assert third.returncode == 0, third.stderr
 
 
-def test_a_full_disk_leaves_a_journal_to_go_on_with(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_a_journal_to_resume(tmp_path, monkeypatch):
     path = tmp_path / "x.journal"
     begin(path, ("a", 1))
     before = path.read_bytes()
@@ -169,7 +169,7 @@ def test_a_journal_without_a_unit_locks_nobody_to_its_settings(tmp_path):
         (3, "text"),
     ],
 )
-def test_json_that_is_no_line_of_a_journal_is_told(tmp_path, number, line):
+def test_json_that_is_no_line_of_a_journal_is_reported(tmp_path, number, line):
     path = tmp_path / "x.journal"
     begin(path, ("a", 1), ("b", 2))
     lines = path.read_text().splitlines()

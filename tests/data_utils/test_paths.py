@@ -27,9 +27,9 @@ def test_what_is_not(tmp_path, name):
 def test_a_closed_folder_is_named(tmp_path, monkeypatch, look):
     (tmp_path / "shut" / "deep").mkdir(parents=True)
     close(monkeypatch, tmp_path / "shut")
-    with pytest.raises(UnreadableError, match="cannot read: Permission denied") as told:
+    with pytest.raises(UnreadableError, match="cannot read: Permission denied") as result:
         look(tmp_path / "shut" / "deep" / "x")
-    assert told.value.value == tmp_path / "shut"
-    with pytest.raises(UnreadableError) as told:
+    assert result.value.value == tmp_path / "shut"
+    with pytest.raises(UnreadableError) as result:
         listed(tmp_path / "shut")
-    assert told.value.value == tmp_path / "shut"
+    assert result.value.value == tmp_path / "shut"

@@ -73,7 +73,7 @@ def test_without_last_words_the_role_begins():
 
 
 @pytest.mark.parametrize("script", ["西游记", "成龙历险记", "中国唐代"])
-def test_characters_of_the_chinese_scripts_are_asked_for_chinese(script: str):
+def test_characters_of_the_chinese_scripts_answer_in_chinese(script: str):
     prompt = role_play_prompt(Role("柳青舟", script, "诗人。"), None, NOTHING, [], "你好")
     assert "about the image in Chinese using" in prompt
 

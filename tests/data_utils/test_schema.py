@@ -20,13 +20,13 @@ def changed(**changes):
     return {**copy.deepcopy(SAMPLE), **changes}
 
 
-def told(rows, record=TestSample):
+def messages(rows, record=TestSample):
     return [str(problem) for problem in validate_rows(rows, record, "x.json")]
 
 
 def test_a_good_row_has_no_problems():
-    assert told([SAMPLE]) == []
-    assert told([changed(extra={"kept": True})]) == []
+    assert messages([SAMPLE]) == []
+    assert messages([changed(extra={"kept": True})]) == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_good_row_has_no_problems():
     ],
 )
 def test_what_is_wrong_is_named(row, field):
-    (problem,) = [text for text in told([SAMPLE | {"id": "other"}, row]) if field in text]
+    (problem,) = [text for text in messages([SAMPLE | {"id": "other"}, row]) if field in text]
     assert "x.json, row 2" in problem
     assert "to do:" in problem
 
@@ -58,19 +58,19 @@ def test_what_is_wrong_is_named(row, field):
      "data:image/png,", "C:\\x.png", "\\\\host\\x.png", "", " ", "a\0.png", "a\n.png"],
 )  # fmt: skip
 def test_images_stay_below_the_image_folder(image):
-    assert len(told([changed(image=image)])) == 1
+    assert len(messages([changed(image=image)])) == 1
 
 
 @pytest.mark.parametrize(
     "image", ["COCO/train2017/000000224155.jpg", "成龙历险记/1.png", "a..b/x y.png", "…/x.png", "　.png"]
 )
 def test_ordinary_image_names_are_allowed(image):
-    assert told([changed(image=image)]) == []
+    assert messages([changed(image=image)]) == []
 
 
-def test_everything_is_told_at_once_with_file_row_and_sample():
+def test_everything_is_reported_at_once_with_file_row_and_sample():
     rows = [changed(role=1, script=None), changed(id="b", image="/x"), changed(id="b")]
-    problems = told(rows)
+    problems = messages(rows)
     assert len(problems) == 4
     assert "row 1, sample a_1" in problems[0]
     assert "role: " in problems[0]
@@ -79,26 +79,26 @@ def test_everything_is_told_at_once_with_file_row_and_sample():
     assert "2 rows have the same id" in problems[3]
 
 
-def test_answers_must_be_there_and_may_be_empty():
+def test_answers_must_exist_and_may_be_empty():
     answered = changed()
     answered["conversations"][1]["answer"] = ""
-    assert told([answered], AnswerRow) == []
-    assert "conversations.1.answer: field required" in told([SAMPLE], AnswerRow)[0]
+    assert messages([answered], AnswerRow) == []
+    assert "conversations.1.answer: field required" in messages([SAMPLE], AnswerRow)[0]
 
 
 @pytest.mark.parametrize("score", [[8.0, 9], [], {}])
 def test_reviewed_rows(score):
     answered = changed(rm_review={"Fluency": {"review": "r", "score": score}, "Coherency": {}})
     answered["conversations"][1]["answer"] = "x"
-    assert told([answered], ReviewedRow) == []
+    assert messages([answered], ReviewedRow) == []
     answered["rm_review"]["Fluency"]["score"] = "8"
-    assert told([answered], ReviewedRow)
+    assert messages([answered], ReviewedRow)
 
 
 def test_train_samples_may_have_many_turns_and_no_image():
     turns = [{"from": "assistant", "value": "hi"}, *SAMPLE["conversations"]]
-    assert told([{"id": "x", "conversations": turns}], TrainSample) == []
-    assert told([{"id": "x", "conversations": []}], TrainSample)
+    assert messages([{"id": "x", "conversations": turns}], TrainSample) == []
+    assert messages([{"id": "x", "conversations": []}], TrainSample)
 
 
 def test_rows_come_back_as_they_stand_in_the_file(tmp_path):

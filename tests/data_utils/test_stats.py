@@ -186,7 +186,7 @@ def change(root: Path, name: str, value: object) -> None:
     (root / name).write_text(json.dumps(value), encoding="utf-8")
 
 
-def test_everything_that_is_wrong_is_told_at_once(world: Path, tmp_path: Path) -> None:
+def test_everything_that_is_wrong_is_reported_at_once(world: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(world, tmp_path / "world"))
     comment = json.loads((root / "dialogues/out-of-distribution/comment.json").read_text(encoding="utf-8"))[0]
     kept = {key: value for key, value in comment.items() if key != "image"}
@@ -229,8 +229,8 @@ def test_tokens_by_default_where_a_checkpoint_is(
 ) -> None:
     monkeypatch.setattr(stats, "WEIGHTS", tmp_path)
     stats.main([str(world), "--out", str(tmp_path / "card")])
-    told = capsys.readouterr().out
-    assert "lengths are in characters" in told and "--tokenizer" in told
+    result = capsys.readouterr().out
+    assert "lengths are in characters" in result and "--tokenizer" in result
     tokenizer.save_pretrained(tmp_path / "Qwen-VL-Chat")
     stats.main([str(world), "--out", str(tmp_path / "card")])
     assert "characters;" not in capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_all_of_few_samples_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prompts.get_xlabel() == "tokens"
 
 
-def test_sources_whose_short_names_are_the_same_have_bars_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_whose_short_names_are_the_same_have_separate_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{'a' * 40} {number}" for number in range(2)]
     card = Card(unit="tokens", scripts=[("in-distribution", "x", "other", ["a"])])
     card.images = {name: (5 - place, 3, 0, 5) for place, name in enumerate(names)}

@@ -65,15 +65,15 @@ def test_empty_or_missing_input_folder(tmp_path: Path) -> None:
         run("--eval_dir", tmp_path)
 
 
-def test_broken_file_is_told_and_the_rest_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_file_is_reported_and_the_rest_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_agent(tmp_path, "good", [made_row()])
     write_agent(tmp_path, "bad", [made_row()])
     broken = review_path(tmp_path, "bad", "in", "comment")
     broken.write_text('[{"id": 1,]', encoding="utf-8")
     assert run("--eval_dir", tmp_path) == 1
-    told = capsys.readouterr()
-    assert all(part in told.err for part in ("problem:", "value:", "where:", "to do:", str(broken)))
-    assert "bad (incomplete: no readable in-test/comment" in told.out
+    result = capsys.readouterr()
+    assert all(part in result.err for part in ("problem:", "value:", "where:", "to do:", str(broken)))
+    assert "bad (incomplete: no readable in-test/comment" in result.out
     assert len(list(tmp_path.glob("*_results/*/*.csv"))) == 11
     assert not (tmp_path / "in-test_results" / "bad" / "comment_test.csv").exists()
     assert all((tmp_path / "report" / name).is_file() for name in QUICK_FILES)
@@ -90,11 +90,11 @@ def test_a_csv_of_earlier_reviews_is_not_left_as_if_it_were_theirs(
     broken, gone = (tmp_path / f"{split}-test_results" / "made" / "comment_test.csv" for split in ("in", "out"))
     before = broken.read_bytes()
     assert run("--eval_dir", tmp_path) == 1
-    told = capsys.readouterr().out
-    assert f"stale: {broken} was computed from earlier reviews; it is comment_test.csv.stale now" in told
+    result = capsys.readouterr().out
+    assert f"stale: {broken} was computed from earlier reviews; it is comment_test.csv.stale now" in result
     assert not broken.exists()
     assert broken.with_name("comment_test.csv.stale").read_bytes() == before
-    assert f"stale: {gone} has no reviews; it was left unchanged" in told
+    assert f"stale: {gone} has no reviews; it was left unchanged" in result
     assert gone.is_file()
 
 
@@ -164,11 +164,11 @@ def test_says_what_was_counted_and_why_not(tmp_path: Path, capsys: pytest.Captur
     rows = [made_row(0), made_row(1, answer=""), made_row(2, records={"Fluency": record((8, 0)), "Coherency": {}})]
     write_agent(tmp_path, "made", rows)
     assert run("--eval_dir", tmp_path) == 0
-    told = capsys.readouterr().out
-    assert told.count("3 rows, 2 counted, 1 without an answer, failed reviews: 2") == 6
-    assert told.count("Fluency: mean over 1 of 2 (1 × model B scored 0, so the ratio is undefined)") == 6
-    assert told.count("Coherency: mean over 1 of 2 (1 × no review stored)") == 6
-    assert "failed reviews: 12" in told
+    result = capsys.readouterr().out
+    assert result.count("3 rows, 2 counted, 1 without an answer, failed reviews: 2") == 6
+    assert result.count("Fluency: mean over 1 of 2 (1 × model B scored 0, so the ratio is undefined)") == 6
+    assert result.count("Coherency: mean over 1 of 2 (1 × no review stored)") == 6
+    assert "failed reviews: 12" in result
 
 
 def test_agent_with_nothing_but_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +185,7 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     write_agent(tmp_path, "made", [made_row()])
     (tmp_path / "in-test_results").write_text("a file", encoding="utf-8")
     assert run("--eval_dir", tmp_path) == 1
-    assert capsys.readouterr().err.count("cannot write") == 1  # one folder, told once
+    assert capsys.readouterr().err.count("cannot write") == 1  # one folder, reported once
     assert len(list(tmp_path.glob("out-test_results/*/*.csv"))) == 3
     (tmp_path / "report.txt").write_text("a file", encoding="utf-8")
     with pytest.raises(MMRoleError, match="cannot write"):

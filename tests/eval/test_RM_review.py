@@ -140,8 +140,8 @@ def test_published_reviews_come_out_byte_for_byte(shared, tmp_path):
                     if "rm_review" in row:
                         for metric, (_, text) in review_prompts(row).items():
                             texts[text] = row["rm_review"][metric]["review"]
-            told = flags(world, "--input_dir", answers, "--output_dir", tmp_path / split / agent)
-            assert RM_review.main(told, FakeBackend(lambda prompt, texts=texts: texts[prompt.text])) == 0
+            result = flags(world, "--input_dir", answers, "--output_dir", tmp_path / split / agent)
+            assert RM_review.main(result, FakeBackend(lambda prompt, texts=texts: texts[prompt.text])) == 0
             for path in folder.glob("*.json"):
                 assert (tmp_path / split / agent / path.name).read_bytes() == path.read_bytes()
 
@@ -169,15 +169,15 @@ def test_hostile_answers_travel_as_plain_text(world, answer):
 # ---- what cannot be read
 
 
-def test_unreadable_reviews_are_asked_for_again(world):
+def test_unreadable_reviews_are_requested_again(world):
     asked = []
 
     def at_the_third(prompt):
         asked.append(prompt)
         return "none" if len([r for r in asked if r.text == prompt.text]) < 3 else "[Scores]: (3, 4)"
 
-    told = flags(world, "--agent", "two", "--no_random")
-    assert RM_review.main(told, FakeBackend(at_the_third)) == 0
+    result = flags(world, "--agent", "two", "--no_random")
+    assert RM_review.main(result, FakeBackend(at_the_third)) == 0
     (row,) = reviews(world, "in-test_reviews/two/comment_test.json")
     assert row["rm_review"]["Fluency"] == {"review": "[Scores]: (3, 4)", "score": [3.0, 4.0], "attempts": 3}
     mine = [prompt for prompt in asked if prompt.text == asked[0].text]
@@ -185,7 +185,7 @@ def test_unreadable_reviews_are_asked_for_again(world):
     assert len({prompt.seed for prompt in asked}) == 24
 
 
-def test_what_stays_unreadable_is_told_and_never_a_score(world, capsys):
+def test_what_stays_unreadable_is_reported_and_never_a_score(world, capsys):
     backend = FakeBackend(lambda prompt: "I like both.")
     assert RM_review.main(flags(world, "--agent", "two", "--retries", 2), backend) == 1
     assert len(backend.prompts) == 8 * 3
@@ -230,8 +230,8 @@ def test_the_text_before_an_error_stays_with_its_reason(world):
             raise ValueError("out of memory")
         return "I like both."
 
-    told = flags(world, "--agent", "two", "--no_random")
-    assert RM_review.main(told, FakeBackend(breaks_at_the_second)) == 1
+    result = flags(world, "--agent", "two", "--no_random")
+    assert RM_review.main(result, FakeBackend(breaks_at_the_second)) == 1
     (row,) = reviews(world, "in-test_reviews/two/comment_test.json")
     assert row["rm_review"]["Fluency"] == {
         "review": "I like both.",
@@ -285,20 +285,20 @@ def test_other_settings_are_refused_for_all_files_at_once(world):
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "expected"),
     [
         (["--agent", "one", "three"], "three"),
         (["--eval_dir", "nowhere"], "there are no answers to review"),
         (["--input_dir", "nowhere", "--output_dir", "out"], "no such input folder"),
     ],
 )
-def test_what_is_not_there_is_told(world, more, told):
+def test_what_is_not_there_is_reported(world, more, expected):
     with pytest.raises(MMRoleError) as caught:
         RM_review.main([*flags(world), *more], FakeBackend(good))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_rows_without_an_answer_field_are_told(world):
+def test_rows_without_an_answer_field_are_reported(world):
     write_rows(world / "eval/in-test_answers/two/comment_test.json", [sample("a")])
     with pytest.raises(MMRoleError, match=r"answer") as caught:
         RM_review.main(flags(world), FakeBackend(good))
@@ -338,8 +338,8 @@ def test_agents_may_be_named_one_by_one(world):
 @pytest.mark.parametrize("shut", [".", "in-test_answers", "in-test_answers/one"])
 def test_closed_answers_are_not_missing_ones(world, monkeypatch, shut):
     close(monkeypatch, world / "eval" / shut)
-    with pytest.raises(MMRoleError) as told:
+    with pytest.raises(MMRoleError) as result:
         RM_review.main(flags(world), FakeBackend(good))
-    assert "cannot read: Permission denied" in str(told.value) and str(world / "eval" / shut) in str(told.value)
+    assert "cannot read: Permission denied" in str(result.value) and str(world / "eval" / shut) in str(result.value)
     if shut.endswith("one"):
         assert RM_review.main(flags(world, "--agent", "two"), FakeBackend(good)) == 0

@@ -43,8 +43,8 @@ def echo(body, number):
 
 
 def flags(site, world, *more):
-    told = ["--data_root", world, "--eval_dir", world / "eval", "--endpoint", f"{site.url}/v1", "--model", "Org/m:1"]
-    return [str(word) for word in (*told, *more)]
+    result = ["--data_root", world, "--eval_dir", world / "eval", "--endpoint", f"{site.url}/v1", "--model", "Org/m:1"]
+    return [str(word) for word in (*result, *more)]
 
 
 def entries_of(world):

@@ -165,7 +165,7 @@ def never(text):
     return "unreadable"
 
 
-def test_unreadable_texts_are_asked_for_again_sampled_and_with_fresh_seeds(tmp_path):
+def test_unreadable_texts_are_requested_again_sampled_and_with_fresh_seeds(tmp_path):
     task = replace(TASK, attempts=3, complaint=never)
     report, backend = run(make_file(tmp_path, 1), task=task, no_random=True)
     assert [prompt.decoding.do_sample for prompt in backend.prompts] == [False, True, True]
@@ -184,7 +184,7 @@ def test_more_attempts_later_give_what_they_would_have_given_at_once(tmp_path):
     assert (tmp_path / "a/out/x.json").read_bytes() == (tmp_path / "b/out/x.json").read_bytes()
 
 
-def test_every_text_is_journalled_before_the_next_one_is_asked_for(tmp_path):
+def test_every_text_is_journalled_before_the_next_one_is_requested(tmp_path):
     file = make_file(tmp_path)
     seen = []
 
@@ -203,7 +203,7 @@ def test_half_surrogates_from_a_model_do_not_stop_a_run(tmp_path):
     assert json.loads(file.target.read_bytes())[0]["t"] == "a ? b"
 
 
-def test_a_journal_of_the_earlier_version_is_gone_on_with(tmp_path):
+def test_a_journal_of_the_earlier_version_is_resumed(tmp_path):
     """It wrote the dtype as it was given."""
     settings = Settings({"model": "abc", "dtype": "float32"}, {"options": {"dtype": "auto"}})
     file, alone = make_file(tmp_path / "a"), make_file(tmp_path / "b")

@@ -138,7 +138,7 @@ def test_hostile_system_messages_and_broken_requests_fail_alone(checkpoint, tmp_
     assert "tokens" in results["too long"].error
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_told(tmp_path):
+def test_a_checkpoint_that_cannot_be_loaded_is_reported(tmp_path):
     with pytest.raises(MMRoleError, match="no such checkpoint folder") as caught:
         list(backend(tmp_path / "gone").run([request("a")]))
     assert str(tmp_path / "gone") in str(caught.value)
@@ -162,7 +162,7 @@ def changed(folder, change):
     ],
     ids=["truncated", "empty bin", "pointer bin", "no output_dim", "extra key", "wrong type"],
 )
-def test_a_damaged_checkpoint_is_told_in_four_parts(checkpoint, tmp_path, damage):
+def test_a_damaged_checkpoint_is_reported_in_four_parts(checkpoint, tmp_path, damage):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
     damage(folder)
     with pytest.raises(MMRoleError, match=r"the checkpoint cannot be loaded: \S") as caught:
@@ -245,7 +245,7 @@ def test_devices_that_do_not_exist(device):
 
 
 @pytest.mark.parametrize(
-    ("count", "device", "told"),
+    ("count", "device", "expected"),
     [
         (0, "cuda", "finds no GPU"),
         (2, "cuda", None),
@@ -253,9 +253,9 @@ def test_devices_that_do_not_exist(device):
         (2, "cuda:2", "the last one here is cuda:1"),
     ],
 )
-def test_gpus_are_counted(monkeypatch, count, device, told):
+def test_gpus_are_counted(monkeypatch, count, device, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert [told in problem.what for problem in device_problems(device)] == ([True] if told else [])
+    assert [expected in problem.what for problem in device_problems(device)] == ([True] if expected else [])
 
 
 SETTINGS = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.3, "max_new_tokens": 512, "num_beams": 1}
@@ -280,9 +280,9 @@ def test_generation_settings_that_are_right(tmp_path):
 )
 def test_sampling_that_cannot_be(tmp_path, change):
     (name,) = change
-    (told,) = generation_told(tmp_path, **change)
-    assert name in told or "not supported" in told
-    assert "generation_config.json" in told
+    (result,) = generation_told(tmp_path, **change)
+    assert name in result or "not supported" in result
+    assert "generation_config.json" in result
     assert (
         generation_told(tmp_path, greedy=True, **change) == generation_told(tmp_path, do_sample=False, **change) == []
     )
@@ -300,8 +300,8 @@ def test_limits_that_cannot_be(tmp_path):
 
 
 def test_settings_that_the_engine_does_not_know(tmp_path):
-    (told,) = generation_told(tmp_path, repetition_penalty=1.1, min_new_tokens=3)
-    assert "repetition_penalty: 1.1" in told and "min_new_tokens: 3" in told and "--batch_size 1" in told
+    (result,) = generation_told(tmp_path, repetition_penalty=1.1, min_new_tokens=3)
+    assert "repetition_penalty: 1.1" in result and "min_new_tokens: 3" in result and "--batch_size 1" in result
     assert generation_told(tmp_path, repetition_penalty=1.1, batched=False) == []
 
 
@@ -319,6 +319,6 @@ def test_generation_settings_are_seen_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize(("device", "told"), [("meta", True), ("cpu:0", False)])
-def test_devices_that_cannot_write(device, told):
-    assert ["only CPUs and NVIDIA GPUs" in problem.what for problem in device_problems(device)] == [True] * told
+@pytest.mark.parametrize(("device", "expected"), [("meta", True), ("cpu:0", False)])
+def test_devices_that_cannot_write(device, expected):
+    assert ["only CPUs and NVIDIA GPUs" in problem.what for problem in device_problems(device)] == [True] * expected

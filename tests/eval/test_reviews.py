@@ -117,7 +117,7 @@ def test_no_valid_ratio_gives_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("least", [5e-324, 1e-300, 1e-7, math.nan, -math.inf])
-def test_a_score_of_no_sense_costs_its_own_row_alone(tmp_path: Path, least: float) -> None:
+def test_a_score_of_no_sense_fails_its_row_alone(tmp_path: Path, least: float) -> None:
     rows = [made_row(0, (5, 10)), made_row(1, (10, least))]
     assert np.array_equal(read_reviews(write_rows(tmp_path / "a.json", rows)).means, np.full(8, 0.5))
 
@@ -250,7 +250,7 @@ def test_all_failed_has_no_number_and_does_not_crash(tmp_path: Path) -> None:
     assert agent.complete and math.isnan(agent.paper_scores()[-1])
 
 
-def test_a_closed_folder_is_told_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_folder_is_reported_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_agent(tmp_path, "open", [made_row()])
     write_agent(tmp_path, "shut", [made_row()])
     close(monkeypatch, tmp_path / "in-test_reviews" / "shut")
@@ -264,7 +264,7 @@ def test_a_closed_folder_is_told_and_the_others_are_read(tmp_path: Path, monkeyp
     assert unexplained_csvs(tmp_path) == []
 
 
-def test_a_closed_split_is_told_with_every_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_split_is_reported_with_every_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_agent(tmp_path, "a", [made_row()])
     write_agent(tmp_path, "b", [made_row()])
     close(monkeypatch, tmp_path / "in-test_reviews")
@@ -273,7 +273,7 @@ def test_a_closed_split_is_told_with_every_agent(tmp_path: Path, monkeypatch: py
         assert [problem.value for problem in agent.problems] == [tmp_path / "in-test_reviews"]
 
 
-def test_a_closed_evaluation_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_evaluation_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_agent(tmp_path / "eval", "a", [made_row()])
     close(monkeypatch, tmp_path / "eval")
     with pytest.raises(MMRoleError, match="cannot read: Permission denied"):

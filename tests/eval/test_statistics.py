@@ -77,7 +77,7 @@ def test_failed_reviews_are_left_out_of_their_metric_alone() -> None:
     assert estimate.error[1] > estimate.error[0]
 
 
-def test_a_metric_without_ratios_has_no_number_and_nor_has_what_it_is_part_of() -> None:
+def test_a_metric_without_ratios_has_no_number_and_makes_none() -> None:
     ratios = made(uneven())
     ratios[:, 0] = np.nan
     estimate = mean(ratios, uneven())

@@ -59,18 +59,18 @@ def test_the_global_batch_decides_the_accumulation(flags: Flags, monkeypatch: py
         parse_arguments(flags(global_batch_size=16))
 
 
-def test_all_that_is_wrong_is_told_at_once(flags: Flags) -> None:
+def test_all_that_is_wrong_is_reported_at_once(flags: Flags) -> None:
     words = flags(fp16=True, deepspeed="nowhere.json", push_to_hub=True, model_max_length=0)
     with pytest.raises(MMRoleError) as caught:
         parse_arguments([*words, "--learning_rat", "1"])
-    told = str(caught.value)
+    result = str(caught.value)
     parts = ("did you mean --learning_rate?", "nowhere.json", "float16 overflows", "--push_to_hub")
     for part in (*parts, "--model_max_length 0"):
-        assert part in told
+        assert part in result
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "told"),
+    ("flag", "value", "expected"),
     [
         ("lora_r", 0, "from 1"),
         ("lora_dropout", 1.0, "from 0 to below 1"),
@@ -89,11 +89,11 @@ def test_all_that_is_wrong_is_told_at_once(flags: Flags) -> None:
         ("data_seed", 2**32, "from 0 to below"),
     ],
 )
-def test_values_that_would_fail_late(flags: Flags, flag: str, value: object, told: str) -> None:
+def test_values_that_would_fail_late(flags: Flags, flag: str, value: object, expected: str) -> None:
     with pytest.raises(MMRoleError) as caught:
         parse_arguments(flags(**{flag: value}))
     assert f"--{flag} {value}" in str(caught.value)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_values_that_can_be(flags: Flags) -> None:
@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_keeps_its_optimizer_state(flags: Flags) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"eval_split": 0.5}, "no evaluation"),
         ({"eval_data_path": "x.json"}, "no evaluation"),
@@ -121,10 +121,10 @@ def test_a_run_that_goes_on_keeps_its_optimizer_state(flags: Flags) -> None:
     ],
     ids=str,
 )
-def test_flags_that_have_no_effect_together(flags: Flags, changes: dict[str, object], told: str) -> None:
+def test_flags_that_have_no_effect_together(flags: Flags, changes: dict[str, object], expected: str) -> None:
     with pytest.raises(MMRoleError) as caught:
         parse_arguments(flags(**changes))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_value_that_cannot_be(flags: Flags) -> None:
@@ -156,10 +156,10 @@ def test_accumulation(global_batch: int, micro_batch: int, processes: int, steps
 def test_what_cannot_divide_lists_what_can() -> None:
     with pytest.raises(MMRoleError) as caught:
         accumulation_steps(256, 3, 8)
-    told = str(caught.value)
-    assert "global batch 256, micro-batch 3, 8 process(es)" in told
-    assert "micro-batch 1, 2, 4, 8, 16, 32 with these 8 process(es)" in told
-    assert "global batch 240 or 264" in told
+    result = str(caught.value)
+    assert "global batch 256, micro-batch 3, 8 process(es)" in result
+    assert "micro-batch 1, 2, 4, 8, 16, 32 with these 8 process(es)" in result
+    assert "global batch 240 or 264" in result
     with pytest.raises(MMRoleError, match="does not divide") as caught:
         accumulation_steps(256, 2, 6)
     assert "1, 2, 4, 8, 16, 32, 64, 128 process(es) with this micro-batch" in str(caught.value)

@@ -78,9 +78,9 @@ def test_every_way_to_be_wrong_is_found_at_once(saved: tuple[Path, dict]) -> Non
     rewrite(folder, spoil)
     with pytest.raises(MMRoleError) as caught:
         check_saved(folder, expected)
-    told = str(caught.value)
+    result = str(caught.value)
     for part in ("transformer.ln_f.weight", "lm_head.weight: F32 [0] instead of F32 [512, 128]", "BF16", "more"):
-        assert part in told
+        assert part in result
 
 
 def test_a_file_cut_short_is_found(saved: tuple[Path, dict]) -> None:
@@ -148,7 +148,7 @@ def test_a_folder_replaces_one_of_its_name(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [STAGING, "checkpoint-2"]
 
 
-def test_only_errors_of_writing_are_told_as_such(tmp_path: Path) -> None:
+def test_only_errors_of_writing_are_reported_as_such(tmp_path: Path) -> None:
     for error in (OSError(28, "No space left on device"), SafetensorError("x"), RuntimeError("PytorchStreamWriter x")):
         (tmp_path / STAGING).mkdir()
         with pytest.raises(MMRoleError, match="cannot be written"), writing(tmp_path / STAGING):
@@ -207,9 +207,9 @@ def test_a_damaged_one_is_passed_over_or_refused(
     assert damage.startswith((f"{name}: ", f"the weights ({name.partition('.')[0]}"))
     options = parse_arguments(flags(resume_from_checkpoint="auto"))[0]
     assert checkpoint_to_resume(options) == out / "checkpoint-2"
-    told = capsys.readouterr().err
-    assert f"checkpoint-4 is damaged or holds no optimizer state ({damage})" in told
-    assert "resuming from the one before, checkpoint-2" in told
+    result = capsys.readouterr().err
+    assert f"checkpoint-4 is damaged or holds no optimizer state ({damage})" in result
+    assert "resuming from the one before, checkpoint-2" in result
     options = parse_arguments(flags(resume_from_checkpoint=out / "checkpoint-4"))[0]
     with pytest.raises(MMRoleError, match="is damaged") as caught:
         checkpoint_to_resume(options)
@@ -320,7 +320,7 @@ def test_a_checkpoint_loads_as_it_is_and_old_ones_go(flags: Flags, tmp_path: Pat
     assert list(out.glob("checkpoint-*")) == []
 
 
-def test_other_settings_are_told_before_anything_is_loaded(
+def test_other_settings_are_reported_before_anything_is_loaded(
     flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -332,13 +332,13 @@ def test_other_settings_are_told_before_anything_is_loaded(
     monkeypatch.setattr("finetune.model.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(MMRoleError, match="other settings") as caught:
         main(flags(**FOUR, resume_from_checkpoint="auto", gradient_accumulation_steps=4))
-    told = str(caught.value)
+    result = str(caught.value)
     for part in ("samples a step: 4 there, 8 now", "--global_batch_size 4", f"--model_name_or_path {out}"):
-        assert part in told
-    assert "processes" not in told
+        assert part in result
+    assert "processes" not in result
 
 
-def test_other_data_or_another_base_is_told(flags: Flags, base: Path, data: Data, tmp_path: Path) -> None:
+def test_other_data_or_another_base_is_reported(flags: Flags, base: Path, data: Data, tmp_path: Path) -> None:
     main(flags(**FOUR))
     there = tmp_path / "out" / "checkpoint-4"
     shutil.copytree(base, tmp_path / "moved")
@@ -367,12 +367,12 @@ def test_what_is_learned_may_not_change(flags: Flags, tmp_path: Path, lora: bool
         assert ("merge_lora.py" in str(caught.value)) == lora
 
 
-def test_another_schedule_is_told(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_schedule_is_reported(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = {"max_steps": 1, "save_strategy": "steps", "lr_scheduler_type": "constant"}
     main(flags(**first))
     main(flags(**{**first, "max_steps": 2}, learning_rate=1e-5, resume_from_checkpoint="auto"))
-    told = capsys.readouterr().err
-    assert "learning_rate 0.001 there, 1e-05 now; max_steps 1 there, 2 now" in told
+    result = capsys.readouterr().err
+    assert "learning_rate 0.001 there, 1e-05 now; max_steps 1 there, 2 now" in result
     assert report(tmp_path / "out")["log"][-1]["learning_rate"] == 1e-3  # as the line says
     main(flags(**first, resume_from_checkpoint=tmp_path / "out" / "checkpoint-1"))
     assert "schedule" not in capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_saves_at_the_ends_of_epochs() -> None:
     assert [n for n in range(1, 901) if REWARD_MODEL.ends_epoch(n)] == expected
 
 
-def test_each_epoch_is_a_permutation_of_its_own_that_repeats_its_beginning() -> None:
+def test_each_epoch_is_another_permutation_that_repeats_its_beginning() -> None:
     order = Order(10, multiple=4, step=4, epochs=3, max_steps=-1, seed=7)
     epochs = [[order.sample(12 * epoch + place) for place in range(12)] for epoch in range(3)]
     for epoch in epochs:

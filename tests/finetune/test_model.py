@@ -60,9 +60,9 @@ def test_four_bits_are_for_the_decoder_alone(bare: QwenVLForCausalLM) -> None:
 
 def test_targets(bare: QwenVLForCausalLM) -> None:
     assert target_problems(bare, LoraArguments().lora_target_modules) == []
-    told = "\n".join(map(str, target_problems(bare, ["c_attn", "q_proj", "ln_1", "mlp"])))
+    result = "\n".join(map(str, target_problems(bare, ["c_attn", "q_proj", "ln_1", "mlp"])))
     for part in ("matches no module", "q_proj", "no layer of weights", "ln_1: transformer.", "mlp: transformer."):
-        assert part in told
+        assert part in result
 
 
 def test_adapter_weights(bare: QwenVLForCausalLM) -> None:

@@ -45,7 +45,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return packages
 
 
-def test_nothing_asked_is_fine(installed: set[str]) -> None:
+def test_no_settings_are_fine(installed: set[str]) -> None:
     installed.clear()
     installed.add("accelerate")
     check_command_line([])
@@ -137,7 +137,7 @@ def sample(name: str, question: str, answer: str = "Yes.") -> dict:
     return {"id": name, "conversations": turns}
 
 
-def test_everything_wrong_is_told_at_once_and_no_weight_is_read(
+def test_everything_wrong_is_reported_at_once_and_no_weight_is_read(
     flags: Flags, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (data.root / "images" / "broken.png").write_bytes(b"no picture")
@@ -153,12 +153,12 @@ def test_everything_wrong_is_told_at_once_and_no_weight_is_read(
     monkeypatch.setattr(QwenVLForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(MMRoleError) as caught:
         main(flags(data_path=file))
-    told = str(caught.value)
-    assert told.startswith("4 problems")
-    assert told.count("images/gone.png") == 1
-    assert "sample gone and 1 more" in told
-    for part in ("broken.png", "climb out", "Unclosed" if "Unclosed" in told else "unclosed"):
-        assert part in told
+    result = str(caught.value)
+    assert result.startswith("4 problems")
+    assert result.count("images/gone.png") == 1
+    assert "sample gone and 1 more" in result
+    for part in ("broken.png", "climb out", "Unclosed" if "Unclosed" in result else "unclosed"):
+        assert part in result
 
 
 def test_schema_problems_come_with_those_of_the_base(flags: Flags, data: Data, tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_schema_problems_come_with_those_of_the_base(flags: Flags, data: Data, t
     file = data.with_rows(rows, "schema.json")
     with pytest.raises(MMRoleError) as caught:
         main(flags(data_path=file, model_name_or_path=tmp_path / "nowhere", eval_strategy="steps"))
-    told = str(caught.value)
+    result = str(caught.value)
     for part in ("twice", "sample none", "no such checkpoint folder", "nothing to evaluate on"):
-        assert part in told
+        assert part in result
 
 
 def test_an_empty_file_and_a_missing_one(flags: Flags, data: Data) -> None:
@@ -213,20 +213,20 @@ def test_samples_without_an_answer_are_counted(base: Path, data: Data) -> None:
     assert facts.counts()["no_answer"] == 1
 
 
-def test_equal_problems_are_told_as_one(flags: Flags, data: Data) -> None:
+def test_equal_problems_are_reported_as_one(flags: Flags, data: Data) -> None:
     rows = [sample(f"s_{n}", f"<img>images/gone_{n}.png</img>") for n in range(300)]
     rows.append(sample("open", "<img>images/0.png"))
     with pytest.raises(MMRoleError) as caught:
         main(flags(data_path=data.with_rows(rows, "gone.json")))
-    told = str(caught.value)
-    assert told.startswith("2 problems")
-    assert "an image is missing (300 times)" in told
-    assert "images/gone_9.png" in told
-    assert "sample s_9)" in told
-    assert "images/gone_10.png" not in told
-    assert "… and 290 more" in told
-    assert "--data_root" in told
-    assert told.count("\n") < 25
+    result = str(caught.value)
+    assert result.startswith("2 problems")
+    assert "an image is missing (300 times)" in result
+    assert "images/gone_9.png" in result
+    assert "sample s_9)" in result
+    assert "images/gone_10.png" not in result
+    assert "… and 290 more" in result
+    assert "--data_root" in result
+    assert result.count("\n") < 25
 
 
 def test_few_equal_problems_stay_apart() -> None:
@@ -264,7 +264,7 @@ def spoiled(base: Path, tmp_path: Path, changes: dict[str, bytes | str]) -> Path
     return folder
 
 
-def test_a_damaged_base_is_told_whole_before_anything_loads(
+def test_a_damaged_base_is_reported_whole_before_anything_loads(
     flags: Flags, base: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune.model.load_model", lambda *_: pytest.fail("the model was loaded"))
@@ -280,20 +280,20 @@ def test_a_damaged_base_is_told_whole_before_anything_loads(
 
 @pytest.mark.parametrize("change", ["visual", "hidden_size", "layers", "vocabulary"])
 def test_a_base_that_does_not_fit_together(flags: Flags, base: Path, tmp_path: Path, change: str) -> None:
-    config, told = json.loads((base / "config.json").read_text()), change
+    config, result = json.loads((base / "config.json").read_text()), change
     if change == "visual":
         del config["visual"]
     elif change == "hidden_size":
         config["hidden_size"] = "wide"
     elif change == "layers":
         config["num_hidden_layers"] = 3
-        told = "transformer.h.2.attn.c_attn.weight: missing"
+        result = "transformer.h.2.attn.c_attn.weight: missing"
     else:
         config["visual"]["image_start_id"] -= 1
-        told = "do not belong together"
+        result = "do not belong together"
     with pytest.raises(MMRoleError) as caught:
         main(flags(model_name_or_path=spoiled(base, tmp_path, {"config.json": json.dumps(config)})))
-    assert told in str(caught.value)
+    assert result in str(caught.value)
     assert "Spoiled-Chat" in str(caught.value)
 
 

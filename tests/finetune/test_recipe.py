@@ -92,21 +92,21 @@ def test_a_script_trains_by_the_recipe(
     printed = script(name, base, data, out, "--sequential", PROCESSES=str(processes), MICRO_BATCH="2")
     filled = 16 * per_epoch
     assert f"{updates} steps over 16 samples, each epoch filled up to {filled}; the loss" in printed
-    told = report(out)
-    assert told["recipe"] == {"name": recipe, "changed": {"global_batch_size": 16}}
-    log = told["log"]
+    result = report(out)
+    assert result["recipe"] == {"name": recipe, "changed": {"global_batch_size": 16}}
+    log = result["log"]
     assert [entry["step"] for entry in log] == list(range(1, updates + 1))
     assert log[0]["loss"] == pytest.approx(group_mean(base, data, group), **SAME)
     warmup = max(2, math.ceil(updates / 100))
     rates = [1e-5 * (math.log(n) / math.log(warmup) if n <= warmup else 1) for n in range(1, updates + 1)]
     assert [entry["learning_rate"] for entry in log] == pytest.approx(rates)  # after each update, as published
     assert [entry["epoch"] for entry in log] == pytest.approx([n / per_epoch for n in range(1, updates + 1)], abs=0.01)
-    options = told["options"]
+    options = result["options"]
     wanted = {"learning_rate": 1e-5, "weight_decay": 0.05, "adam_beta1": 0.9, "adam_beta2": 0.95, "fix_vit": True}
     wanted |= {"num_train_epochs": float(epochs), "model_max_length": length, "max_grad_norm": 1.0, "fill_to": filled}
     wanted |= {"gradient_checkpointing": True, "use_lora": False, "decay_all": True, "adam_epsilon": 1e-8}
     assert {key: options[key] for key in wanted} == wanted
-    assert told["identity"]["ZeRO stage"] == 3
+    assert result["identity"]["ZeRO stage"] == 3
     saved = sorted(int(path.name.rpartition("-")[2]) for path in out.glob("checkpoint-*"))
     assert saved == [per_epoch * epoch for epoch in range(1, epochs + 1)]
     for step in saved:
@@ -247,7 +247,7 @@ def test_an_older_resume_checkpoint_goes_when_there_is_a_newer_one(flags: Flags,
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "expected"),
     [
         ({"global_batch_size": 20}, "global batch of 16 or 24"),
         ({"global_batch_size": 128}, "global batch of 64 or a smaller multiple of 8"),
@@ -261,10 +261,10 @@ def test_an_older_resume_checkpoint_goes_when_there_is_a_newer_one(flags: Flags,
         ({"loss_group": "all"}, "a number from 1"),
     ],
 )
-def test_what_the_recipe_cannot_be(flags: Flags, more: dict[str, object], told: str) -> None:
+def test_what_the_recipe_cannot_be(flags: Flags, more: dict[str, object], expected: str) -> None:
     with pytest.raises(MMRoleError) as caught:
         main(flags(**{"recipe": "agent", "global_batch_size": 16, **more}))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_deepspeed_blocks_that_override_flags_are_refused(flags: Flags, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ def test_report_and_curves(tmp_path: Path) -> None:
     other.mkdir()
     write_report([tmp_path, other], {"state": "finished"}, history)
     for folder in (tmp_path, other):
-        told = json.loads((folder / "training.json").read_text())
-        assert told["state"] == "finished"
-        assert [entry["step"] for entry in told["log"]] == [1, 2, 3, 4, 5]
+        result = json.loads((folder / "training.json").read_text())
+        assert result["state"] == "finished"
+        assert [entry["step"] for entry in result["log"]] == [1, 2, 3, 4, 5]
         with Image.open(folder / "loss.png") as picture:
             assert picture.format == "PNG"
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 3
@@ -41,12 +41,12 @@ def test_no_curve_without_a_step(tmp_path: Path) -> None:
 
 
 def test_throughput() -> None:
-    told = Throughput(steps=2, seconds=4, waiting=1, samples=8, tokens=300, positions=400, supervised=40).summary()
-    assert told["samples_per_second"] == 2
-    assert told["tokens_per_second"] == 75
-    assert told["supervised_tokens_per_second"] == 10
-    assert told["padding_share"] == 0.25
-    assert told["waiting_for_data_share"] == 0.25
+    result = Throughput(steps=2, seconds=4, waiting=1, samples=8, tokens=300, positions=400, supervised=40).summary()
+    assert result["samples_per_second"] == 2
+    assert result["tokens_per_second"] == 75
+    assert result["supervised_tokens_per_second"] == 10
+    assert result["padding_share"] == 0.25
+    assert result["waiting_for_data_share"] == 0.25
     assert Throughput().summary()["samples_per_second"] == 0
 
 

@@ -36,11 +36,11 @@ def test_the_lora_scripts_take_the_recipe(name: str, base: Path, data: Data, tmp
     recipe, epochs, length = SCRIPTS[name]
     output = output_of(run(name, base, data, tmp_path / "out", "--max_steps", "2"))
     assert "8 samples a step: micro-batch 1 x accumulation 8 x 1 process(es)" in output
-    told = report(tmp_path / "out")
-    assert told["recipe"] == {"name": recipe, "changed": {"global_batch_size": 8}}
+    result = report(tmp_path / "out")
+    assert result["recipe"] == {"name": recipe, "changed": {"global_batch_size": 8}}
     wanted = {"learning_rate": 1e-5, "num_train_epochs": epochs, "model_max_length": length, "use_lora": True}
-    assert {key: told["options"][key] for key in wanted} == wanted
-    assert told["identity"]["ZeRO stage"] == 2
+    assert {key: result["options"][key] for key in wanted} == wanted
+    assert result["identity"]["ZeRO stage"] == 2
     qwen_vl.load(tmp_path / "out", device="cpu")
 
 

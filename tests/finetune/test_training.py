@@ -57,12 +57,12 @@ def test_full_tuning(flags: Flags, base: Path, data: Data, tmp_path: Path) -> No
     # published: the tower is frozen, all of its resampler trains, `pos_embed` too.
     assert changed == before.keys() - tower
     assert "transformer.visual.attn_pool.pos_embed" in changed
-    told = report(out)
-    assert set(told["trainable"]) == changed
-    assert told["state"] == "finished"
-    assert (told["global_batch"], told["data"]["samples"], told["throughput"]["samples"]) == (4, 16, 16)
-    assert told["throughput"]["padding_share"] == 0
-    assert len(told["base"]["fingerprint"]) == 16
+    result = report(out)
+    assert set(result["trainable"]) == changed
+    assert result["state"] == "finished"
+    assert (result["global_batch"], result["data"]["samples"], result["throughput"]["samples"]) == (4, 16, 16)
+    assert result["throughput"]["padding_share"] == 0
+    assert len(result["base"]["fingerprint"]) == 16
     assert len(losses(out)) == 4
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
     for name in ("loss.png", "generation_config.json", "qwen.tiktoken", "modeling_qwen.py"):
@@ -248,11 +248,11 @@ def test_throughput_leaves_evaluation_out(flags: Flags, data: Data, tmp_path: Pa
         patch.setattr("finetune.trainer.SupervisedTrainer", Slow)
         patch.setattr("finetune.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0]))
         main(flags(eval_strategy="steps", eval_steps=1, eval_data_path=held_out))
-    told = report(tmp_path / "out")
-    assert told["throughput"]["seconds"] == 4  # two steps of two micro-batches
-    assert [entry["hours_left"] for entry in told["log"]] == [round(2 / 3600, 3), 0]
-    tokens = sum(entry["tokens_per_second"] * 2 for entry in told["log"])
-    assert tokens == pytest.approx(told["throughput"]["tokens"], abs=1)
+    result = report(tmp_path / "out")
+    assert result["throughput"]["seconds"] == 4  # two steps of two micro-batches
+    assert [entry["hours_left"] for entry in result["log"]] == [round(2 / 3600, 3), 0]
+    tokens = sum(entry["tokens_per_second"] * 2 for entry in result["log"])
+    assert tokens == pytest.approx(result["throughput"]["tokens"], abs=1)
 
 
 def test_evaluation_is_the_mean_over_all_supervised_tokens(flags: Flags, data: Data, tmp_path: Path) -> None:
@@ -278,18 +278,18 @@ def test_the_best_model_is_kept_and_training_ends_early(flags: Flags, data: Data
     more |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_total_limit": 1, "max_steps": 9}
     more |= {"learning_rate": 1.0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
     main(flags(**more))
-    told = report(out)
+    result = report(out)
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     best = evaluated.index(min(evaluated)) + 1
-    assert told["best_step"] == best
+    assert result["best_step"] == best
     assert len(evaluated) == best + 2  # patience
-    assert told["stopped_early"]
-    assert told["data"]["samples"] == len(data.rows) - 4
+    assert result["stopped_early"]
+    assert result["data"]["samples"] == len(data.rows) - 4
     kept = out / f"checkpoint-{best}" / "model.safetensors"
     assert (out / "model.safetensors").read_bytes() == kept.read_bytes()
     assert main(flags(**more, resume_from_checkpoint="auto")) == 0  # finished
-    assert report(out) == told
+    assert report(out) == result
 
 
 def test_an_evaluation_set_drawn_from_the_training_data(flags: Flags, data: Data, tmp_path: Path) -> None:

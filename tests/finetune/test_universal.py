@@ -110,10 +110,10 @@ def test_without_shards_only_the_samples_a_step_must_be_the_same(flags: Flags, t
     (checkpoint / "rng_state.pth").unlink()  # four processes have others
     with pytest.raises(MMRoleError, match="other settings") as caught:
         main(flags(**more, resume_from_checkpoint="auto", per_device_train_batch_size=3))
-    told = str(caught.value)
+    result = str(caught.value)
     for part in ("samples a step: 4 there, 6 now", "--global_batch_size 4", "--fill_to 8", "--loss_group 2"):
-        assert part in told
-    assert "that divides with micro-batch 1, 2, 4 with these 1 process(es)" in told
+        assert part in result
+    assert "that divides with micro-batch 1, 2, 4 with these 1 process(es)" in result
     main(
         flags(
             **more,

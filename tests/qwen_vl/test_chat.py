@@ -32,7 +32,7 @@ def test_typed_im_end_stays_text_in_a_string_too(tokenizer: QwenVLTokenizer) -> 
 @pytest.mark.parametrize(
     "query", ["<ref><img>a.png</img></ref> what?", "a </img> b <img>a.png</img>", "<img>a.png</img> and </img>"]
 )
-def test_tags_within_tags_are_told_as_such(tokenizer: QwenVLTokenizer, query: str) -> None:
+def test_tags_within_tags_are_reported_as_such(tokenizer: QwenVLTokenizer, query: str) -> None:
     with pytest.raises(ValueError, match="cannot be told apart"):
         make_context(tokenizer, query)
 

@@ -248,7 +248,7 @@ def test_out_of_memory_after_the_layers_doubles_no_token(sampler, tokenizer, req
     assert engine.statistics.out_of_memory == 1
 
 
-def test_out_of_memory_for_a_newcomer_is_not_the_fault_of_who_is_in_flight(
+def test_out_of_memory_for_a_newcomer_does_not_harm_running_requests(
     sampler, tokenizer, requests, expected, monkeypatch
 ) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_batch_tokens=100_000)
@@ -359,7 +359,7 @@ def test_pictures_that_are_objects_are_not_taken_for_another(sampler, tokenizer)
     assert {r.id: r.text for r in BatchGenerator(sampler, tokenizer, window=1).run(requests())} == expected
 
 
-def test_no_more_rows_than_asked_for(sampler, tokenizer, requests, expected) -> None:
+def test_no_more_rows_than_requested(sampler, tokenizer, requests, expected) -> None:
     engine = BatchGenerator(sampler, tokenizer, max_rows=2)
     assert _answers(list(engine.run(requests))) == expected
     assert engine.statistics.peak_rows <= 2

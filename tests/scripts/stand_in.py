@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 CODE = Path(__file__).resolve().parent / "stand_in_code"
-# In what it can be told to differ, and the file whose setting tells it.
+# The ways in which it can differ, and the file whose setting chooses them.
 TOKENIZER_DIFFERENCES = ("nfc", "list format", "window")
 MODEL_DIFFERENCES = ("pixels", "logn", "ntk", "chat", "stream")
 WIDTH, LAYERS, HEADS, INNER = 128, 2, 4, 256

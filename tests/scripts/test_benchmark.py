@@ -39,14 +39,14 @@ def test_both_ways_of_writing(task: str, requests: int, checkpoint: Path, tmp_pa
     (tmp_path / "images").mkdir()
     Image.radial_gradient("L").save(tmp_path / "images" / "a.jpg")
     given = ["--data_root", tmp_path, "--checkpoint", checkpoint, "--agent", "ada", "--rows", 2]
-    figures, told = benchmark(tmp_path, task, *given, "--released_requests", 2, "--device", "cpu", "--sample")
+    figures, result = benchmark(tmp_path, task, *given, "--released_requests", 2, "--device", "cpu", "--sample")
     assert figures["ours"]["requests"] == requests
     assert figures["ours"]["new tokens"] == sum(len(text) + 1 for text in _texts(task, rows[:2]))
     assert figures["released"]["requests"] == 2
     if task == "review":
         assert figures["ours"]["prefill saved"] > 0.4
-    assert "times the released way's requests per second" in told
-    assert "floor:" in told
+    assert "times the released way's requests per second" in result
+    assert "floor:" in result
 
 
 def _texts(task: str, rows: list[dict]) -> list[str]:
@@ -61,22 +61,22 @@ def test_both_ways_of_training(checkpoint: Path, tmp_path: Path) -> None:
     write_world(draw_world(0), tmp_path / "world")
     given = ["--data_root", tmp_path / "world", "--checkpoint", checkpoint, "--layers", 1, "--steps", 1]
     trainer = ["--global_batch_size", 4, "--use_cpu", True, "--bf16", False, "--dataloader_num_workers", 0]
-    figures, told = benchmark(tmp_path, "train", *given, *trainer)
+    figures, result = benchmark(tmp_path, "train", *given, *trainer)
     ours, released = figures["ours"], figures["released"]
     assert ours["first_loss"] == pytest.approx(released["first_loss"], abs=1e-4)
     assert (ours["padding_share"], released["padding_share"] > 0) == (0, True)
     assert min(*ours.values()) >= 0
-    assert "times the released way's samples per second" in told
+    assert "times the released way's samples per second" in result
 
 
 def test_the_scheduler(tmp_path: Path) -> None:
-    figures, told = benchmark(tmp_path, "schedule", "--requests", 16, 48)
+    figures, result = benchmark(tmp_path, "schedule", "--requests", 16, 48)
     assert [row["requests"] for row in figures["schedule"]] == [16, 48]
     assert all(row["peak cache tokens"] <= 40_000 for row in figures["schedule"])
-    assert "ms each" in told
+    assert "ms each" in result
 
 
-def test_nothing_to_measure_is_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_nothing_to_measure_is_reported(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "answer", "--data_root", tmp_path, "--checkpoint", checkpoint]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -28,7 +28,7 @@ def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, "1"),
@@ -38,8 +38,8 @@ def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
         ({"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "5"}, "5"),
     ],
 )
-def test_one_process_per_gpu(settings: dict[str, str], told: str) -> None:
-    assert run('echo "$PROCESSES"', **settings).stdout.strip() == told
+def test_one_process_per_gpu(settings: dict[str, str], expected: str) -> None:
+    assert run('echo "$PROCESSES"', **settings).stdout.strip() == expected
 
 
 def test_several_nodes_must_be_named() -> None:
@@ -57,8 +57,8 @@ def test_numbers_that_are_none(name: str, value: str) -> None:
     assert f"value:   {value}\nwhere:   {name}\n" in done.stderr
 
 
-@pytest.mark.parametrize(("folder", "told"), [("a b", ["a b"]), ("other", ["a", "b"])])
-def test_an_agents_name_may_hold_a_blank(tmp_path: Path, folder: str, told: list[str]) -> None:
+@pytest.mark.parametrize(("folder", "expected"), [("a b", ["a b"]), ("other", ["a", "b"])])
+def test_an_agents_name_may_hold_a_blank(tmp_path: Path, folder: str, expected: list[str]) -> None:
     (tmp_path / "out-test_answers" / folder).mkdir(parents=True)
     show = tmp_path / "python"
     show.write_text('#!/bin/sh\nfor word; do echo "<$word>"; done\n')
@@ -67,4 +67,4 @@ def test_an_agents_name_may_hold_a_blank(tmp_path: Path, folder: str, told: list
     lines = [f'PYTHON="{show}"', *script[script.index("set -euo pipefail") + 2 :]]
     done = run(*lines, AGENT="a b", EVAL_DIR=str(tmp_path), PROCESSES="1")
     words = [line.strip("<>") for line in done.stdout.splitlines()]
-    assert words[words.index("--agent") + 1 :] == told, done.stderr
+    assert words[words.index("--agent") + 1 :] == expected, done.stderr

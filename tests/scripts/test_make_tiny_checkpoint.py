@@ -127,7 +127,7 @@ def test_the_command_makes_the_same_bytes_in_another_process(checkpoint: Path, d
         (["--vision_width", "50", "--vision_heads", "4"], "does not divide"),
     ],
 )
-def test_sizes_that_do_not_fit_are_told(
+def test_sizes_that_do_not_fit_are_reported(
     script: ModuleType, demo: Path, tmp_path: Path, arguments: list[str], what: str
 ):
     with pytest.raises(MMRoleError, match=what):

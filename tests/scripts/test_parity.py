@@ -79,8 +79,8 @@ def test_agrees_with_code_that_does_the_same(tmp_path: Path, reference_python: s
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_shows_where_code_differs(tmp_path: Path, reference_python: str) -> None:
-    told = ["nfc", "list format", "window", "pixels", "ntk", "stream"]
-    folder, report = stand_in.write(tmp_path / "differs", told), tmp_path / "report.json"
+    message = ["nfc", "list format", "window", "pixels", "ntk", "stream"]
+    folder, report = stand_in.write(tmp_path / "differs", message), tmp_path / "report.json"
     result = run_parity(folder, parity.TRUST, "--report", str(report), "--lengths", "2048", "2049")
     assert result.returncode == 1, result.stdout + result.stderr
     found = verdicts(report)
@@ -208,7 +208,7 @@ def test_released_side_gets_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @FITTING_PYTHON
 @pytest.mark.slow
-def test_environment_is_made_once_and_anew_when_requirements_change(
+def test_environment_is_made_once_and_again_when_requirements_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     stub_wheels.write_wheel(tmp_path, "one", "1.0")

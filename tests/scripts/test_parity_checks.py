@@ -54,18 +54,18 @@ def test_file_that_names_no_code_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("[]", "adapter"),
         ('{"base_model_name_or_path": 5}', "adapter"),
         ('{"base_model_name_or_path": "/gone"}', "/gone"),
     ],
 )
-def test_adapter_without_its_base_is_refused(tmp_path: Path, content: str, told: str) -> None:
+def test_adapter_without_its_base_is_refused(tmp_path: Path, content: str, expected: str) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(MMRoleError) as caught:
         parity.main([str(tmp_path), parity.TRUST])
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_report_that_cannot_be_written_is_refused_before_anything_runs(
@@ -86,7 +86,7 @@ def test_report_that_cannot_be_written_is_refused_before_anything_runs(
     assert "2 problem(s)" in caught.value.what
 
 
-def test_report_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = parity.Row("logits", "short", "(16, 492)", "0", "0", "same")
     monkeypatch.setattr(parity, "run", lambda *_: ([row], {"ours": parity.Side({"device": "cpu"}, {}, {})}))
     report, kept = tmp_path / "report.json", tmp_path / "kept.json"

@@ -48,8 +48,8 @@ def test_the_whole_road(tmp_path: Path) -> None:
         losses = [e["loss"] for e in read(demo / "model_weights" / name / "trainer_state.json")["log_history"][:-1]]
         assert losses[-1] < 0.2 * losses[0]
         assert (demo / "model_weights" / name / "loss.png").stat().st_size
-    for told in (str(demo), "loss.png", "inference.sh", "On real data"):
-        assert told in first.stdout
+    for result in (str(demo), "loss.png", "inference.sh", "On real data"):
+        assert result in first.stdout
     assert "## On real data" in (ROOT / "README.md").read_text(encoding="utf-8")
     before = {path: path.read_bytes() for paths in made.values() for path in paths}
     second = quickstart(ROOT, demo)
@@ -90,7 +90,7 @@ def stubbed(root: Path, *, inference: str = INFERENCE, review: str, train: str =
 
 
 @pytest.mark.parametrize(
-    ("review", "status", "told"),
+    ("review", "status", "expected"),
     [
         (REVIEW, 0, False),
         (f"{REVIEW}; exit 1", 0, True),
@@ -100,12 +100,12 @@ def stubbed(root: Path, *, inference: str = INFERENCE, review: str, train: str =
     ],
     ids=["all read", "some unreadable", "broken down", "user error", "killed"],
 )
-def test_only_unreadable_reviews_are_forgiven(tmp_path: Path, review: str, status: int, told: bool | None) -> None:
+def test_only_unreadable_reviews_are_forgiven(tmp_path: Path, review: str, status: int, expected: bool | None) -> None:
     result = quickstart(stubbed(tmp_path / "root", review=review), tmp_path / "demo")
     assert result.returncode == status, result.stderr
     assert ("the results" in result.stdout) == (status == 0)
-    if told is not None:
-        assert ("Some reviews could not be read" in result.stdout) == told
+    if expected is not None:
+        assert ("Some reviews could not be read" in result.stdout) == expected
 
 
 def test_failed_answers_stop_it(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_trained_models_are_kept_and_half_trained_ones_are_not(tmp_path: Path) -
     assert f"trained {models}/MMRole-Eval_RM " in second.stdout
 
 
-def test_what_was_being_made_when_it_was_killed_is_made_anew(tmp_path: Path) -> None:
+def test_what_was_being_made_when_it_was_killed_is_made_again(tmp_path: Path) -> None:
     root = stubbed(tmp_path / "root", review=REVIEW)
     (tmp_path / "demo" / "world.part").mkdir(parents=True)
     (tmp_path / "demo" / "world.part" / "half").touch()

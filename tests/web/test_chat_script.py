@@ -158,7 +158,7 @@ def test_what_is_refused_early(flags: list[str], message: str, monkeypatch: pyte
         main(flags)
 
 
-def test_a_port_that_is_taken_is_told_before_the_model_loads() -> None:
+def test_a_port_that_is_taken_is_reported_before_the_model_loads() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

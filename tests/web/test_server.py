@@ -167,7 +167,7 @@ def test_twenty_at_once_are_each_what_they_are_alone(served: Served, chat_model)
         assert answers[number] == expected(chat_model, [{"text": f"Question {number}"}])
 
 
-def test_who_leaves_frees_the_place(served: Served, client: Any) -> None:
+def test_a_client_that_leaves_frees_its_place(served: Served, client: Any) -> None:
     service = served.service
     stream = ask(client, [user("Tell me everything")], max_tokens=2_000, stream=True)
     next(iter(stream))

@@ -49,7 +49,7 @@ def test_masked_places_have_no_weight(qkv, attention) -> None:
         assert torch.allclose(lse[row], alone[1][0], atol=1e-6)
 
 
-def test_weights_are_told_as_a_logarithm(qkv) -> None:
+def test_weights_are_reported_as_a_logarithm(qkv) -> None:
     query, key, value = qkv
     expected = (query @ key.transpose(2, 3) * SCALING).logsumexp(-1)
     for attention in (partial_attention, written_out):

@@ -101,7 +101,7 @@ def test_ids_without_a_token_are_never_chosen() -> None:
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-def test_any_draw_can_be_asked_for(uniform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_draw_can_be_computed(uniform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Certain draws are passed over, and after an error one may be repeated; of each only a part may be needed."""
     assert sampling.skips_by_uniform(CPU)  # else every draw that is skipped costs four times as much
     monkeypatch.setattr(sampling, "skips_by_uniform", lambda _: uniform)

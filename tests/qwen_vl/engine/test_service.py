@@ -179,7 +179,7 @@ def test_text_comes_as_soon_as_it_is_certain(tokenizer) -> None:
     assert stream.finish([*" aé b".encode(), tokenizer.im_end_id]) == ("aé b", " b")
 
 
-def test_a_request_that_fails_leaves_nothing_to_who_takes_its_place(sampler, tokenizer) -> None:
+def test_a_request_that_fails_leaves_nothing_to_its_successor(sampler, tokenizer) -> None:
     """The letter q has an embedding that is no number; its keys must not reach the others."""
     texts = {"a": "a" * 20, "q": "q" * 20, "b": "b"}  # b, the last and shorter, is moved to the place of q, beside a
     requests = [
