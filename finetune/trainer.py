@@ -82,6 +82,15 @@ class StopWithSave(TrainerCallback):
         return control
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """Ends training after some evaluations without a lower loss; a resumed run goes on counting them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        before = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = before.get("early_stopping_patience_counter", 0)
+
+
 class EpochEnds(TrainerCallback):
     """Saves, evaluates and logs at the ends of the stream's epochs, and saves what a run can be resumed from.
 
@@ -191,7 +200,7 @@ class SupervisedTrainer(Trainer):
             callbacks=[EpochEnds(self.order, arguments.resume_save_steps), StopWithSave(self)],
         )
         if arguments.early_stopping_patience:
-            self.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
+            self.add_callback(EarlyStopping(arguments.early_stopping_patience))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -410,7 +419,10 @@ class SupervisedTrainer(Trainer):
         return self.output_dir / f"checkpoint-{step}" if self.args.load_best_model_at_end and step else None
 
     def _load_best_model(self) -> None:
-        """Does nothing: `save_finished` copies the best checkpoint's files, which works for sharded models too."""
+        """Loads nothing: `save_finished` copies the best checkpoint's files, which works for sharded models too."""
+        if self.stopped:
+            # With --save_total_limit 1 transformers would now delete all but the best, and so the one to resume from.
+            self.state.best_model_checkpoint = None
 
     def _is_kept(self) -> bool:
         """Returns whether the checkpoint of this step stays when there is a newer one."""

@@ -419,12 +419,24 @@ def test_a_save_that_is_not_whole_ends_the_run_and_gets_no_name(
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+# The best step is the first, whose rate is 0; patience ends the run after the third.
+BEST = {"eval_split": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+BEST |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_total_limit": 1, "learning_rate": 1.0}
+BEST |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
+
+
+@pytest.mark.parametrize(("more", "kept"), [({}, [2]), (BEST, [1, 2])], ids=["plain", "best"])
 def test_sigterm_saves_stops_and_resumes_exactly(
-    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: Flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: dict[str, object],
+    kept: list[int],
 ) -> None:
-    out, words = tmp_path / "out", flags(max_steps=4)
-    main(words)
-    four, weights = losses(out), (out / "model.safetensors").read_bytes()
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    main(flags(max_steps=4, output_dir=whole, **more))
+    words = flags(max_steps=4, **more)
     step = SupervisedTrainer.training_step
 
     def asked_to_stop(self: SupervisedTrainer, *args: object) -> torch.Tensor:
@@ -435,12 +447,12 @@ def test_sigterm_saves_stops_and_resumes_exactly(
     with monkeypatch.context() as patch:
         patch.setattr(SupervisedTrainer, "training_step", asked_to_stop)
         assert main(words) == 128 + signal.SIGTERM
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints(out)] == [f"checkpoint-{number}" for number in kept]
     assert "stopped after step 2" in capsys.readouterr().out
     assert report(out)["state"] == "running"
     assert main([*words, "--resume_from_checkpoint", "auto"]) == 0
-    assert losses(out) == pytest.approx(four, rel=1e-6)
-    assert (out / "model.safetensors").read_bytes() == weights
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-6)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 STOPPED_BY_ONE_OF_TWO = """
