@@ -246,6 +246,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False  # sample ids travel with a batch, to be named in errors
         self.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every weight takes part in every step
         choose_devices(self)
         super().__post_init__()
         if schedule == WARMUP_LR:

@@ -257,8 +257,8 @@ def _memory_problems(training: TrainingArguments, image_size: int) -> list[MMRol
     workers, place = training.dataloader_num_workers, Path("/dev/shm")  # noqa: S108 - where torch shares tensors
     if not workers or not place.is_dir():
         return []
-    # Without a GPU to copy them to, all micro-batches of a step lie there while it runs.
-    waiting = 1 if training.device.type == "cuda" else training.gradient_accumulation_steps
+    # Without a GPU to copy them to, those of a whole step lie there until the next step's have come.
+    waiting = 1 if training.device.type == "cuda" else 2 * training.gradient_accumulation_steps + 1
     batches = workers * (training.dataloader_prefetch_factor or 2) + waiting
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # A picture in float32 for each sample, and four numbers of eight bytes for each of its tokens.

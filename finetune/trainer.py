@@ -234,6 +234,21 @@ class SupervisedTrainer(Trainer):
             loader.base_dataloader.timeout = SECONDS_FOR_A_BATCH
         return loader
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains.
+
+        Raises:
+            MMRoleError: One of the loader's workers was killed, or no batch has come from them for a minute.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            fix = "look for a lack of memory, or a disk that hangs; give --dataloader_num_workers 0"
+            where = f"step {self.state.global_step + 1}"
+            raise MMRoleError("the loader's workers have lost a batch", str(error), where, fix) from error
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Evaluation pads: positions decide there (dynamic NTK, log-n), each row's own."""
         kept, self.data_collator = self.data_collator, self.padded
@@ -247,15 +262,7 @@ class SupervisedTrainer(Trainer):
         began = time.perf_counter()
         if self._meter.began is None:
             self._meter.began = began
-        try:
-            batches, count = super().get_batch_samples(*args, **kwargs)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            what = f"no batch has come from the loader's workers for {SECONDS_FOR_A_BATCH} seconds"
-            fix = "look for workers that were killed or a disk that hangs; give --dataloader_num_workers 0"
-            workers = f"--dataloader_num_workers {self.args.dataloader_num_workers}"
-            raise MMRoleError(what, workers, f"step {self.state.global_step + 1}", fix) from error
+        batches, count = super().get_batch_samples(*args, **kwargs)
         self._meter.waiting += time.perf_counter() - began
         self._step_ids = [name for batch in batches for name in batch["ids"]]
         self._weigh(batches)

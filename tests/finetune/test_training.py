@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -308,11 +309,20 @@ def test_an_evaluation_set_drawn_from_the_training_data(flags: Flags, data: Data
             main(flags(**wrong, output_dir=tmp_path / "wrong"))
 
 
-def test_a_batch_that_a_worker_has_lost_is_an_error(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.trainer.SECONDS_FOR_A_BATCH", 1)
-    monkeypatch.setattr(SupervisedDataset, "__getitem__", lambda *_: signal.pause())  # for ever
-    with pytest.raises(MMRoleError, match="no batch has come") as caught:
+@pytest.mark.parametrize(
+    ("lose", "told"),
+    [(signal.pause, "timed out"), (lambda: os.kill(os.getpid(), signal.SIGKILL), "DataLoader worker (pid")],
+    ids=["hangs", "killed"],
+)
+def test_a_batch_that_a_worker_has_lost_is_an_error(
+    flags: Flags, monkeypatch: pytest.MonkeyPatch, lose: Callable[[], object], told: str
+) -> None:
+    if told == "timed out":
+        monkeypatch.setattr("finetune.trainer.SECONDS_FOR_A_BATCH", 1)
+    monkeypatch.setattr(SupervisedDataset, "__getitem__", lambda *_: lose())
+    with pytest.raises(MMRoleError, match="have lost a batch") as caught:
         main(flags(dataloader_num_workers=1))
+    assert told in str(caught.value)
     assert "--dataloader_num_workers 0" in str(caught.value)
 
 
