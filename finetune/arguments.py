@@ -1,4 +1,4 @@
-"""The command line: the released flags, in today's spelling of transformers, and the few that are ours."""
+"""The command line: the released flags, in the current spelling of transformers, and a few of ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.data import Order
 from finetune.distributed import choose_devices, join_deepspeed
 
 WARMUP_LR = "warmup_lr"  # the schedule of the released scripts; see `finetune.trainer.WarmupRate`
-# What transformers' Trainer offers and this one does not, or what would be accepted and ignored; with what to do.
+# Features of transformers' Trainer that are not supported, or would be ignored; with what to do.
 UNSUPPORTED = {
     **dict.fromkeys(("push_to_hub", "auto_find_batch_size", "save_on_each_node", "fsdp", "fsdp_config"), "remove it"),
     **dict.fromkeys(
@@ -34,7 +34,7 @@ UNSUPPORTED = {
     "enable_jit_checkpoint": "remove it: a run saves and stops on SIGTERM by itself",
     "train_sampling_strategy": "remove it: the order of samples is a part of the recipe; --sequential keeps the file's",
     "length_column_name": "remove it: samples are packed, not grouped by length",
-    "ignore_data_skip": "remove it: a resumed run goes on in the stream of samples where it was",
+    "ignore_data_skip": "remove it: a resumed run continues at its place in the stream of samples",
     "dataloader_drop_last": "remove it: no step is incomplete",
     **dict.fromkeys(
         ("dataloader_in_order", "accelerator_config"), "remove it: the order of samples is a part of the recipe"
@@ -53,7 +53,7 @@ UNSUPPORTED = {
             *("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_accumulation_steps"),
             *("label_names", "eval_do_concat_batches", "eval_use_gather_object"),
         ),
-        "remove it: evaluation computes the loss alone",
+        "remove it: evaluation computes only the loss",
     ),
 }
 # Spellings of transformers 4 whose successor is in UNSUPPORTED.
@@ -75,7 +75,7 @@ _ABOVE_0 = ("lora_alpha", "num_train_epochs", "adam_epsilon", "save_steps", "eva
 _FROM_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 _FROM_0 = (*_FROM_0, "resume_save_steps", "eval_split", "early_stopping_patience")
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2")
-# Flag, least value, whether that one itself can be, first value that is too large.
+# Flag, least value, whether that one is allowed, first value that is too large.
 RANGES: dict[str, tuple[float, bool, float]] = {
     **dict.fromkeys(_WHOLE, (1, True, math.inf)),
     **dict.fromkeys(_ABOVE_0, (0, False, math.inf)),
@@ -84,7 +84,7 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     **dict.fromkeys(("seed", "data_seed"), (0, True, 2**32)),
 }
 _MOST_LISTED = 16
-# Spellings of transformers 4 that today's no longer knows.
+# Spellings of transformers 4 that transformers 5 has dropped.
 RENAMED = {
     "--evaluation_strategy": "--eval_strategy",
     "--warmup_ratio": "--warmup_steps",  # below 1 it means a share of all steps
@@ -92,7 +92,7 @@ RENAMED = {
     "--per_gpu_train_batch_size": "--per_device_train_batch_size",
     "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
 }
-# Flags that no longer have an effect, with the reason.
+# Flags without effect, with the reason.
 RETIRED = {
     **dict.fromkeys(
         ("--do_train", "--do_eval", "--do_predict"), "this program trains, and evaluates by --eval_strategy"
@@ -103,7 +103,7 @@ RETIRED = {
     "--logging_dir": "tensorboard writes below the output folder",
     "--lora_weight_path": "it had no effect in the released trainer either",
 }
-# published: what the two released scripts train with: on 8 GPUs (`fill_to`), micro-batches of 8 and 4 (`loss_group`).
+# published: the settings of the two released scripts: on 8 GPUs (`fill_to`), micro-batches of 8 and 4 (`loss_group`).
 _COMMON = {
     "global_batch_size": 256,
     "learning_rate": 1e-5,
@@ -120,7 +120,7 @@ RECIPES = {
     "agent": {**_COMMON, "num_train_epochs": 3.0, "model_max_length": 3072, "loss_group": "8", "fill_to": 64},
     "reward_model": {**_COMMON, "num_train_epochs": 10.0, "model_max_length": 4096, "loss_group": "4", "fill_to": 32},
 }
-# Options that are not printed: others give them already, or they have no use here.
+# Options that are not printed: redundant, or without use here.
 _NOT_SHOWN = {"accelerator_config", "hub_token", "push_to_hub_token", "train_batch_size", "eval_batch_size"}
 
 
@@ -317,7 +317,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
 @dataclass(frozen=True)
 class Options:
-    """Everything the command line says."""
+    """The options of the command line."""
 
     model: ModelArguments
     data: DataArguments
@@ -325,11 +325,11 @@ class Options:
     lora: LoraArguments
 
     def resolved(self) -> dict[str, Any]:
-        """Returns all options by name, as JSON can hold them."""
+        """Returns all options by name, as JSON values."""
         return {**vars(self.model), **vars(self.data), **vars(self.lora), **self.training.to_sanitized_dict()}
 
     def changed(self) -> dict[str, Any]:
-        """Returns the options that are not transformers' defaults, for people."""
+        """Returns the options that differ from transformers' defaults, for printing."""
         theirs = {name: str(value) for name, value in _THEIRS.items()}
         resolved = {name: str(value) for name, value in self.resolved().items()}
         return {
@@ -355,8 +355,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """Returns the options, and notices about old spellings. Joins the other processes of a distributed run.
 
     Raises:
-        MMRoleError: A flag is unknown, missing, or its value cannot be.
-        ProblemsError: Several such.
+        MMRoleError: A flag is unknown or missing, or has an invalid value.
+        ProblemsError: Several such problems.
     """
     words, notices = modern_spelling(argv)
     words = [*recipe_flags(words), *words]
@@ -372,7 +372,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def recipe_flags(words: Sequence[str]) -> list[str]:
-    """Returns the flags that `--recipe` stands for; the user's own come after them and win."""
+    """Returns the flags of `--recipe`, which the user's flags override."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     recipe = RECIPES.get(parser.parse_known_args(list(words))[0].recipe, {})
@@ -380,7 +380,7 @@ def recipe_flags(words: Sequence[str]) -> list[str]:
 
 
 def modern_spelling(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns a command line of the released scripts in today's spelling, and a line about each change."""
+    """Returns a command line of the released scripts in current spelling, and a line about each change."""
     words: list[str] = []
     notices: list[str] = []
     skipping = False
@@ -416,10 +416,10 @@ def _unknown_flags(unknown: Sequence[str], parser: HfArgumentParser) -> list[MMR
 
 
 def flag_problems(flags: Namespace) -> list[MMRoleError]:
-    """Returns what is wrong with flags, alone or together, before anything is made of them.
+    """Returns the problems of flags, alone or together, before they are used.
 
     Args:
-        flags: What the command line says, each value of its type.
+        flags: The flags of the command line, each value of its type.
     """
     problems = [
         MMRoleError("this flag is not supported here", f"--{name} {getattr(flags, name)}", f"--{name}", fix)
@@ -432,24 +432,26 @@ def flag_problems(flags: Namespace) -> list[MMRoleError]:
 
 
 def resumes(asked: object) -> bool:
-    """Returns whether a value of `--resume_from_checkpoint` asks to resume, and not to begin at the beginning."""
+    """Returns whether a value of `--resume_from_checkpoint` asks to resume."""
     return str(asked or "").lower() not in _NO
 
 
 def _range_problem(name: str, value: Any) -> MMRoleError | None:
     if not isinstance(value, int | float):
-        return None  # not given, or not read yet
+        return None  # not given, or not parsed yet
     least, itself, end = RANGES[name]
     if least < value < end or (itself and value == least):
         return None
     range_ = f"{'from' if itself else 'above'} {least:g}" + (f" to below {end:g}" if end < math.inf else "")
-    return MMRoleError("a flag has a value that cannot be", f"--{name} {value}", f"--{name}", f"give a number {range_}")
+    return MMRoleError("a flag has an invalid value", f"--{name} {value}", f"--{name}", f"give a number {range_}")
 
 
 def _folder_problems(flags: Namespace) -> list[MMRoleError]:
     problems = []
     if flags.output_dir is None:
-        problems.append(MMRoleError("no output folder is given", None, "--output_dir", "say where checkpoints go"))
+        problems.append(
+            MMRoleError("no output folder is given", None, "--output_dir", "give the folder for checkpoints")
+        )
     if isinstance(flags.deepspeed, str) and not Path(flags.deepspeed).is_file():
         fix = "use finetune/ds_config_zero2.json, ds_config_zero3.json or ds_config_zero3_offload.json"
         problems.append(MMRoleError("no such DeepSpeed config", flags.deepspeed, "--deepspeed", fix))
@@ -461,7 +463,7 @@ def _recipe_problems(flags: Namespace) -> list[MMRoleError]:
     group = flags.loss_group
     if group not in ("micro", "step") and not (group.isdecimal() and int(group)):
         fix = "give a number from 1, 'micro' or 'step'"
-        problems.append(MMRoleError("a flag has a value that cannot be", group, "--loss_group", fix))
+        problems.append(MMRoleError("a flag has an invalid value", group, "--loss_group", fix))
     schedules = [WARMUP_LR, *(kind.value for kind in SchedulerType)]
     if flags.lr_scheduler_type not in schedules:
         fix = f"use one of {', '.join(schedules)}"
@@ -496,13 +498,13 @@ def _contradictions(flags: Namespace) -> list[MMRoleError]:
     if flags.overwrite_output_dir and resuming:
         add("a run cannot be both resumed and deleted", "--overwrite_output_dir", "give one of the two")
     if flags.save_only_model and resuming:
-        fix = "leave --save_only_model away: its checkpoints hold no optimizer state and cannot be resumed from"
+        fix = "leave out --save_only_model: its checkpoints hold no optimizer state and cannot be resumed from"
         add("a resumed run must be resumable again", "--save_only_model", fix)
     if flags.save_only_model and flags.resume_save_steps:
         fix = "give --resume_save_steps 0, or leave --save_only_model away"
         add("a checkpoint to resume from needs the optimizer's state", "--save_only_model", fix)
     if flags.eval_split and flags.eval_data_path:
-        add("evaluation has two sources of samples", "--eval_split and --eval_data_path", "give one of the two")
+        add("there are two sources of evaluation samples", "--eval_split and --eval_data_path", "give one of the two")
     given = "--eval_split" if flags.eval_split else "--eval_data_path"
     if (flags.eval_split or flags.eval_data_path) and not (_evaluates(flags) or flags.eval_on_start):
         add("there are samples to evaluate on, and no evaluation", given, "add --eval_strategy epoch, or remove it")
@@ -553,12 +555,12 @@ def accumulation_steps(global_batch: int, micro_batch: int, processes: int, grou
 
 
 def _ways_out(global_batch: int, micro_batch: int, processes: int, group: int) -> list[str]:
-    """Returns what could be changed so that it divides, one change a line."""
+    """Returns the changes that make it divide, one per line."""
     if min(global_batch, micro_batch, processes) <= 0:
         return ["give whole numbers above 0"]
     ways = dividing(global_batch, micro_batch, processes) if global_batch % group == 0 else []
     near = map(str, _multiples(global_batch, math.lcm(micro_batch * processes, group)))
-    ways.append(f"global batch {' or '.join(near)} with both as they are (no longer the paper's)")
+    ways.append(f"global batch {' or '.join(near)} with both unchanged (no longer the paper's)")
     return ["any one of these divides:", *(f"  {way}" for way in ways)]
 
 

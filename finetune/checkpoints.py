@@ -31,16 +31,16 @@ from qwen_vl.checkpoint import VOCAB_FILE, file_damages, missing_files, read_jso
 STAGING = ".saving"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
-LATEST = "latest"  # DeepSpeed's note of which of its folders counts
+LATEST = "latest"  # DeepSpeed's name of its current folder
 _SHARD_SIZE = "5GB"
-# Read first by whoever loads a folder; so they are put there last and removed first.
+# Loaders read these first, so they are written last and removed first.
 _ENTRANCES = ("config.json", "adapter_config.json")
 _WEIGHTS = ("model*.safetensors*", "adapter_model*.safetensors*", "pytorch_model*.bin*")
-# What only a resume reads: DeepSpeed's shards and its note of them, optimizer, schedule and random states.
+# Only for resuming: DeepSpeed's shards and their names, optimizer, schedule and random states.
 _RESUME_STATE = ("latest*", "global_step*", "zero_to_*.py", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "unexpected pos")  # parts of what torch.save says
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "unexpected pos")  # parts of torch.save's messages
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
-# What decides the course of the learning rate and may change on the way, if the user knows.
+# Settings of the learning rate that may change during a run, with a notice.
 _SCHEDULE = ("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay")
 # What decides the stream of samples and can be kept with another number of processes, and the flags that keep it.
 _STREAM = {"samples a step": "--global_batch_size", "loss group": "--loss_group", "epochs filled to": "--fill_to"}
@@ -56,7 +56,7 @@ def expected_tensors(model: torch.nn.Module, dtype: torch.dtype | None = None) -
 
     Args:
         model: A whole model, or one with adapters, of which only what trains is saved.
-        dtype: What floating-point weights are cast to when they are saved; None for what they are.
+        dtype: The dtype that floating-point weights are saved in; None for no change.
     """
     adapted = hasattr(model, "peft_config")
     expected = {}
@@ -79,14 +79,14 @@ def save_model(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a model, or its adapters, as a folder that `qwen_vl.load` takes as it is.
+    """Writes a model, or its adapters, as a folder for `qwen_vl.load`.
 
     Args:
         model: With adapters, only they are written, with the tokenizer and the base's place.
         tokenizer: Saved along.
-        folder: Where to.
-        state_dict: The weights, where the model itself does not hold them all.
-        dtype: What to cast floating-point weights to; None for what they are.
+        folder: The folder to write.
+        state_dict: The weights, if the model itself does not hold them all.
+        dtype: The dtype of saved floating-point weights; None for no change.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(state_dict) if state_dict is not None else dict(model.state_dict())
@@ -107,11 +107,11 @@ def save_model(
             _name_dtype(folder / "config.json", dtype)
         tokenizer.save_pretrained(folder)  # and the base's code files
     for file in folder.glob("*.safetensors"):
-        file.chmod((folder / VOCAB_FILE).stat().st_mode)  # safetensors lets only the owner read
+        file.chmod((folder / VOCAB_FILE).stat().st_mode)  # safetensors makes files readable for the owner only
 
 
 def _name_dtype(file: Path, dtype: torch.dtype) -> None:
-    """Writes the dtype of the weights beside a config into it; transformers writes the model's own."""
+    """Writes the dtype of the saved weights into their config; transformers writes the model's."""
     name = str(dtype).removeprefix("torch.")
     config = read_json_file(file)
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
@@ -119,7 +119,7 @@ def _name_dtype(file: Path, dtype: torch.dtype) -> None:
 
 
 def check_saved(folder: Path, expected: Expected) -> None:
-    """Opens a save again and compares it with what should be in it.
+    """Opens a save again and compares it with what it should hold.
 
     Args:
         folder: The save.
@@ -138,12 +138,12 @@ def check_saved(folder: Path, expected: Expected) -> None:
     except (OSError, SafetensorError, ValueError) as error:
         raise problem(f"the weights cannot be read again: {error}", folder) from error
     problems = [problem("a tensor is missing from the save", name) for name in expected.keys() - found.keys()]
-    problems += [problem("the save has a tensor too many", name) for name in found.keys() - expected.keys()]
+    problems += [problem("the save has an unexpected tensor", name) for name in found.keys() - expected.keys()]
     for name in sorted(expected.keys() & found.keys()):
         if expected[name] != found[name]:
             (there, kind), (shape, wanted) = found[name], expected[name]
             value = f"{name}: {kind} {there} instead of {wanted} {shape}"
-            problems.append(problem("a tensor of the save is not what was trained", value))
+            problems.append(problem("a tensor of the save differs from the trained one", value))
     raise_problems(problems)
 
 
@@ -167,7 +167,7 @@ def copy_model(checkpoint: Path, staged: Path) -> None:
 
 
 def publish_folder(staged: Path, target: Path) -> None:
-    """Renames a finished folder into place; one of that name goes."""
+    """Renames a finished folder into place, replacing one of that name."""
     _sync(staged)
     shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)
@@ -175,7 +175,7 @@ def publish_folder(staged: Path, target: Path) -> None:
 
 
 def publish_files(staged: Path, target: Path) -> None:
-    """Moves the files of a finished folder into one that holds other things too; what makes it loadable comes last."""
+    """Moves the files of a finished folder into another one; those that make it loadable come last."""
     _sync(staged)
     target.mkdir(parents=True, exist_ok=True)
     fresh = {file.name for file in staged.iterdir()}
@@ -190,7 +190,7 @@ def publish_files(staged: Path, target: Path) -> None:
 
 
 def _sync(folder: Path, *, files: bool = True) -> None:
-    """Waits until a folder's names, and the files in it, are on the disk."""
+    """Waits until a folder and its files are on the disk."""
     paths = [file for file in folder.rglob("*") if file.is_file()] if files else []
     for path in [*paths, folder]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -202,7 +202,7 @@ def _sync(folder: Path, *, files: bool = True) -> None:
 
 @contextmanager
 def writing(staging: Path) -> Iterator[None]:
-    """Turns errors of writing into one that says what to do, and removes what was written.
+    """Turns write errors into an MMRoleError, and removes what was written.
 
     Raises:
         MMRoleError: The disk is full, or it cannot be written there; or as the body raises.
@@ -223,10 +223,10 @@ def writing(staging: Path) -> Iterator[None]:
 
 @contextmanager
 def lock(output_dir: Path) -> Iterator[None]:
-    """Keeps other trainings out of an output folder; a process that dies lets go of it.
+    """Locks an output folder against other trainings; the lock ends with the process.
 
     Raises:
-        MMRoleError: Another one is running in it.
+        MMRoleError: Another training is running in it.
     """
     descriptor = os.open(output_dir, os.O_RDONLY)
     try:
@@ -236,7 +236,7 @@ def lock(output_dir: Path) -> Iterator[None]:
             fix = "wait for it, stop it, or give another --output_dir (OUTPUT_DIR)"
             raise MMRoleError("another training runs in the output folder", output_dir, "--output_dir", fix) from None
         except OSError:
-            pass  # some network file systems lock no folders
+            pass  # some network file systems cannot lock folders
         yield
     finally:
         os.close(descriptor)
@@ -260,15 +260,15 @@ def prune(
     resume_state_of_newest_only: bool,
     best: Path | None = None,
 ) -> None:
-    """Deletes what a newer checkpoint makes superfluous.
+    """Deletes what newer checkpoints have made superfluous.
 
     Args:
         output_dir: The run's output folder.
-        keep: How many checkpoints stay, the oldest go first; None keeps all.
-        newest: The checkpoint written last. It stays, even if others are of later steps: a run may have been resumed
-            from an earlier one.
-        best: The checkpoint with the lowest loss of evaluation, which stays too.
-        resume_state_of_newest_only: Whether the others lose their optimizer state, and go if they were saved for that.
+        keep: The number of checkpoints to keep, the newest ones; None keeps all.
+        newest: The checkpoint written last. It is kept even if others have later steps, because a run may have been
+            resumed from an earlier one.
+        best: The checkpoint with the lowest evaluation loss, which is kept too.
+        resume_state_of_newest_only: Whether others lose their optimizer state, and are deleted if saved only for it.
     """
     others = [path for path in checkpoints(output_dir) if path != newest]
     if resume_state_of_newest_only:
@@ -289,9 +289,9 @@ def prune(
 
 
 def verify(folder: Path, processes: int) -> list[str]:
-    """Returns what is missing from a checkpoint or damaged, a line each; nothing if a run can be resumed from it.
+    """Returns the missing and damaged parts of a checkpoint, one per line; nothing if a run can be resumed from it.
 
-    Sizes and headers are looked at, no weights are read.
+    Sizes and headers are checked, no weights are read.
 
     Args:
         folder: The checkpoint.
@@ -304,7 +304,9 @@ def verify(folder: Path, processes: int) -> list[str]:
         steps_done(folder)
         found = [f"{name}: missing" for name in missing_files(folder)]
     except (MMRoleError, ValueError) as error:
-        where = str(getattr(error, "where", None) or STATE).partition(",")[0]  # a JSON error has the line behind it
+        where = str(getattr(error, "where", None) or STATE).partition(",")[
+            0
+        ]  # a JSON error has the line number after it
         return [f"{Path(where).name}: {getattr(error, 'what', error)}"]
     ranks = range(identity.get("processes", 1))
     files = [*sorted(path.name for path in folder.glob("*.safetensors")), "scheduler.pt"]
@@ -343,7 +345,7 @@ def report_of(folder: Path) -> dict[str, Any]:
             numbers = [identity.get("processes", 1), identity.get("ZeRO stage", 0)]
             if all(isinstance(number, int) for number in numbers):
                 return content
-    raise MMRoleError("the report of the run is not as it was written", type(content).__name__, folder / TRAINING)
+    raise MMRoleError("the report of the run has a wrong form", type(content).__name__, folder / TRAINING)
 
 
 def processes_of(folder: Path, default: int) -> int:
@@ -360,7 +362,7 @@ def steps_done(folder: Path) -> int:
     """Returns the optimizer steps of the run that wrote a folder.
 
     Raises:
-        ValueError: Its trainer's state is missing, or not as it was written.
+        ValueError: Its trainer's state is missing, or has a wrong form.
     """
     try:
         steps = TrainerState.load_from_json(str(folder / STATE)).global_step
@@ -377,10 +379,10 @@ def steps_done(folder: Path) -> int:
 
 
 def checkpoint_to_resume(options: Options) -> Path | None:
-    """Returns the checkpoint that `--resume_from_checkpoint` means; None to begin at the beginning.
+    """Returns the checkpoint for `--resume_from_checkpoint`; None to start from the base.
 
-    "auto" (and "True", as the released flag was a bool) is the newest one that is not damaged, or none if there is no
-    checkpoint at all. The first process decides for all.
+    "auto" (and "True", as the released flag was a bool) is the newest undamaged one, or none if there is no checkpoint.
+    The first process decides for all.
 
     Raises:
         MMRoleError: There is no such checkpoint, or it is damaged; on every process.
@@ -413,8 +415,8 @@ def _chosen(options: Options) -> Path | None:
             damaged.append(f"{folder.name} is damaged or holds no optimizer state ({', '.join(found)})")
         if not damaged:
             return None
-        fix = "give --overwrite_output_dir to begin at the beginning, or another --output_dir"
-        raise MMRoleError("no checkpoint of the run can be resumed from", damaged, training.output_dir, fix)
+        fix = "give --overwrite_output_dir to start from the base, or another --output_dir"
+        raise MMRoleError("the run has no checkpoint to resume from", damaged, training.output_dir, fix)
     folder = Path(asked)
     if found := verify(folder, training.world_size):
         names = [path.name for path in there if path != folder]
@@ -449,7 +451,7 @@ def identity(options: Options) -> dict[str, Any]:
 
 
 def resume_problems(folder: Path, options: Options) -> list[MMRoleError]:
-    """Returns what keeps a run from being resumed from a checkpoint.
+    """Returns the reasons why a run cannot be resumed from a checkpoint.
 
     Args:
         folder: The checkpoint.
@@ -496,7 +498,7 @@ def origin_problems(folder: Path, now: Mapping[str, Mapping[str, str]], *, adapt
 
 
 def schedule_notice(folder: Path, options: Options) -> str | None:
-    """Returns a line about a schedule that is not the one that the checkpoint was written with; None if it is.
+    """Returns a line about a schedule that differs from the checkpoint's; None if it does not.
 
     Args:
         folder: The checkpoint.
@@ -508,7 +510,7 @@ def schedule_notice(folder: Path, options: Options) -> str | None:
     ]
     if not changes:
         return None
-    kept = "the peak learning rate and the weight decay stay the checkpoint's, the rest follows the flags"
+    kept = "the checkpoint's peak learning rate and weight decay are kept, the rest follows the flags"
     return f"the schedule is not the checkpoint's: {'; '.join(changes)} ({kept})"
 
 

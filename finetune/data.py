@@ -1,4 +1,4 @@
-"""Samples of a run: tokenized and collated, in which order they train, and over which groups their loss is a mean."""
+"""The samples of a run: tokenizing, collating, their order, and the groups of the loss."""
 
 from __future__ import annotations
 
@@ -75,17 +75,17 @@ def row_spans(content: bytes) -> list[tuple[int, int]]:
 
 
 class SupervisedDataset(Dataset):
-    """Training samples, tokenized and their images decoded when they are asked for: in the loader's workers.
+    """Training samples, tokenized and with their images decoded on access: in the loader's workers.
 
     Nothing is kept, so memory does not grow with the data. Use `data_utils.check` or the trainer's own check first: a
-    sample that cannot be made is an error here, never silently another sample.
+    sample that cannot be made is an error here, never silently replaced.
 
     Args:
         rows: Training samples, each with `id` and `conversations`.
         tokenizer: The checkpoint's tokenizer.
         data_root: Folder from which the samples' image paths (`images/…`) count.
         max_length: Tokens to keep of a sample.
-        use_sample_system: Use the sample's `system` where it has one, instead of the published message.
+        use_sample_system: Use the sample's `system` if it has one, instead of the published message.
         image_size: Side of the model's square images, in pixels.
     """
 
@@ -135,7 +135,7 @@ class SupervisedDataset(Dataset):
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """Samples to a rectangle, padded on the right with `<|endoftext|>` to the longest, or to `pad_to`.
+    """Collates samples into a rectangle, padded on the right with `<|endoftext|>` to the longest, or to `pad_to`.
 
     Returns per batch `input_ids`, `labels`, `attention_mask` (B, T), `pixel_values` if there are images, and `ids`.
     """
@@ -157,7 +157,7 @@ class PaddedCollator:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Samples one after the other in one row, each seeing itself only: nothing is padded.
+    """Collates samples into one row without padding, each seeing only itself.
 
     Returns per batch `input_ids`, `labels`, `position_ids` (1, T), `segments` (lengths that sum to T), `pixel_values`
     if there are images, and `ids`.
@@ -165,7 +165,7 @@ class PackedCollator:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lengths = [len(sample["input_ids"]) for sample in samples]
-        # The first token of a sample would be predicted from the sample before it; its label is not learned.
+        # The first token of a sample would be predicted from the sample before, so its label is ignored.
         labels = [i for sample in samples for i in (IGNORED, *sample["labels"][1:])]
         return {
             "input_ids": torch.tensor([[i for sample in samples for i in sample["input_ids"]]]),
@@ -200,7 +200,7 @@ class Order:
         step: Samples of an update.
         epochs: Epochs to train; may be a fraction.
         max_steps: Updates, if above 0; then the epochs do not count.
-        seed: With the number of the epoch it decides its permutation; None keeps the order of the file.
+        seed: Decides, with the epoch's number, its permutation; None keeps the order of the file.
     """
 
     samples: int
@@ -246,7 +246,7 @@ def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Stream(Dataset):
-    """The samples of a whole run by their position in the stream, which each carries as `position`.
+    """The samples of a run by their position in the stream, which each has as `position`.
 
     Args:
         dataset: The training samples.
@@ -265,7 +265,7 @@ class Stream(Dataset):
 
 
 class FilledDataset(Dataset):
-    """Samples to evaluate on, filled up so that every process gets equally many batches; what is added has no labels.
+    """Samples to evaluate on, filled up so that every process gets equally many batches; added samples have no labels.
 
     Args:
         dataset: The samples.
@@ -288,7 +288,7 @@ class FilledDataset(Dataset):
 
 @dataclass(frozen=True)
 class StreamCollator:
-    """Collates samples of a stream, and notes where each stands in it and how many of its tokens are supervised.
+    """Collates samples of a stream, with their positions in it and their numbers of supervised tokens.
 
     Attributes:
         collate: Makes the batch itself.
@@ -316,12 +316,12 @@ def loss_divisors(
     """Returns what to divide the loss of each sample's tokens by, so that an update's sum is its loss.
 
     published: the loss of an update is the mean over its groups of the mean over each group's supervised tokens. A
-    sample that comes twice counts twice, a group without supervised tokens counts 0.
+    repeated sample counts twice, a group without supervised tokens counts 0.
 
     Args:
         batches: This process's micro-batches of an update, as `StreamCollator` makes them.
         step: Samples of an update, over all processes.
-        group: Consecutive samples of the stream that are a group.
+        group: Number of consecutive samples in a group.
         sum_over_processes: Sums a tensor over all processes.
 
     Returns:

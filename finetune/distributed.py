@@ -1,4 +1,4 @@
-"""The processes of a run: how they join, and how a problem is reported once."""
+"""The processes of a run: joining them, and reporting a problem once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from data_utils.errors import MMRoleError, ProblemsError, first_of, shown
 if TYPE_CHECKING:
     import transformers
 
-_SECONDS_TO_END = 30  # in which the launcher ends the other processes, once the first has ended
+_SECONDS_TO_END = 30  # in which the launcher ends the other processes after the first
 _LOST = ("Connection closed by peer", "Connection reset by peer")
-_REPORTED_ALONE = 3  # equal problems up to this many are reported one by one, more of them as one
+_REPORTED_ALONE = 3  # up to so many equal problems are reported one by one, more as one
 
 
 @contextmanager
 def report_once() -> Iterator[None]:
-    """Lets only the first process report a problem that all processes find alike."""
+    """Lets only the first process report a problem that all processes find."""
     try:
         yield
     except MMRoleError:
@@ -32,7 +32,7 @@ def report_once() -> Iterator[None]:
 
 @contextmanager
 def end_with_the_first() -> Iterator[None]:
-    """Keeps a process quiet that loses its connection because the first process ended with an error."""
+    """Silences a process that loses its connection because the first process ended with an error."""
     try:
         yield
     except RuntimeError as error:
@@ -120,9 +120,9 @@ def choose_devices(arguments: transformers.TrainingArguments) -> None:
 
 
 def join_deepspeed() -> None:
-    """Tells DeepSpeed of the group of CPU processes, which transformers joins without it."""
+    """Registers the group of CPU processes with DeepSpeed, because transformers joins it without DeepSpeed."""
     import deepspeed
 
-    # DeepSpeed would compile an exchange of its own; gloo's needs no compiler.
+    # DeepSpeed would compile its communication; gloo's needs no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, trains, saves; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    warnings.simplefilter("ignore", FutureWarning)  # torch warns DeepSpeed, and transformers peft, at every step
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # by torch about DeepSpeed, and by transformers about peft, at every step
     check_command_line(words)
     # What follows takes seconds to import, and the check above must not wait for it.
     from finetune import universal
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(lock(output))
             _prepare_output(output, overwrite=training.overwrite_output_dir)
             write_cache(output, checked.cache)
-        # The first process's answer: other nodes may see the folder later.
+        # The first process decides: other nodes may see the folder later.
         steps = training.order(len(checked.dataset)).updates
         if from_first(bool(resume) and is_finished(output, resume, steps)):
             if first:
@@ -102,7 +104,7 @@ def train(options: Options, checked: Checked, resume: Path | None) -> int:
         if trainer.stopped:
             if options.training.process_index == 0:
                 print(
-                    f"stopped after step {trainer.state.global_step}, and saved: RESUME=auto goes on there", flush=True
+                    f"stopped after step {trainer.state.global_step}, and saved: RESUME=auto resumes there", flush=True
                 )
             return 128 + signal.SIGTERM
         trainer.save_finished()
@@ -113,7 +115,7 @@ def train(options: Options, checked: Checked, resume: Path | None) -> int:
 
 @contextmanager
 def save_and_stop_on_sigterm(trainer: SupervisedTrainer) -> Iterator[None]:
-    """Lets SIGTERM (a scheduler's preemption) end training after the step that runs, with a checkpoint."""
+    """Lets SIGTERM (a scheduler's preemption) end training after the running step, with a checkpoint."""
 
     def stop(*_: object) -> None:
         trainer.stop_asked = True
@@ -126,7 +128,7 @@ def save_and_stop_on_sigterm(trainer: SupervisedTrainer) -> Iterator[None]:
 
 
 def _facts(options: Options, checked: Checked, resume: Path | None) -> dict[str, Any]:
-    """Returns what `training.json` is to say about the run."""
+    """Returns the facts about the run for `training.json`."""
     from finetune.checkpoints import identity, report_of
     from finetune.report import versions
 
@@ -159,11 +161,11 @@ def _print_plan(options: Options, checked: Checked, resume: Path | None) -> None
     )
     print(f"{options.data.data_path}: {checked.facts.summary(training.model_max_length)}")
     print(checked.space.summary())
-    print(f"resumes from {resume}" if resume else "begins at the beginning", flush=True)
+    print(f"resumes from {resume}" if resume else "starts from the base", flush=True)
 
 
 def _prepare_output(output: Path, *, overwrite: bool) -> None:
-    """Makes the output folder, and deletes the checkpoints of an earlier run in it if that is asked for.
+    """Makes the output folder, and deletes the checkpoints of an earlier run in it if requested.
 
     Raises:
         MMRoleError: It cannot be written.
@@ -176,7 +178,7 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
             shutil.rmtree(folder)
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise write_error(output, error, "what is left of an earlier run is as it was") from error
+        raise write_error(output, error, "the rest of an earlier run is unchanged") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model to tune: loaded, adapters put on it, and with what trains chosen."""
+"""Loads the model to tune, adds adapters, and chooses what trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qwen_vl.modeling import NOT_QUANTIZED
 
 
 def load_model(options: Options) -> nn.Module:
-    """Loads the base in training precision, marks what trains, and puts adapters on it if that is asked for.
+    """Loads the base in training precision, marks what trains, and adds adapters if requested.
 
     Under ZeRO-3 it is made in shards: the arguments, which hold the DeepSpeed config, must exist before.
     """
@@ -29,13 +29,13 @@ def load_model(options: Options) -> nn.Module:
     model = QwenVLForCausalLM.from_pretrained(base, dtype=weight_dtype(training), weights_only=True, **more)
     model.config.use_cache = False
     if training.use_lora:
-        set_seed(training.seed)  # what the adapters start from does not depend on what was drawn before
+        set_seed(training.seed)  # the initial adapters do not depend on earlier draws
         model = add_adapters(model, options.lora, base=base)
         if not training.deepspeed:  # which keeps a float32 copy itself
             for module in model.modules():  # whole ones: a layer's weight and bias must have one dtype
                 parameters = list(module.parameters(recurse=False))
                 if any(parameter.requires_grad for parameter in parameters):
-                    for parameter in parameters:  # in bfloat16 a small step would round to nothing
+                    for parameter in parameters:  # in bfloat16 a small step would round to zero
                         if parameter.is_floating_point():
                             parameter.data = parameter.data.float()
         return model
@@ -44,7 +44,7 @@ def load_model(options: Options) -> nn.Module:
 
 
 def freeze(model: QwenVLForCausalLM, training: TrainingArguments) -> None:
-    """Freezes what does not train in full tuning."""
+    """Freezes everything that does not train in full tuning."""
     if training.fix_vit:
         # published: the tower is frozen, its resampler is not, and `pos_embed` trains with the resampler.
         model.transformer.visual.requires_grad_(False)
@@ -86,7 +86,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def is_chat_model(base: str | Path) -> bool:
-    """Returns whether a base has learned ChatML already; the released trainer went by "chat" in the path alone.
+    """Returns whether a base is a chat model; the released trainer looked for "chat" in its path only.
 
     Args:
         base: Checkpoint folder.
@@ -97,7 +97,7 @@ def is_chat_model(base: str | Path) -> bool:
 
 
 def add_adapters(model: PreTrainedModel, options: LoraArguments, *, base: str | Path) -> torch.nn.Module:
-    """Returns the model with LoRA adapters, which alone train.
+    """Returns the model with LoRA adapters, which are all that trains.
 
     published: r 64, alpha 16, dropout 0.05 on the decoder's c_attn, attn.c_proj, w1 and w2; embedding and head are
     trained and saved too, unless the base is a chat model or has four bits.
@@ -117,7 +117,7 @@ def add_adapters(model: PreTrainedModel, options: LoraArguments, *, base: str | 
         modules_to_save=None if whole else ["wte", "lm_head"],
     )
     adapted = get_peft_model(model, config)
-    # Absolute, so that the adapter finds its base from any directory.
+    # Absolute, so that the base is found from any directory.
     adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
     return adapted
 
@@ -128,7 +128,7 @@ def matched_modules(model: torch.nn.Module, target: str) -> list[str]:
 
 
 def target_problems(model: torch.nn.Module, targets: Sequence[str]) -> list[MMRoleError]:
-    """Returns problems with LoRA targets that match no module, or one that takes no adapter.
+    """Returns problems with LoRA targets that match no module, or a module that takes no adapter.
 
     Args:
         model: The base; its weights are not needed.
@@ -138,7 +138,7 @@ def target_problems(model: torch.nn.Module, targets: Sequence[str]) -> list[MMRo
     missing = [target for target, names in matched.items() if not names]
     other = {
         target: name for target, names in matched.items() for name in names if not _takes_adapter(model, name)
-    }  # one of each is enough
+    }  # one per target is enough
     fix = "name modules of the decoder: c_attn, attn.c_proj, w1, w2, mlp.c_proj"
     problems = []
     if missing:
@@ -184,16 +184,16 @@ def four_bits() -> dict[str, Any]:
 
 
 def q_lora_problems(options: LoraArguments, training: TrainingArguments) -> list[MMRoleError]:
-    """Returns why a base in four bits cannot be used here; nothing if it can, or is not asked for."""
+    """Returns why a base in four bits cannot be used here, if it is requested."""
     if not options.q_lora:
         return []
     problems = []
     if not training.use_lora:
         problems.append(_problem("four bits cannot be tuned, only adapters on them", "add --use_lora"))
     if not torch.cuda.is_available():
-        problems.append(_problem("a base in four bits needs a GPU, and there is none", "leave --q_lora away"))
+        problems.append(_problem("a base in four bits needs a GPU, and there is none", "leave out --q_lora"))
     if importlib.util.find_spec("bitsandbytes") is None:
-        problems.append(_problem("bitsandbytes is not installed", "pip install bitsandbytes, or leave --q_lora away"))
+        problems.append(_problem("bitsandbytes is not installed", "pip install bitsandbytes, or leave out --q_lora"))
     if training.zero_stage == 3:
         problems.append(_problem("ZeRO-3 saves empty adapters of a base in four bits", "use ds_config_zero2.json"))
     return problems

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Packages, and the flags that need them.
 _PACKAGES = {"accelerate": (), "peft": ("--use_lora", "--q_lora"), "deepspeed": ("--deepspeed",)}
-# What the names of optimizers hold, the module that they need, and the package that has it.
+# Parts of optimizers' names, the module that they need, and its package.
 _OPTIMIZERS = {
     "torch_4bit|torch_8bit": ("torchao", "torchao"),
     "galore": ("galore_torch", "galore-torch"),
@@ -55,7 +55,7 @@ _CACHE_VERSION = 2  # of the checks of the data
 
 
 def check_command_line(argv: Sequence[str]) -> None:
-    """Refuses flags that need a package or a key that is not there.
+    """Refuses flags that need a missing package or key.
 
     Args:
         argv: The command line.
@@ -99,7 +99,7 @@ def _reporter_problem(name: str) -> MMRoleError | None:
         return MMRoleError(f"{name} is not installed", name, flag, f"pip install {name}, or give {flag} none")
     if name == "wandb":
         wandb = importlib.import_module("wandb")
-        settings = wandb.setup().settings  # of the environment, of `wandb offline`, of `wandb login --host`
+        settings = wandb.setup().settings  # from the environment, `wandb offline` or `wandb login --host`
         if settings.mode in ("online", "run", "shared") and not wandb.api.api_key:
             fix = f"run `wandb login` or `wandb offline`, set WANDB_API_KEY, or give {flag} none"
             return MMRoleError(f"wandb has no key for {settings.base_url}, and would stop to ask", name, flag, fix)
@@ -111,7 +111,7 @@ def _reporter_problem(name: str) -> MMRoleError | None:
 
 @dataclass
 class Checked:
-    """What the checks have read and made on the way.
+    """The objects that the checks have read and made.
 
     Attributes:
         tokenizer: The base's.
@@ -119,7 +119,7 @@ class Checked:
         eval_dataset: The samples of `--eval_data_path`, if there are any.
         facts: Facts about the training data.
         fingerprints: Path and hash of the training file and of the base checkpoint.
-        space: What the saves need on the disk.
+        space: Disk space of the saves.
         cache: What `write_cache` keeps of the checks of the data.
     """
 
@@ -140,7 +140,7 @@ def check(options: Options, resume: Path | None = None) -> Checked:
         resume: The checkpoint to resume from.
 
     Raises:
-        ProblemsError: Something is wrong; holds everything that is.
+        ProblemsError: Something is wrong; every problem is reported.
     """
     from finetune import universal
     from finetune.checkpoints import origin_problems, resume_problems
@@ -253,7 +253,7 @@ def _split(rows: FileRows, options: Options, found: list[MMRoleError]) -> tuple[
 
 
 def _memory_problems(training: TrainingArguments, image_size: int) -> list[MMRoleError]:
-    """Returns a problem if the loader's batches do not fit into shared memory, where a worker would die of it."""
+    """Returns a problem if the loader's batches do not fit into shared memory, which would kill a worker."""
     workers, place = training.dataloader_num_workers, Path("/dev/shm")  # noqa: S108 - where torch shares tensors
     if not workers or not place.is_dir():
         return []
@@ -341,7 +341,7 @@ def base_problems(base: Path) -> list[MMRoleError]:
         fix = "give the base in bfloat16 with --model_name_or_path (MODEL_PATH); --q_lora True quantizes it on loading"
         method = quantized.get("quant_method", quantized) if isinstance(quantized, dict) else quantized
         return [*found, MMRoleError("a base with quantized weights cannot be trained", method, base, fix)]
-    _read(lambda: read_ranks(base / VOCAB_FILE), base / VOCAB_FILE, found)  # whatever else is wrong with the folder
+    _read(lambda: read_ranks(base / VOCAB_FILE), base / VOCAB_FILE, found)  # whatever other problems the folder has
     tokenizer = _read(lambda: QwenVLTokenizer.from_pretrained(base), base, found)
     _read(lambda: [_settings(base / name) for name in ("generation_config.json", "tokenizer_config.json")], base, found)
     if config is not None and tokenizer is not None:
@@ -430,13 +430,13 @@ def _check_tensors(base: Path) -> None:
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """What a run's saves need on the disk, in bytes.
+    """The disk space of a run's saves, in bytes.
 
     Attributes:
         checkpoint: Size of a checkpoint that can be resumed from, 0 if none is written.
         finished: Size of the finished model.
         peak: The most that all saves take at once.
-        free: What is free; checkpoints that are there already count, for they are a part of the peak or are deleted.
+        free: Free space, with that of existing checkpoints, which are a part of the peak or are deleted.
     """
 
     checkpoint: int
@@ -445,7 +445,7 @@ class DiskSpace:
     free: int
 
     def summary(self) -> str:
-        """Returns one line for people."""
+        """Returns a one-line summary."""
         saves = f"a checkpoint takes about {size(self.checkpoint)}, " if self.checkpoint else ""
         text = f"{saves}the finished model {size(self.finished)}, all together up to {size(self.peak)}"
         return f"{text}; {size(self.free)} are free"
@@ -493,7 +493,7 @@ def disk_space(options: Options, model: QwenVLForCausalLM, samples: int) -> Disk
         strategy
     ]
     kept = min(saves, (training.save_total_limit or saves) + training.load_best_model_at_end)
-    # An older one goes when the newest is in place; where one stays to resume from, only those two hold state.
+    # An older one is deleted when the newest is in place; with one kept to resume from, only these two hold state.
     states = 2 if training.resume_save_steps else min(saves, kept + 1)
     peak = weights * (kept + 1 if training.resume_save_steps else states) + state * states
     old = [file for path in checkpoints(folder) for file in path.rglob("*")]
@@ -523,7 +523,7 @@ def output_problems(training: TrainingArguments) -> list[MMRoleError]:
     there = checkpoints(folder)
     if there and not training.overwrite_output_dir and not resumes(training.resume_from_checkpoint):
         fix = "give --resume_from_checkpoint auto to resume it, another --output_dir, or --overwrite_output_dir"
-        problems.append(MMRoleError("the output folder has a run in it already", there[-1].name, folder, fix))
+        problems.append(MMRoleError("the output folder already holds a run", there[-1].name, folder, fix))
     return problems
 
 
@@ -537,19 +537,19 @@ def _existing(folder: Path) -> Path:
 
 @dataclass
 class DataFacts:
-    """What a training file holds, counted over the whole of it.
+    """Counts over a training file.
 
     Attributes:
         samples: Number of samples.
         tokens: Tokens that are kept of them.
         longest: Tokens of the longest, before it is cut.
         too_long: Ids of the samples that are cut.
-        answer_cut: Ids of those that lose a part of their answer.
-        answer_lost: Ids of those that lose all of it: they train on control tokens only.
+        answer_cut: Ids of those whose answer is partly cut off.
+        answer_lost: Ids of those whose answer is cut off completely: they train on control tokens only.
         no_answer: Ids of those without an answer, which do so too.
-        answered: Samples of which at least a token of an answer is kept.
-        pictures: Pictures that are shown, over all samples.
-        with_picture: Samples that show one.
+        answered: Samples with at least one answer token.
+        pictures: Pictures of all samples.
+        with_picture: Samples with a picture.
     """
 
     samples: int = 0
@@ -569,7 +569,7 @@ class DataFacts:
             setattr(self, name, max(self.longest, value) if name == "longest" else getattr(self, name) + value)
 
     def summary(self, max_length: int) -> str:
-        """Returns two to four lines for people."""
+        """Returns a summary of two to four lines."""
         mean = self.tokens / max(self.samples, 1)
         text = f"{self.samples:,} samples, {mean:,.0f} tokens on average, the longest {self.longest:,}"
         text += f"\n{self.pictures:,} pictures in {self.with_picture:,} of the samples"
@@ -595,14 +595,14 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def write_cache(output: Path, cache: dict[str, Any]) -> None:
-    """Keeps the outcome of the checks of the data in the output folder, for the next start of the same training."""
+    """Stores the results of the data checks in the output folder, for the next start of the same training."""
     from data_utils.files import write_text
 
     write_text(output / _CACHE, json.dumps(cache))
 
 
 def _read_cache(key: list[Any], options: Options) -> Any:
-    """Returns what an earlier start found in the same data, or None if it or a picture has changed since."""
+    """Returns the results of an earlier start for the same data, or None if it or a picture has changed since."""
     from data_utils.files import read_json
 
     try:
@@ -619,7 +619,7 @@ def _read_cache(key: list[Any], options: Options) -> Any:
 
 
 def _cache_key(hashes: list[str], options: Options) -> list[Any]:
-    """Returns all that decides the outcome of the checks of the data, but for the pictures themselves.
+    """Returns everything that decides the results of the data checks, except the pictures.
 
     Args:
         hashes: Of the data files.
@@ -738,7 +738,7 @@ def check_pictures(
 
 def _hidden_picture(row: Row, source: Path) -> MMRoleError:
     fix = "begin the question with: Picture 1: <img>images/NAME</img> (and remove `<image>`), or remove `image`"
-    what = "a sample names a picture that its text does not show, so it would train without it"
+    what = "a sample names a picture that its text does not show, so it would train without the picture"
     return MMRoleError(what, row["image"], f"{source}, sample {shown(row['id'])}", fix)
 
 
@@ -759,7 +759,7 @@ def _count(facts: DataFacts, name: str, labels: Sequence[int], kept: int, tokeni
 
 
 def answer_positions(labels: Sequence[int], tokenizer: QwenVLTokenizer) -> list[int]:
-    """Returns the positions of the assistant's words: labels without the marks around a turn, which all turns have."""
+    """Returns the positions of the assistant's words: labels without the control tokens around each turn."""
     from qwen_vl.loss import IGNORED
 
     marks = (IGNORED, tokenizer.im_start_id, tokenizer.im_end_id)

@@ -27,16 +27,16 @@ _PANELS = (("loss", "loss"), ("learning_rate", "learning rate"), ("grad_norm", "
 
 @dataclass
 class Throughput:
-    """What was trained since the run began or was resumed; over all processes, but for the seconds.
+    """Totals since the run began or was resumed, over all processes (except the seconds).
 
     Attributes:
         steps: Optimizer steps.
         seconds: Wall-clock time, saves left out.
-        waiting: Seconds of it that the first process waited for data.
+        waiting: Seconds of this time in which the first process waited for data.
         samples: Samples.
         tokens: Tokens, padding left out.
         positions: Tokens and padding.
-        supervised: Tokens that were learned.
+        supervised: Supervised tokens.
         flops: Floating-point operations that the model needs for them, see `model_flops`.
     """
 
@@ -50,7 +50,7 @@ class Throughput:
     flops: float = 0.0
 
     def since(self, before: Throughput) -> Throughput:
-        """Returns what was trained after an earlier moment of the same run."""
+        """Returns the totals since an earlier moment of the same run."""
         return Throughput(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
     def utilisation(self, device: str | None, processes: int) -> float | None:
@@ -64,7 +64,7 @@ class Throughput:
         return None if peak is None else self.flops / max(self.seconds, 1e-9) / (peak * processes)
 
     def summary(self) -> dict[str, float | int]:
-        """Returns totals and rates, as `training.json` has them."""
+        """Returns totals and rates for `training.json`."""
         seconds = max(self.seconds, 1e-9)
         return {
             "steps": self.steps,
@@ -129,7 +129,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions of Python and of the packages that decide numbers; None for what is not installed."""
+    """Returns the versions of Python and of the packages that affect numbers; None if not installed."""
     return {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES}
 
 
@@ -145,7 +145,7 @@ def write_report(folders: Sequence[Path], facts: Mapping[str, Any], history: Seq
 
     Args:
         folders: Existing folders.
-        facts: What `training.json` holds; the history is added.
+        facts: The content of `training.json`, to which the history is added.
         history: The trainer's log: of each logged step a dict with `step` and `loss`, and other entries.
     """
     logged = [dict(entry) for entry in history if "loss" in entry]
@@ -154,7 +154,7 @@ def write_report(folders: Sequence[Path], facts: Mapping[str, Any], history: Seq
         if logged:
             try:
                 draw_curves(folder / CURVES, logged)
-            except (ImportError, ValueError, RuntimeError) as error:  # no picture is worth the weights
+            except (ImportError, ValueError, RuntimeError) as error:  # a failed plot must not cost the weights
                 warnings.warn(f"{CURVES} could not be drawn: {error}", stacklevel=2)
 
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer with what this project needs: the published log, errors with sample ids, verified saves."""
+"""Extends transformers' Trainer: the published log, errors with sample ids, verified saves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from finetune.report import Throughput, model_flops, peak_bytes, write_report
 from qwen_vl import QwenVLTokenizer
 from qwen_vl.loss import IGNORED
 
-SECONDS_FOR_A_BATCH = 60  # then a worker has lost it
+SECONDS_FOR_A_BATCH = 60  # then a worker must have lost it
 MOST_OVERFLOWS = 24  # steps in a row; a loss scale of 65,536 is down to 1 after 16
 
 
@@ -70,7 +70,7 @@ class WarmupRate:
 
 
 class StopWithSave(TrainerCallback):
-    """Ends training after a step with a checkpoint, once one of the processes has been asked to stop."""
+    """Ends training after a step, with a checkpoint, if one of the processes got a signal to stop."""
 
     def __init__(self, trainer: SupervisedTrainer) -> None:
         self.trainer = trainer
@@ -92,12 +92,12 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class EpochEnds(TrainerCallback):
-    """Saves, evaluates and logs at the ends of the stream's epochs, and saves what a run can be resumed from.
+    """Saves, evaluates and logs at the ends of the stream's epochs, and saves checkpoints to resume from.
 
     transformers' own epochs are not used: the whole stream is one to it.
 
     Args:
-        order: The stream's.
+        order: The order of the stream.
         resume_save_steps: Updates between checkpoints to resume from; 0 for none.
     """
 
@@ -125,7 +125,7 @@ class EpochEnds(TrainerCallback):
 
 @dataclass
 class _Meter:
-    """What goes through this process; counts stay on the device until somebody asks."""
+    """Counts of this process, which stay on the device until they are read."""
 
     began: float | None = None
     paused: float = 0.0
@@ -161,7 +161,7 @@ class SupervisedTrainer(Trainer):
         tokenizer: Saved with the model.
         dataset: Training samples.
         eval_dataset: Samples to evaluate on, if any.
-        facts: What `training.json` is to say about the run.
+        facts: Facts about the run for `training.json`.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class SupervisedTrainer(Trainer):
         self._meter = _Meter()
         self._logged = Throughput()
         self._step_ids: list[str] = []
-        arguments.max_steps = self.order.updates  # transformers counts one epoch otherwise, the whole stream
+        arguments.max_steps = self.order.updates  # otherwise transformers counts the whole stream as one epoch
         if eval_dataset is not None:
             at_once = arguments.per_device_eval_batch_size * arguments.world_size
             eval_dataset = FilledDataset(eval_dataset, at_once)
@@ -228,7 +228,7 @@ class SupervisedTrainer(Trainer):
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """Returns the loader, which does not wait for ever for a batch that a worker has lost."""
+        """Returns the loader, which does not wait forever for a batch that a worker has lost."""
         loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers:
             loader.base_dataloader.timeout = SECONDS_FOR_A_BATCH
@@ -270,10 +270,10 @@ class SupervisedTrainer(Trainer):
         return batches, count
 
     def _weigh(self, batches: list[dict[str, Any]]) -> None:
-        """Notes each sample's loss divisor in its batch.
+        """Adds each sample's loss divisor to its batch.
 
         Raises:
-            MMRoleError: The first step has nothing to learn: a sign of wrong data or a wrong length.
+            MMRoleError: The first step has no supervised token: a sign of wrong data or a wrong length.
         """
         divisors = loss_divisors(
             batches,
@@ -291,13 +291,13 @@ class SupervisedTrainer(Trainer):
         if not self.accelerator.reduce(learned, reduction="sum").item():
             fix = "look at these samples; raise --model_max_length"
             with report_once():
-                what = "there is not one token to learn in the first step"
+                what = "the first step has no supervised token"
                 raise MMRoleError(what, self._step_ids, "these samples", fix)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """This micro-batch's part of the step's loss; in evaluation the mean over its supervised tokens.
+        """Returns this micro-batch's part of the step's loss; in evaluation the mean over its supervised tokens.
 
         Raises:
             MMRoleError: It is not finite; names the samples, before anything is updated with it.
@@ -335,7 +335,7 @@ class SupervisedTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates; the throughput of training does not count that time."""
+        """Evaluates; this time does not count in the throughput of training."""
         began = time.perf_counter()
         try:
             return super().evaluate(*args, **kwargs)
@@ -348,7 +348,7 @@ class SupervisedTrainer(Trainer):
             self._overflows += 1
             if not self.step_was_skipped() or self._overflows > MOST_OVERFLOWS:
                 raise _not_finite("gradient norm", float(grad_norm), self._step_ids, self.state.global_step)
-            grad_norm = None  # nothing was updated with it, and JSON knows no infinity
+            grad_norm = None  # nothing was updated with it, and JSON has no infinity
         else:
             self._overflows = 0
         # published: the learning rate in the log is the one after the scheduler's step.
@@ -377,7 +377,7 @@ class SupervisedTrainer(Trainer):
 
     @property
     def output_dir(self) -> Path:
-        """Where checkpoints and, at the end, the model go."""
+        """The folder of checkpoints and, at the end, of the model."""
         return Path(self.args.output_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -421,7 +421,7 @@ class SupervisedTrainer(Trainer):
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The checkpoint with the lowest loss of evaluation, if the run is to end with it."""
+        """The checkpoint with the lowest evaluation loss, if the run will end with it."""
         step = self.state.best_global_step
         return self.output_dir / f"checkpoint-{step}" if self.args.load_best_model_at_end and step else None
 
@@ -432,7 +432,7 @@ class SupervisedTrainer(Trainer):
             self.state.best_model_checkpoint = None
 
     def _is_kept(self) -> bool:
-        """Returns whether the checkpoint of this step stays when there is a newer one."""
+        """Returns whether the checkpoint of this step is kept after newer ones."""
         done = self.state.global_step
         if self.args.save_strategy == "epoch":
             return self.order.ends_epoch(done)
@@ -442,7 +442,7 @@ class SupervisedTrainer(Trainer):
         """Writes the trained model, the trainer's state and the report into the output folder itself."""
         throughput = self.throughput()
         if self.args.bf16 and not self.args.deepspeed and not self.args.use_lora:
-            # Trained in float32 under autocast; checkpoints stay so, to resume from.
+            # Trained in float32 under autocast; checkpoints keep it for resuming.
             self._dtype = torch.bfloat16
         with self._staged() as staging:
             staged, best = staging / "model", self.best_checkpoint
@@ -457,7 +457,7 @@ class SupervisedTrainer(Trainer):
                 publish_files(staged, self.output_dir)
 
     def _facts(self, state: str, throughput: Throughput) -> dict[str, Any]:
-        """Returns what the report says; the throughput is the checkpoint's if the run had nothing left to train."""
+        """Returns the report; its throughput is the checkpoint's if the run had nothing left to train."""
         peak = round(peak_bytes(self.args.device) / 2**30, 3)  # of the first process
         facts = {**self.facts, "state": state, "peak_memory_gib": peak}
         if self.best_checkpoint:
@@ -467,7 +467,7 @@ class SupervisedTrainer(Trainer):
         return facts | {"throughput": throughput.summary()} if throughput.steps or "throughput" not in facts else facts
 
     def throughput(self) -> Throughput:
-        """Returns what was trained so far; all processes must call it."""
+        """Returns the totals so far; all processes must call it."""
         meter = self._meter
         now = time.perf_counter()
         seconds = now - (meter.began or now) - meter.paused
@@ -481,7 +481,7 @@ class SupervisedTrainer(Trainer):
         return Throughput(meter.steps, seconds, meter.waiting, samples, tokens, positions, supervised, flops)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs, and beside a step's loss its throughput and the expected time to the end of the run."""
+        """Logs, with each step's loss, its throughput and the time left."""
         if "loss" in logs:
             so_far = self.throughput()
             last, self._logged = so_far.since(self._logged), so_far
@@ -496,7 +496,7 @@ class SupervisedTrainer(Trainer):
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:
-        """Gives an empty folder to write a save into; all processes enter and leave together."""
+        """Yields an empty folder to write a save into; all processes enter and leave together."""
         staging = self.output_dir / STAGING
         with writing(staging):
             if self.args.should_save:
@@ -510,7 +510,7 @@ class SupervisedTrainer(Trainer):
 
 
 def _spread(divisors: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Samples' divisors as those of their tokens, (B, T)."""
+    """Returns the divisors of tokens (B, T) from those of samples."""
     if "segments" in batch:
         return divisors.repeat_interleave(torch.tensor(batch["segments"], device=divisors.device))[None]
     return divisors[:, None].expand(batch["input_ids"].shape)

@@ -1,7 +1,7 @@
 """Resuming a sharded run with another number of processes, through DeepSpeed's universal checkpoints.
 
-DeepSpeed's converter makes one beside the shards. It is made for one resume and removed as soon as all processes have
-loaded it, so that what a killed conversion leaves is never taken for a whole one.
+DeepSpeed's converter writes one beside the shards. It serves one resume and is removed as soon as all processes have
+loaded it, so that the rest of a killed conversion is never used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_needed(checkpoint: Path, training: TrainingArguments) -> bool:
 
 
 def problems(checkpoint: Path, training: TrainingArguments) -> list[MMRoleError]:
-    """Returns what keeps a checkpoint from being converted."""
+    """Returns the reasons why a checkpoint cannot be converted."""
     optimizer, found = str(getattr(training.optim, "value", training.optim)), []
     before = processes_of(checkpoint, training.world_size)
     if optimizer not in _ADAMW:
@@ -55,7 +55,7 @@ def problems(checkpoint: Path, training: TrainingArguments) -> list[MMRoleError]
 
 
 def _bytes_needed(checkpoint: Path, stage: int) -> int:
-    """Returns the most that a conversion takes: the optimizer's state in pieces and merged, and the model's state."""
+    """Returns the disk space of a conversion: the optimizer's state in pieces and merged, and the model's state."""
     shards = _shards(checkpoint)
     optimizer, model = (
         sum(file.stat().st_size for file in shards.glob(f"*_{kind}_states.pt")) for kind in ("optim", "model")
@@ -69,9 +69,9 @@ def _shards(checkpoint: Path) -> Path:
 
 
 def convert(checkpoint: Path, training: TrainingArguments) -> None:
-    """Converts a checkpoint in the first process, and lets DeepSpeed load what comes out of it; all must call it.
+    """Converts a checkpoint in the first process, and lets DeepSpeed load the result; all processes must call it.
 
-    The other processes look for the end of it: a collective would time out.
+    The other processes poll for its end, because a collective would time out.
 
     Args:
         checkpoint: A checkpoint without `problems`.
@@ -111,7 +111,7 @@ def _convert(checkpoint: Path, training: TrainingArguments, partial: Path) -> No
     errors = None if sys.stderr.isatty() else subprocess.PIPE  # progress bars
     done = subprocess.run(  # noqa: S603 - a list, no shell
         [str(word) for word in command],
-        cwd=partial,  # empty: the folder of a user may hold a module of that name
+        cwd=partial,  # empty, because the user's folder may hold a module of that name
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.DEVNULL,
         stderr=errors,

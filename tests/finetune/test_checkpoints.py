@@ -228,7 +228,7 @@ def test_files_that_hold_something_else(out: Path, name: str, content: str) -> N
 def test_none_is_whole(flags: Flags, out: Path) -> None:
     for step in (2, 4):
         (out / f"checkpoint-{step}" / "optimizer.pt").unlink()  # as --save_only_model leaves them
-    with pytest.raises(MMRoleError, match="no checkpoint of the run can be resumed from") as caught:
+    with pytest.raises(MMRoleError, match="the run has no checkpoint to resume from") as caught:
         checkpoint_to_resume(parse_arguments(flags(resume_from_checkpoint="auto"))[0])
     assert len(caught.value.value) == 2
 

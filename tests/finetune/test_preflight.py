@@ -316,7 +316,7 @@ def test_q_lora_is_refused_where_it_cannot_be(flags: Flags) -> None:
 def test_another_run_in_the_output_folder(flags: Flags, tmp_path: Path) -> None:
     there = tmp_path / "out" / "checkpoint-7"
     there.mkdir(parents=True)
-    with pytest.raises(MMRoleError, match="has a run in it already") as caught:
+    with pytest.raises(MMRoleError, match="already holds a run") as caught:
         main(flags())
     assert "checkpoint-7" in str(caught.value)
     assert CHECKPOINT.fullmatch(there.name)
@@ -356,7 +356,7 @@ def test_an_output_folder_that_cannot_be_written(flags: Flags, tmp_path: Path) -
 
 def test_another_run_is_seen_where_the_flag_says_no(flags: Flags, tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
-    with pytest.raises(MMRoleError, match="has a run in it already"):
+    with pytest.raises(MMRoleError, match="already holds a run"):
         main(flags(resume_from_checkpoint="False"))  # as the scripts say it
 
 
@@ -428,7 +428,7 @@ def test_pictures_are_counted_and_none_is_lost_silently(flags: Flags, data: Data
     main(flags(max_steps=1))
     assert (report(tmp_path / "out")["data"]["pictures"], report(tmp_path / "out")["data"]["with_picture"]) == (12, 12)
     rows = [{**sample(f"s{n}", "<image>\nWho is this?"), "image": f"{n}.png"} for n in range(5)]
-    with pytest.raises(MMRoleError, match="would train without it") as caught:
+    with pytest.raises(MMRoleError, match="would train without the picture") as caught:
         main(flags(data_path=data.with_rows(rows, "llava.json"), output_dir=tmp_path / "other"))
     assert "Picture 1: <img>images/NAME</img>" in str(caught.value)
     assert "(5 times)" in str(caught.value)
