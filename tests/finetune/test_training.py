@@ -140,7 +140,7 @@ def test_lora_saves_an_adapter_that_loads_and_merges(
     assert not torch.allclose(adapted, logits(base, data), atol=1e-4)
     assert merge_lora.main([str(out), str(whole)]) == 0
     torch.testing.assert_close(logits(whole, data), adapted, atol=1e-4, rtol=1e-4)
-    with pytest.raises(MMRoleError, match="is there already"):
+    with pytest.raises(MMRoleError, match="already exists"):
         merge_lora.main([str(out), str(whole)])
 
 
