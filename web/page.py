@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio import processing_utils
 from PIL import Image
 
 from data_utils.errors import MMRoleError
@@ -362,11 +363,18 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
         look.click(show_prompt, people, exact, **quiet)
         save.click(keep, people, saved, **quiet)
     blocks.queue(default_concurrency_limit=None)
+    # Mounted, Gradio would take any path that a client names for an upload, and fetch any URL.
+    blocks.has_launched = True
+    processing_utils.async_ssrf_protected_download = _no_download
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(
         app, blocks, path="/", footer_links=[], theme=theme, css=_CSS, head=_HEAD, ssr_mode=False,
         enable_monitoring=False, max_file_size=page.limits.body, show_error=True, pwa=False,
     )  # fmt: skip
+
+
+async def _no_download(url: str, cache_dir: str) -> str:
+    raise gr.Error("URLs are not fetched: upload the picture itself")
 
 
 def _about(page: Page, who: str | None) -> str:

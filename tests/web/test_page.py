@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_utils.prompts import CURIOUS_HUMAN
 from tests.golden_checkpoint import GOLDEN
 from tests.web.conftest import Served
 from web.cast import read_cast
@@ -167,6 +170,31 @@ def test_an_upload_that_is_no_picture(page: Any, tmp_path: Path) -> None:
     page.locator(".thumbnail-item, .thumbnails img").first.wait_for()
     message_box(page).press("Enter")
     page.get_by_text("a picture cannot be read").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [(str(PICTURE), "it was not uploaded by a user"), ("http://example.org/x.png", "URLs are not fetched")],
+)
+def test_paths_and_urls_in_place_of_an_upload(address: str, world: Path, path: str, message: str) -> None:
+    """As a program sends them that is no browser; each is a picture, but nobody has uploaded it."""
+
+    def asked(place: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        return urllib.request.urlopen(
+            urllib.request.Request(address + place, data, {"Content-Type": "application/json"}), timeout=SECONDS
+        )
+
+    events = json.load(asked("/config"))["dependencies"]
+    (send,) = [event for event in events if any(name == "submit" for _, name in event["targets"])]
+    upload = {"path": path, "orig_name": "x.png", "mime_type": "image/png", "meta": {"_type": "gradio.FileData"}}
+    who = min(read_cast(world).roles)
+    data = [None, who, CURIOUS_HUMAN, "", "", "", {"text": "Look", "files": [upload]}, None, None]
+    body = {"data": data, "fn_index": send["id"], "session_hash": message[:9], "event_data": None, "trigger_id": None}
+    asked("/gradio_api/queue/join", body).read()
+    stream = asked(f"/gradio_api/queue/data?session_hash={urllib.parse.quote(message[:9])}")
+    outcome = next(line for line in stream if b"process_completed" in line or b"process_generating" in line)
+    assert message in json.loads(outcome.removeprefix(b"data: "))["output"].get("error", "")
 
 
 def test_by_keyboard_alone(page: Any) -> None:
