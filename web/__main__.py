@@ -1,10 +1,10 @@
-"""Talks with the characters of a data root: a page and an OpenAI-compatible API, or the terminal.
+"""Chats with the characters of a data root: a page and an OpenAI-compatible API, or the terminal.
 
     python -m web --model_path model_weights/MMRole-Agent --data_root ../MMRole_dataset
     python -m web --terminal --character "Hermione Granger"
 
-`bash scripts/chat.sh` starts it with the settings of the other scripts. The server listens on this machine alone; to
-listen elsewhere, set MMROLE_KEY, which clients then send as their API key and browsers ask for as a password.
+`bash scripts/chat.sh` starts it with the settings of the other scripts. The server is reachable from this machine only.
+To listen elsewhere, set MMROLE_KEY, which clients then send as their API key and browsers ask for as a password.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ KEY_VARIABLE = "MMROLE_KEY"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model_path", type=Path, help="a checkpoint or a LoRA adapter that answers")
-    parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint that answers instead (…/v1)")
+    parser.add_argument("--model_path", type=Path, help="a checkpoint or a LoRA adapter")
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="an OpenAI-compatible endpoint instead of a checkpoint (…/v1)"
+    )
     parser.add_argument("--model", help="the model's name at the endpoint")
-    parser.add_argument("--data_root", type=Path, help="the data root whose characters can be met")
-    parser.add_argument("--save_to", type=Path, help="a data root of your own, into which chats are saved")
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s: this machine alone)")
+    parser.add_argument("--data_root", type=Path, help="the data root with the characters")
+    parser.add_argument("--save_to", type=Path, help="the data root into which chats are saved")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda:1, … (%(default)s)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (%(default)s)")
@@ -49,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max_new_tokens",
         type=positive,
-        help=f"longest answer (the checkpoint's own; clients of the API may ask for up to {Limits.new_tokens})",
+        help=f"longest answer (default: the checkpoint's; clients of the API may ask for up to {Limits.new_tokens})",
     )
-    parser.add_argument("--no_page", action="store_true", help="the API alone; needs no gradio")
-    parser.add_argument("--terminal", action="store_true", help="talk here instead of in a browser")
-    parser.add_argument("--character", help="--terminal: who to talk with")
-    parser.add_argument("--partner", help="--terminal: as which other character you talk")
+    parser.add_argument("--no_page", action="store_true", help="only the API; needs no gradio")
+    parser.add_argument("--terminal", action="store_true", help="chat here instead of in a browser")
+    parser.add_argument("--character", help="--terminal: the character to talk with")
+    parser.add_argument("--partner", help="--terminal: the other character that you play")
     parser.add_argument("--image", type=Path, help="--terminal: the picture to talk about")
     options = parser.parse_args(arguments)
     raise_problems(_problems(options))
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _problems(options: argparse.Namespace) -> list[MMRoleError]:
-    """What can be known before anything is loaded."""
+    """Return the problems that show before anything is loaded."""
     problems = []
     if (options.model_path is None) == (options.endpoint is None):
         fix = "give --model_path, or --endpoint with --model"
@@ -89,7 +91,7 @@ def _problems(options: argparse.Namespace) -> list[MMRoleError]:
     if options.data_root is not None and not options.data_root.is_dir():
         problems.append(MMRoleError("there is no such data root", options.data_root, "--data_root", "check the path"))
     if options.quantization and not find_spec("bitsandbytes"):
-        what, fix = "--quantization needs a package that is not installed", "pip install bitsandbytes, or leave it away"
+        what, fix = "--quantization needs a package that is not installed", "pip install bitsandbytes, or leave it out"
         problems.append(MMRoleError(what, "bitsandbytes", "--quantization", fix))
     if not 0 < options.port < 65536:
         problems.append(MMRoleError("not a port", options.port, "--port", "choose one from 1 to 65535"))
@@ -97,13 +99,13 @@ def _problems(options: argparse.Namespace) -> list[MMRoleError]:
         where, fix = f"{options.host}:{options.port}", "choose another --port, or end the program that has it"
         problems.append(MMRoleError(f"the server cannot listen there: {reason}", where, "--host and --port", fix))
     if not is_loopback(options.host) and not os.environ.get(KEY_VARIABLE) and not options.terminal:
-        fix = f"set {KEY_VARIABLE} to a long random text, or leave --host away"
-        problems.append(MMRoleError("other machines could talk without a key", options.host, "--host", fix))
+        fix = f"set {KEY_VARIABLE} to a long random text, or leave out --host"
+        problems.append(MMRoleError("other machines could connect without a key", options.host, "--host", fix))
     return problems
 
 
 def listen_problem(host: str, port: int) -> str | None:
-    """Why a server cannot have this address, before a model is loaded for it; or None."""
+    """Return why a server cannot have this address, before a model is loaded for it; or None."""
     try:
         for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:1]:
             with socket.socket(family, kind) as listener:
@@ -161,7 +163,7 @@ def _serve(options: argparse.Namespace, cast: Cast) -> int:
 
 
 def limits_of(options: argparse.Namespace) -> Limits:
-    """What one request may hold."""
+    """Return the limits of a request."""
     most = options.max_new_tokens
     return Limits() if most is None else Limits(new_tokens=most, usual_tokens=most)
 
@@ -179,7 +181,7 @@ def _tell(address: str, name: str, cast: Cast, *, page: bool) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine can reach a server that listens there."""
+    """Return whether only programs of this machine can reach a server at this host."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""The characters of a data root, with their pictures: who can be met."""
+"""The characters of a data root, with their pictures."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from data_utils.roots import DataRoots, read_annotations
 from web.chats import ChatError, Limits, read_picture
 
 PREFIX = "mmrole/"
-_MOST_PICTURES = 24  # of a character, on the page
+_MOST_PICTURES = 24  # per character, on the page
 
 
 @dataclass(frozen=True)
 class CastPicture:
-    """A picture of a character's script, and what is known about it."""
+    """A picture of a character's script, with its annotation."""
 
     name: str
     path: Path
     information: ImageInformation
 
     def open(self) -> Image.Image:
-        """The picture, upright, in RGB.
+        """Return the picture, upright, in RGB.
 
         Raises:
             ChatError: It cannot be read.
@@ -43,18 +43,18 @@ class CastPicture:
 
 @dataclass(frozen=True)
 class Cast:
-    """Everybody in a data root.
+    """The characters of a data root.
 
     Attributes:
         roles: The characters by name.
-        pictures: The pictures of each script, from `images/annotations.json`; only those whose files are there.
+        pictures: The pictures of each script, from `images/annotations.json`, if their files exist.
     """
 
     roles: Mapping[str, Role]
     pictures: Mapping[str, list[CastPicture]]
 
     def role(self, name: str) -> Role:
-        """The character of this name.
+        """Return the character of this name.
 
         Raises:
             ChatError: There is none.
@@ -64,7 +64,7 @@ class Cast:
         return self.roles[name]
 
     def pictures_of(self, name: str) -> list[CastPicture]:
-        """The pictures of a character's script; those that show the character come first, alone before in company."""
+        """Return the pictures of a character's script, those with the character alone first."""
         if name not in self.roles:
             return []
         found = self.pictures.get(self.roles[name].script, [])
@@ -73,7 +73,7 @@ class Cast:
         return [found[i] for i in order[:_MOST_PICTURES]]
 
     def first_picture(self, name: str) -> tuple[Image.Image, ImageInformation] | None:
-        """The first of a character's pictures that can be read, and what is known about it."""
+        """Return the first of a character's pictures that can be read, and what is known about it."""
         for picture in self.pictures_of(name):
             with suppress(ChatError):
                 return picture.open(), picture.information
@@ -81,7 +81,7 @@ class Cast:
 
 
 def read_cast(data_root: Path | None) -> Cast:
-    """The characters of a data root, or nobody without one.
+    """Return the characters of a data root; none without one.
 
     Raises:
         ProblemsError: The root's files of characters are missing or wrong.

@@ -1,4 +1,4 @@
-"""A chat as a client sends it, and the prompt that a model or a character gets for it."""
+"""Reads a client's chat and makes the prompt for a model or a character."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from data_utils.images import plain_picture
 from data_utils.prompts import HUMAN, SYSTEM_MESSAGE, ImageInformation, Role, role_play_prompt
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-PLAIN_PICTURE = plain_picture()  # shown where a chat has no picture
+PLAIN_PICTURE = plain_picture()  # shown if a chat has no picture
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _SYSTEM_ROLES = ("system", "developer")
 
 
 class ChatError(Exception):
-    """A request that cannot be answered as it is, in the shape of OpenAI's errors.
+    """An invalid request, in the form of OpenAI's errors.
 
     Args:
         message: What is wrong and what to do.
@@ -36,22 +36,22 @@ class ChatError(Exception):
         self.message, self.param, self.status, self.code = message, param, status, code
 
     def body(self) -> dict[str, Any]:
-        """The response's JSON."""
+        """Return the JSON of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold.
+    """The limits of a request.
 
     Attributes:
         body: Bytes of a request.
         pictures: Number of pictures.
         pixels: Pixels of one picture.
         messages: Number of messages.
-        new_tokens: Tokens of an answer, at the most.
-        usual_tokens: Tokens of an answer for which nobody names a number; None leaves it to the model.
+        new_tokens: Tokens of an answer.
+        usual_tokens: Default tokens of an answer; None leaves it to the model.
     """
 
     body: int = 32 * 2**20
@@ -64,7 +64,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said, with the pictures that it showed."""
+    """One side's words, with the pictures that it showed."""
 
     by_assistant: bool
     text: str
@@ -73,20 +73,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Chat:
-    """System messages in their order, and turns that alternate and end with the person's (or are empty)."""
+    """System messages in order, and alternating turns that end with the person's (or no turns)."""
 
     system: str
     turns: tuple[Turn, ...]
 
     @property
     def picture(self) -> Image.Image | None:
-        """The latest picture that was shown."""
+        """Return the latest picture shown."""
         return next((picture for turn in reversed(self.turns) for picture in reversed(turn.pictures)), None)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked, as `chat()` takes it."""
+    """A prompt, with the arguments of `chat()`."""
 
     query: list[dict[str, Any]]
     system: str
@@ -95,7 +95,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Scene:
-    """Who talks with whom about what.
+    """The two speakers and what is known about the picture.
 
     Attributes:
         role: The character that answers.
@@ -108,16 +108,16 @@ class Scene:
     information: ImageInformation = field(default_factory=ImageInformation)
 
     def swapped(self) -> Scene:
-        """The same from the other character's side."""
+        """Return the scene from the other character's side."""
         assert self.partner is not None
         return replace(self, role=self.partner, partner=self.role)
 
 
 def parse_chat(messages: Any, limits: Limits) -> Chat:
-    """Reads a client's messages.
+    """Read a client's messages.
 
-    Neighbouring messages of one side become one turn, a chat that ends with the assistant's gets an empty message of
-    the person, and system messages may stand anywhere: front ends send all of that.
+    Consecutive messages of one side become one turn, a chat that ends with the assistant gets an empty message of the
+    person, and system messages may appear anywhere: front ends send all of that.
 
     Raises:
         ChatError: A message is malformed, or there are too many, or a picture cannot be used.
@@ -155,7 +155,7 @@ def parse_chat(messages: Any, limits: Limits) -> Chat:
 
 
 def plain_prompt(chat: Chat) -> Prompt:
-    """The prompt of the bare model: ChatML turns, with each picture where it was shown."""
+    """Return the prompt of the bare model: ChatML turns, with each picture in its place."""
     turns = list(chat.turns)
     if not turns:
         raise ChatError("there is no message of a user", "messages")
@@ -167,12 +167,12 @@ def plain_prompt(chat: Chat) -> Prompt:
 
 
 def role_play(scene: Scene, chat: Chat, picture: Image.Image | None = None) -> Prompt:
-    """The prompt of a character: the published role-play prompt, whose text holds the history.
+    """Return the prompt of a character: the published role-play prompt, which includes the history.
 
     Args:
-        scene: Who talks with whom.
-        chat: What was said; nothing lets the character begin. Its system messages follow the published one.
-        picture: Shown where the chat shows none.
+        scene: The two speakers.
+        chat: The chat; an empty one lets the character begin. Its system messages follow the published one.
+        picture: Shown if the chat shows none.
     """
     partner = HUMAN if scene.partner is None else scene.partner.name
     said = [(scene.role.name if turn.by_assistant else partner, turn.text) for turn in chat.turns]
@@ -184,7 +184,7 @@ def role_play(scene: Scene, chat: Chat, picture: Image.Image | None = None) -> P
 
 
 def without_oldest_turns(chat: Chat, pairs: int) -> Chat:
-    """The chat without its oldest turns of each side, but with its latest picture."""
+    """Return the chat without its oldest turns of each side, but with its latest picture."""
     rest = chat.turns[2 * pairs :]
     if chat.picture is not None and not any(turn.pictures for turn in rest):
         rest = (replace(rest[0], pictures=(chat.picture,)), *rest[1:])
@@ -192,14 +192,14 @@ def without_oldest_turns(chat: Chat, pairs: int) -> Chat:
 
 
 def read_picture(content: bytes, limits: Limits, where: str) -> Image.Image:
-    """An uploaded picture, upright, in RGB; of an animation the first frame.
+    """Return an uploaded picture, upright, in RGB; the first frame of an animation.
 
     Raises:
-        ChatError: It cannot be read, has too many pixels, or is of another format.
+        ChatError: It cannot be read, has too many pixels, or has another format.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is checked below
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 if image.width * image.height > limits.pixels:
                     raise ChatError(f"a picture has more than {limits.pixels:,} pixels: make it smaller", where)
@@ -249,11 +249,11 @@ def _elements(turn: Turn) -> list[dict[str, Any]]:
 
 
 def _clean(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")  # halves of surrogate pairs
+    return text.encode("utf-8", "replace").decode("utf-8")  # surrogate characters
 
 
 def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt as messages for an OpenAI-compatible endpoint, each picture as the 448 x 448 PNG that the model sees."""
+    """Return a prompt as messages for an OpenAI-compatible endpoint, with pictures as the model's 448 x 448 PNGs."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": prompt.system}]
     for query, answer in prompt.history:
         messages += [{"role": "user", "content": _parts(query)}, {"role": "assistant", "content": answer}]

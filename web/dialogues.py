@@ -1,4 +1,4 @@
-"""Saves a chat as a dialogue of a data root of one's own; `build`, `check`, training and testing take it as it is."""
+"""Saves a chat as a dialogue in a data root, ready for `build`, `check`, training and testing."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from data_utils.roots import add_profile, read_annotations, read_profiles, write
 from data_utils.schema import Dialogue, read_rows
 from web.chats import PLAIN_PICTURE, Chat, Scene, Turn
 
-_KEPT = "files written before are kept"
+_KEPT = "files already written are kept"
 _SPLIT = SPLITS[0]
 _WRITING = threading.Lock()  # two visits may save at once
 
 
 def save_dialogue(root: Path, scene: Scene, turns: Sequence[Turn], picture: Image.Image = PLAIN_PICTURE) -> Path:
-    """Adds a chat, its picture and its characters to a data root; a chat that is there already is not added again.
+    """Add a chat, its picture and its characters to a data root, unless it is already there.
 
     Args:
-        root: A data root, or a folder that is to be one.
+        root: A data root, new or existing.
         scene: Who talked with whom, and what is known about the picture.
-        turns: At least one of them by the character. A dialogue has one picture: the latest.
+        turns: The turns, at least one by the character. The dialogue gets the latest picture.
         picture: What the character saw if the turns show none.
 
     Returns:
@@ -43,7 +43,7 @@ def save_dialogue(root: Path, scene: Scene, turns: Sequence[Turn], picture: Imag
     """
     said = [turn for turn in turns if turn.text]
     if not any(turn.by_assistant for turn in said):
-        raise MMRoleError("the chat has no answer of the character yet", None, None, "let it say something first")
+        raise MMRoleError("the chat has no answer of the character yet", None, None, "let the character answer first")
     with _WRITING:
         return _save(root, scene, said, Chat("", tuple(turns)).picture or picture)
 
@@ -82,7 +82,7 @@ def _add_character(root: Path, role: Role) -> None:
     profile = characters.profiles.get(role.name)
     if profile not in (None, role.profile):
         fix = "save into another data root, or give both the same profile"
-        raise MMRoleError("a character of this name has another profile there", role.name, root / "profiles", fix)
+        raise MMRoleError("a character of this name has a different profile there", role.name, root / "profiles", fix)
     if profile is None:
         make_folder(profiles_folder(root, _SPLIT), _KEPT)
         add_profile(root, _SPLIT, role.name, role.script, role.profile)

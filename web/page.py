@@ -34,9 +34,9 @@ from web.dialogues import save_dialogue
 from web.service import Sampling, Service, fitting_prompt
 
 _TITLE = "MMRole"
-_LONGEST_PROFILE = 1_500  # characters that are shown at first
+_LONGEST_PROFILE = 1_500  # characters that are shown
 _KNOWN = ("who is in it", "where it is", "what happens")
-_MOST_TALK = 12  # turns that two characters speak by themselves
+_MOST_TALK = 12  # turns of two characters between themselves
 _CSS = """
 #chat { min-height: 55vh; }
 #chat img { max-height: 260px; width: auto; }
@@ -44,17 +44,17 @@ _CSS = """
 .status { color: var(--error-text-color, #b91c1c); font-weight: 600; }
 @media (max-width: 640px) { #chat { min-height: 45vh; } button.sm { min-height: 2.5rem; } }
 """
-# The page's own margin: Gradio applies the styles above to what is inside it.
+# The margin of the page; Gradio applies the styles above to its content only.
 _HEAD = "<style>@media (max-width: 640px) { .gradio-container .app { padding: 8px !important; } }</style>"
 
 
 class Visit:
-    """What one person's page holds; it lives in the server's memory as long as the visit.
+    """The state of one person's page, in the server's memory for the time of the visit.
 
     Attributes:
-        turns: What was said, the chosen character's turns as the assistant's.
+        turns: The turns, with the chosen character as the assistant.
         files: The pictures by their ids, each with the file that shows it. It holds them, so that no other gets the id.
-        folder: Where these files are; it goes with the visit.
+        folder: The folder of these files, deleted after the visit.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Visit:
         self.folder: Path | None = None
 
     def file_of(self, picture: Image.Image, people: Path) -> str:
-        """The file that shows a picture."""
+        """Return the file that shows a picture."""
         if id(picture) not in self.files:
             self.folder = self.folder or people / secrets.token_hex(16)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class Visit:
         return self.files[id(picture)][1]
 
     def show(self, turn: Turn, by: str, people: Path) -> list[dict[str, Any]]:
-        """A turn as the messages of the chat window."""
+        """Return a turn as messages of the chat window."""
         files = [self.file_of(picture, people) for picture in turn.pictures]
         contents: list[Any] = [{"path": file, "alt_text": f"shown by {by}"} for file in files]
         if turn.text:
@@ -89,14 +89,14 @@ class Visit:
 
 
 class Page:
-    """The page's behaviour, without its looks.
+    """The behaviour of the page, without its layout.
 
     Args:
-        service: Who writes the answers.
-        cast: Who can be met.
+        service: Writes the answers.
+        cast: The characters.
         uploads: A private folder for the pictures of all visits.
         save_to: The data root into which chats are saved, or None.
-        limits: What a message may hold.
+        limits: The limits of a message.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class Page:
         self.save_to = save_to
 
     def scene(self, character: str, partner: str, *information: str) -> Scene:
-        """Who talks with whom; `information` is what is known about the picture: who, where, and what happens."""
+        """Return the scene; `information` is what is known about the picture: who, where, and what happens."""
         other = None if partner == CURIOUS_HUMAN else self.cast.role(partner)
         return Scene(self.cast.role(character), other, ImageInformation(*(text or "" for text in information)))
 
     def window(self, visit: Visit, character: str, partner: str) -> list[dict[str, Any]]:
-        """The messages of the chat window."""
+        """Return the messages of the chat window."""
         return [
             message
             for turn in visit.turns
@@ -124,7 +124,7 @@ class Page:
         ]
 
     def prompt(self, turns: Sequence[Turn], scene: Scene, sampling: Sampling | None = None) -> Prompt:
-        """The prompt of the next answer."""
+        """Return the prompt of the next answer."""
         picture = self.first_picture(scene)
         chat = Chat("", tuple(turns))
         return fitting_prompt(
@@ -132,12 +132,12 @@ class Page:
         )
 
     def first_picture(self, scene: Scene) -> Image.Image:
-        """What the character sees until the chat shows a picture."""
+        """Return what the character sees until the chat shows a picture."""
         found = self.cast.first_picture(scene.role.name)
         return found[0] if found else PLAIN_PICTURE
 
     def gallery(self, character: str) -> list[tuple[Image.Image, str]]:
-        """A character's pictures with their names; a grey one for each that cannot be read."""
+        """Return a character's pictures with their names; a grey one for each that cannot be read."""
         shown = []
         for picture in self.cast.pictures_of(character):
             try:
@@ -147,10 +147,10 @@ class Page:
         return shown
 
     def take(self, visit: Visit, message: dict[str, Any], picture: Any) -> None:
-        """Adds what a person wrote, with uploaded pictures and a chosen one.
+        """Add a person's message, with uploaded pictures and a chosen one.
 
         Raises:
-            ChatError: An upload is no picture; it is not kept either way.
+            ChatError: An upload is not a picture. Uploads are deleted in any case.
         """
         pictures = [picture] if picture is not None else []
         for upload in message.get("files") or []:
@@ -164,12 +164,12 @@ class Page:
         visit.turns.append(Turn(False, (message.get("text") or "").strip(), tuple(pictures)))
 
     async def answer(self, visit: Visit, scene: Scene, *, by_assistant: bool = True) -> AsyncIterator[None]:
-        """Lets the scene's role speak; the visit's last turn grows, and each step is one piece of text.
+        """Let the scene's role speak; the visit's last turn grows by one piece of text per step.
 
         Args:
-            visit: Its turns are seen from the chosen character's side.
-            scene: Whose words these are.
-            by_assistant: False where the partner, another character, speaks.
+            visit: The visit, with turns from the chosen character's side.
+            scene: The scene, whose role speaks.
+            by_assistant: False if the partner, another character, speaks.
         """
         turns = visit.turns if by_assistant else [_swapped(turn) for turn in visit.turns]
         if turns and turns[-1].by_assistant:
@@ -182,7 +182,7 @@ class Page:
             async with aclosing(self.service.stream(prompt, sampling)) as pieces:
                 async for piece in pieces:
                     if not visit.turns or visit.turns[-1] is not said:
-                        return  # taken back or cleared while it was written
+                        return  # the turn was taken back or cleared meanwhile
                     visit.turns[-1] = said = replace(said, text=said.text + piece.text)
                     yield
         finally:
@@ -195,14 +195,14 @@ def _swapped(turn: Turn) -> Turn:
 
 
 def mount_page(app: FastAPI, page: Page) -> FastAPI:
-    """Puts the page at `/` of the API's app."""
+    """Mount the page at `/` of the API's app."""
     names = list(page.cast.roles)
     first = names[0] if names else None
 
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         visit = gr.State(Visit(), time_to_live=24 * 3600, delete_callback=Visit.clear)
-        chosen = gr.State(None)  # number of a picture of the character's own, shown with the next message
-        filled = gr.State(("", "", ""))  # what is known about a picture of its own, as long as nobody changes it
+        chosen = gr.State(None)  # number of the character's picture to show with the next message
+        filled = gr.State(("", "", ""))  # the annotation of the character's picture, unless it was changed
         with gr.Row():
             character = gr.Dropdown(names, value=first, label="Character", filterable=True, min_width=240)
             partner = gr.Dropdown(
@@ -254,7 +254,7 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
         async def spoken(
             state: Visit, who: str, other: str, *about_picture: str, turns: Sequence[bool] = (True,)
         ) -> AsyncIterator[tuple[Any, Any]]:
-            """The chat window while one answer, or several in turn, are written."""
+            """Yield the chat window while one answer, or several in turn, are written."""
             try:
                 scene = page.scene(who, other, *about_picture)
                 for by_assistant in turns:
@@ -299,7 +299,7 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
                     if state.turns == rest:
                         state.turns.append(before)  # stopped before the first word
             else:
-                yield drawn(state, *given[:2], "There is no answer to write again.")
+                yield drawn(state, *given[:2], "There is no answer to rewrite.")
 
         async def both(state: Visit, *given: Any) -> AsyncIterator[tuple[Any, ...]]:
             last = state.turns[-1].by_assistant if state.turns else False
@@ -342,7 +342,7 @@ def mount_page(app: FastAPI, page: Page) -> FastAPI:
                 path = save_dialogue(page.save_to, scene, state.turns, page.first_picture(scene))
             except (ChatError, MMRoleError) as error:
                 return f"Not saved: {error}"
-            return f"Saved to `{path}`. `python -m data_utils.check {page.save_to}` looks it over."
+            return f"Saved to `{path}`. `python -m data_utils.check {page.save_to}` checks it."
 
         of_picture = [chosen, next_picture, filled, *known]
         chosen_outputs = [*window, portrait, about, gallery, chosen, talk, exact, next_picture, filled, *known]
@@ -390,5 +390,5 @@ def _texts(information: ImageInformation) -> tuple[str, str, str]:
 
 
 def _escaped(text: str) -> str:
-    """Profiles are data: HTML in them is text."""
+    """Escape HTML: profiles are plain text."""
     return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,6 +1,6 @@
-"""The OpenAI-compatible API: `/v1/models` and `/v1/chat/completions`, each character a model of its own.
+"""The OpenAI-compatible API: `/v1/models` and `/v1/chat/completions`, with a model for each character.
 
-Nothing of a chat is stored or logged, no URL is fetched and no path is read.
+Chats are neither stored nor logged, no URL is fetched and no path is read.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-_REFUSED = {  # what would change the answer and cannot be done
+_REFUSED = {  # unsupported parameters that would change the answer
     "n": (None, 1),
-    "tool_choice": (None, "none", "auto"),  # tools that are only offered are never called; front ends offer theirs
+    "tool_choice": (None, "none", "auto"),  # offered tools are never called; front ends send theirs anyway
     "function_call": (None, "none", "auto"),
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
@@ -58,12 +58,12 @@ _REFUSED = {  # what would change the answer and cannot be done
 
 
 class Guard:
-    """Lets only those in who may: by host, origin, key and size of the request.
+    """Admits requests by host, origin, key and size.
 
     Args:
-        app: What is guarded.
-        hosts: Names under which the server may be asked; other pages' scripts come with other ones.
-        key: What clients must give as a bearer token, and browsers as the password of any user; None for none.
+        app: The guarded app.
+        hosts: Allowed names of the server; scripts of other pages use other names.
+        key: The bearer token of clients, and password of browsers for any user; None for none.
         limits: The largest body.
     """
 
@@ -71,7 +71,7 @@ class Guard:
         self.app, self.hosts, self.key, self.limits = app, hosts, key, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a connection that may not be let in, and hands the others on."""
+        """Reject forbidden connections, and pass on the others."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -120,7 +120,7 @@ class Guard:
 
 
 def _with_headers(send: Send) -> Send:
-    """Forbids pages to load anything from elsewhere, and to pass their address on."""
+    """Forbid pages to load anything from other hosts, or to send them their address."""
 
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -131,14 +131,14 @@ def _with_headers(send: Send) -> Send:
 
 
 def build_app(service: Service, cast: Cast, *, hosts: frozenset[str], key: str | None, limits: Limits) -> FastAPI:
-    """The API.
+    """Return the app of the API.
 
     Args:
-        service: Who writes the answers.
-        cast: The characters that are models of their own.
-        hosts: Host names under which the server may be asked, without ports.
-        key: What clients must give, or None.
-        limits: What one request may hold.
+        service: Writes the answers.
+        cast: The characters, each with a model name.
+        hosts: Allowed host names of the server, without ports.
+        key: The key of clients, or None.
+        limits: The limits of a request.
     """
     app = FastAPI(title="MMRole", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, hosts=hosts, key=key, limits=limits)
@@ -173,7 +173,7 @@ def build_app(service: Service, cast: Cast, *, hosts: frozenset[str], key: str |
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         answer = service.stream(prompt, sampling)
         if streams:
-            first = await anext(answer)  # what is wrong with the request is an error of HTTP
+            first = await anext(answer)  # errors in the request become HTTP errors
             options = body.get("stream_options")
             usage = isinstance(options, dict) and bool(options.get("include_usage"))
             events = _events(head, first, answer, usage)
@@ -195,7 +195,7 @@ def build_app(service: Service, cast: Cast, *, hosts: frozenset[str], key: str |
 
 
 def _maker(name: Any, body: Mapping[str, Any], service: Service, cast: Cast) -> Any:
-    """The function from a chat to the prompt of the model that is asked for."""
+    """Return the function from a chat to the prompt of the requested model."""
     if name == service.name:
         return plain_prompt
     if not isinstance(name, str) or not name.startswith(PREFIX):
@@ -226,7 +226,7 @@ def _sampling(body: Mapping[str, Any], limits: Limits) -> Sampling:
     most = limits.usual_tokens if most is None else most
     temperature, top_p = _number(body, "temperature", 0, 2), _number(body, "top_p", 0, 1)
     if top_p == 0 or (temperature is not None and temperature < LEAST_TEMPERATURE):
-        temperature, top_p = 0.0, None  # the likeliest token alone
+        temperature, top_p = 0.0, None  # only the most likely token
     seed = body.get("seed")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63):
         raise ChatError("seed must be a whole number of 64 bits", "seed")
@@ -255,7 +255,7 @@ def _number(body: Mapping[str, Any], field: str, least: float, most: float) -> f
 async def _events(
     head: Mapping[str, Any], first: Piece, answer: AsyncIterator[Piece], usage: bool
 ) -> AsyncIterator[str]:
-    """An answer as server-sent events."""
+    """Yield an answer as server-sent events."""
 
     def event(delta: Mapping[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -285,7 +285,7 @@ def _event(content: Mapping[str, Any]) -> str:
 
 
 async def _until_gone(answer: AsyncIterator[Piece], request: Request) -> AsyncIterator[Piece]:
-    """The pieces of an answer; ends early when the client has left."""
+    """Yield the pieces of an answer; ends early when the client has left."""
     async for piece in answer:
         if await request.is_disconnected():
             return
@@ -293,7 +293,7 @@ async def _until_gone(answer: AsyncIterator[Piece], request: Request) -> AsyncIt
 
 
 def _usage(piece: Piece) -> dict[str, int] | None:
-    """The tokens that an answer took, or None where an endpoint does not say."""
+    """Return the tokens that an answer took, or None where an endpoint does not say."""
     prompt, completion = piece.prompt_tokens, piece.completion_tokens
     if prompt is None or completion is None:
         return None

@@ -1,4 +1,4 @@
-"""Answers for many people at once: the engine in a thread of its own, or an endpoint elsewhere."""
+"""Serves many people at once: through the engine in a separate thread, or through an endpoint."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Piece:
 
 
 class Service(Protocol):
-    """Who writes the answers."""
+    """Writes answers."""
 
     name: str
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
-        """Yields the answer as it comes; leaving the iteration gives its place back.
+        """Yield the answer as it is written; leaving the iteration frees its place.
 
         Raises:
             ChatError: The prompt cannot be answered, or too many are waiting.
@@ -55,12 +55,12 @@ class Service(Protocol):
         ...
 
     def prompt_tokens(self, prompt: Prompt) -> int | None:
-        """Tokens of a prompt, or None where only the endpoint knows."""
+        """Return the tokens of a prompt, or None if only the endpoint knows."""
         ...
 
 
 def fitting_prompt(service: Service, make: Callable[[Chat], Prompt], chat: Chat, sampling: Sampling) -> Prompt:
-    """The prompt of a chat, without the oldest turns where prompt and answer would not fit into the model.
+    """Return the prompt of a chat, without the oldest turns if prompt and answer do not fit into the model.
 
     Raises:
         ChatError: Not even the last message fits.
@@ -87,11 +87,11 @@ class EngineService:
         model: In eval mode.
         tokenizer: The checkpoint's.
         name: The model's name for clients.
-        most_waiting: Requests that may be under way at once; more are refused.
-        max_batch_tokens: As `BatchGenerator` takes it.
+        most_waiting: The largest number of requests at once; more are refused.
+        max_batch_tokens: See `BatchGenerator`.
 
     Attributes:
-        engine: The engine; only its thread may use it (`call`).
+        engine: The engine, for its thread only (`call`).
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class EngineService:
         self.engine = BatchGenerator(model, tokenizer, max_batch_tokens=max_batch_tokens)
         self._tokenizer = tokenizer
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._outputs: dict[int, Callable[[Any], None]] = {}  # of requests under way, used by the thread alone
+        self._outputs: dict[int, Callable[[Any], None]] = {}  # of running requests, for the thread only
         self._numbers = itertools.count()
         self._under_way = 0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     def prompt_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt, history that the window drops left out."""
+        """Return the tokens of a prompt, without history that the window drops."""
         from qwen_vl.chat import build_context
 
         system = [{"text": prompt.system}]
@@ -124,7 +124,7 @@ class EngineService:
 
     @property
     def longest(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Return how many tokens prompt and answer may have together."""
         return self.engine.model.config.max_position_embeddings
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
@@ -150,7 +150,7 @@ class EngineService:
         pieces: asyncio.Queue[Any] = asyncio.Queue()
 
         def put(item: Any) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits
                 loop.call_soon_threadsafe(pieces.put_nowait, item)
 
         self._under_way += 1
@@ -174,11 +174,11 @@ class EngineService:
             self.call(lambda: self._abort(number))
 
     def call(self, function: Callable[[], None]) -> None:
-        """Runs a function in the engine's thread, between two steps."""
+        """Run a function in the engine's thread, between two steps."""
         self._commands.put(function)
 
     def close(self) -> None:
-        """Ends the thread after its current step."""
+        """End the thread after its current step."""
         self._commands.put(None)
         self._thread.join()
 
@@ -210,7 +210,7 @@ class EngineService:
     def _step(self) -> None:
         try:
             events = self.engine.step()
-        except Exception as error:  # noqa: BLE001 - the boundary of a server: all in flight fail, the next may work
+        except Exception as error:  # noqa: BLE001 - server boundary: running requests fail, the next may work
             failure = ChatError(f"the engine failed: {type(error).__name__}: {error}", status=500, code="failed")
             for number, put in self._outputs.items():
                 self.engine.abort(number)
@@ -226,7 +226,7 @@ class EngineService:
 
 
 class EndpointService:
-    """A model behind an OpenAI-compatible endpoint plays the characters.
+    """Answers with a model behind an OpenAI-compatible endpoint.
 
     Args:
         url: Its base URL, with `/v1`; the key is in OPENAI_API_KEY, if it needs one.
@@ -244,7 +244,7 @@ class EndpointService:
         self.name, self._endpoint = model, Endpoint([url], model)
 
     def prompt_tokens(self, prompt: Prompt) -> None:
-        """Only the endpoint knows."""
+        """Return None: only the endpoint knows."""
         return
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:

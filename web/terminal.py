@@ -1,4 +1,4 @@
-"""Talks with a character in the terminal."""
+"""Chat with a character in the terminal."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _COMMANDS = (
 
 
 def check_terminal(options: argparse.Namespace, cast: Cast) -> None:
-    """Raises an error where the character or the partner is not there."""
+    """Raise an error if the character or the partner does not exist."""
     for flag, name in (("--character", options.character), ("--partner", options.partner)):
         if (name or flag == "--character") and name not in cast.roles:
-            names = ", ".join(list(cast.roles)[:12]) or "nobody: give --data_root"
+            names = ", ".join(list(cast.roles)[:12]) or "none: give --data_root"
             raise MMRoleError("there is no such character", name, flag, f"choose one of: {names}")
 
 
 def talk(service: Service, cast: Cast, options: argparse.Namespace, limits: Limits) -> int:
-    """Reads lines and writes answers until the input ends."""
+    """Read lines and write answers until the input ends."""
     partner = cast.role(options.partner) if options.partner else None
     scene, picture = Scene(cast.role(options.character), partner), PLAIN_PICTURE
     if options.image:

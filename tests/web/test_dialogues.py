@@ -80,5 +80,5 @@ def test_what_is_not_saved(tmp_path: Path) -> None:
         save_dialogue(tmp_path, Scene(ADA), CHAT[:1])
     save_dialogue(tmp_path, Scene(ADA), CHAT)
     other = Role(ADA.name, ADA.script, "Somebody else.")
-    with pytest.raises(MMRoleError, match="another profile"):
+    with pytest.raises(MMRoleError, match="different profile"):
         save_dialogue(tmp_path, Scene(other), CHAT)
