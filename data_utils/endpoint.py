@@ -3,8 +3,8 @@
     with Endpoint(["http://127.0.0.1:8000/v1"], "my-model") as endpoint:
         reply = endpoint.submit(ChatRequest("Who are you?", system="You are Ada.")).result()
 
-`submit` may be called by any thread, and for as many requests as one likes: how many are really under way is found out.
-It starts at 20, grows with each answer, and falls by a fifth when the endpoint says that it is too much (429).
+Any thread may call `submit`, for any number of requests. The number of concurrent ones starts at 20, grows with each
+answer, and falls by a fifth when the endpoint reports too many (429).
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from data_utils.errors import MMRoleError
 from data_utils.network import check_network_settings
 
 KEY = "OPENAI_API_KEY"
-IMAGE_TOKENS = 1500  # estimate for a picture before it is sent; afterwards the endpoint's report counts
+IMAGE_TOKENS = 1500  # estimate for a picture before the request; afterwards the endpoint's report counts
 ANSWER_TOKENS = 1000  # the same for an answer without a limit
-_CHARACTERS_PER_TOKEN = 2  # few, so that the estimate is rather too high; Chinese has about one
-_START, _MOST = 20, 512  # requests under way
+_CHARACTERS_PER_TOKEN = 2  # low, so that the estimate is rather too high; Chinese has about one
+_START, _MOST = 20, 512  # concurrent requests
 _LONGEST_WAIT = 300.0
-_MOST_BUSY = 30  # times that one request is sent again after a 429
+_MOST_BUSY = 30  # retries of one request after a 429
 _LOCAL = {"127.0.0.1", "::1", "localhost"}
-_SHORTEST_SECRET, _LONGEST_WORD = 8, 16  # characters; shorter keys, and words, are for servers that need none
+_SHORTEST_SECRET, _LONGEST_WORD = (
+    8,
+    16,
+)  # characters; shorter keys, and words, are placeholders for servers without keys
 _FATAL = {401, 402, 403, 404, 405}
 _RETRY = {408, 409, 425, 429}
 _PARAMETERS = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed")
@@ -52,7 +55,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class BudgetSpentError(Exception):
-    """The budget does not allow for another request; the text says what it is."""
+    """The budget does not allow another request; the text names the budget."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class ChatRequest:
         system: The system message; empty for none.
         image: A picture as a data URL, shown before the text.
         temperature, top_p, seed, max_tokens: None leaves it to the model.
-        server: Which of the endpoint's URLs is asked, modulo their number.
+        server: The number of the endpoint's URL to use, modulo their count.
         extra: Further fields of the request's body.
     """
 
@@ -81,16 +84,16 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """What came of a request: a text (maybe cut off), a refusal, or an error.
+    """The result of a request: a text (possibly cut off), a refusal, or an error.
 
     Attributes:
         text: The answer without thinking; empty beside a refusal or an error.
-        error: Why there is no answer, after all retries; or None.
+        error: The reason for a missing answer, after all retries; or None.
         refusal: Why the model, or a filter before it, refused; or None.
         cut: Whether the answer ends at the limit of its length.
         tokens: Tokens of prompt and answer, as the endpoint reports them, or else an estimate.
-        model: The served model's own name.
-        token_ids: The answer's ids, where the endpoint gives them.
+        model: The model's name as the server reports it.
+        token_ids: The answer's ids, if the endpoint returns them.
     """
 
     text: str = ""
@@ -103,17 +106,17 @@ class ChatReply:
 
 
 class Endpoint:
-    """A model behind one or several URLs, asked by any number of threads.
+    """A model behind one or several URLs, for any number of threads.
 
-    What the model refuses as a parameter (a temperature, a seed, `max_tokens` by this name, a system message) is left
-    out or sent otherwise from its first error on, and kept in `learned`.
+    Parameters that the model refuses (a temperature, a seed, `max_tokens` by this name, a system message) are left out
+    or sent in another form after their first error, and kept in `learned`.
 
     Args:
         urls: Base URLs, with `/v1`; None is OPENAI_BASE_URL or OpenAI's own.
         model: The model's name there.
         key_env: The environment variable that holds the key. A server on loopback needs none.
-        timeout: Seconds for a request as a whole, however its answer trickles in.
-        attempts: How often a request is sent when the endpoint is broken.
+        timeout: Seconds for a complete request, even if its answer trickles in.
+        attempts: How often a failing request is sent.
         first_wait: Seconds before the second attempt; doubled each time.
         max_requests: Requests in all, failed ones included; None for any number.
         max_tokens_total: Tokens in all, of prompts and answers; None for any number.
@@ -151,7 +154,7 @@ class Endpoint:
         except ImportError:
             fix = "pip install -r requirements.txt"
             raise MMRoleError("the openai package is not installed", None, "the active environment", fix) from None
-        # Its own retries would be counted by no budget.
+        # No budget would count the client's retries.
         self._settings = {"api_key": self._key, "max_retries": 0, "timeout": timeout}
         self._clients = [openai.AsyncOpenAI(base_url=url, **self._settings) for url in self._urls]
         self._loop = asyncio.new_event_loop()
@@ -161,31 +164,31 @@ class Endpoint:
 
     @property
     def limit(self) -> int:
-        """How many requests may be under way at present."""
+        """The number of requests that may run now."""
         return int(self.concurrency)
 
     def submit(self, request: ChatRequest) -> Future[ChatReply]:
-        """Sends a request as soon as there is room for it.
+        """Send a request as soon as there is room for it.
 
         Returns:
             The future reply. Its `result()` raises `BudgetSpentError` if the budget does not allow for the request, and
-            `MMRoleError` if the endpoint will answer no request at all: a wrong key, no such model, no pictures.
+            `MMRoleError` if the endpoint cannot accept any request: a wrong key, no such model, no pictures.
         """
         return asyncio.run_coroutine_threadsafe(self._ask(request), self._loop)
 
     def client(self) -> Any:
-        """Return an `openai.AsyncOpenAI` of the first URL, for who streams in an event loop; the caller closes it."""
+        """Return an `openai.AsyncOpenAI` for the first URL, to stream in an event loop; the caller closes it."""
         import openai
 
         return openai.AsyncOpenAI(base_url=self._urls[0], **self._settings)
 
     def end(self) -> None:
-        """From now on nothing is sent (again); what is under way still gets its answer."""
+        """Stop sending; running requests still get their answers."""
         self._ending = True
         asyncio.run_coroutine_threadsafe(self._notify(), self._loop)
 
     def close(self) -> None:
-        """Gives up what is under way, and ends the connections."""
+        """Cancel running requests, and close the connections."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
@@ -194,16 +197,16 @@ class Endpoint:
         self._loop.close()
 
     def holds_key(self, text: str) -> bool:
-        """Return whether a text holds the key, if it is a secret and not a word for a server that needs none."""
+        """Return whether a text holds the key, unless the key is a placeholder."""
         is_word = len(self._key) < _SHORTEST_SECRET or (self._key.isalpha() and len(self._key) < _LONGEST_WORD)
         return not is_word and self._key in text
 
     def scrub(self, text: str) -> str:
-        """Return the text without the key, or what looks like a piece of one; endpoints like to quote it."""
+        """Return the text without the key and what looks like a part of one, because endpoints quote it in errors."""
         return re.sub(r"\bsk-[\w*.-]{4,}", "***", text.replace(self._key, "***") if self.holds_key(text) else text)
 
     def summary(self) -> str:
-        """Return a line about what was asked."""
+        """Return a one-line summary of the requests."""
         parts = [f"{self.requests:,} requests, {self.tokens:,} tokens, up to {self.limit} at once"]
         return ", ".join(parts + [f"{name} refused: {instead}" for name, instead in self.learned.items()])
 
@@ -233,14 +236,14 @@ class Endpoint:
                     continue
                 if error.busy:
                     busy += 1
-                    if episode == self._episode:  # sent since the last fall: what was under way then tells nothing new
+                    if episode == self._episode:  # sent since the last fall; earlier requests do not count again
                         self._episode += 1
                         self.concurrency = max(self.concurrency * 0.8, 1.0)
                 else:
                     failures += 1
                 wait = error.wait
                 if wait is None:
-                    spread = random.uniform(0.5, 1.0)  # noqa: S311 - so that requests do not come back all at once
+                    spread = random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries
                     wait = spread * min(self._first_wait * 2 ** (failures + busy - 1), 60.0)
                 elif error.busy:
                     self._resume_at = max(self._resume_at, time.monotonic() + wait)
@@ -252,14 +255,14 @@ class Endpoint:
             if failures < self._attempts and busy < _MOST_BUSY:
                 await self.pause(wait)
         if not self.answered and failures and not connected:
-            fix = "start the server, or check the URL; run the same command again to go on"
+            fix = "start the server, or check the URL; run the same command again to resume"
             self._fatal = MMRoleError("the endpoint cannot be reached", problem, self._place(request), fix)
             await self._notify()
             raise self._fatal
         return ChatReply(error=problem)
 
     async def _enter(self, estimate: int, problem: str) -> None:
-        """Waits until a request may be sent, and counts it."""
+        """Wait until a request may be sent, and count it."""
         while (pause := self._resume_at - time.monotonic()) > 0 and not self._ending and self._fatal is None:
             await self.pause(pause)
         async with self._changed:
@@ -294,7 +297,7 @@ class Endpoint:
             self._changed.notify_all()
 
     async def pause(self, seconds: float) -> None:
-        """Sleeps, but not beyond the end of everything."""
+        """Sleep, but not beyond the end of the run."""
         end = time.monotonic() + seconds
         while not self._ending and self._fatal is None and (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.1))
@@ -325,12 +328,12 @@ class Endpoint:
         client = self._clients[request.server % len(self._clients)]
         try:
             call = client.chat.completions.create(**body)
-            answer = await asyncio.wait_for(call, self._timeout)  # the client's own timeout begins anew with each byte
+            answer = await asyncio.wait_for(call, self._timeout)  # the client's timeout restarts with each byte
             return self._read(answer, estimate)
         except openai.APIStatusError as error:
-            refused = error  # left here: what is raised about it must not carry it along, it may quote the key
+            refused = error  # kept out of what is raised later, because it may quote the key
         except (asyncio.TimeoutError, openai.APITimeoutError):
-            raise _RetryError(f"no whole answer within {self._timeout:g} s") from None
+            raise _RetryError(f"no complete answer within {self._timeout:g} s") from None
         except openai.OpenAIError as error:  # no connection
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise _RetryError(f"{type(error).__name__}: {error}{cause}", connected=False) from None
@@ -361,10 +364,10 @@ class Endpoint:
         if status in (400, 403, 451) and _FILTERED.search(f"{code} {text}"):
             return ChatReply(refusal=text)
         if request.image and not self.answered and status not in _RETRY and _PICTURES.search(text):
-            fix = "ask a model that sees, or check how it is served"
+            fix = "use a model with vision, or check how it is served"
             await self._fail(MMRoleError("the model takes no pictures", text, self._place(request), fix))
         if status in _FATAL or code == "insufficient_quota":
-            fix = f"check {self._key_env}, the URL, the model's name and your account; the same command goes on"
+            fix = f"check {self._key_env}, the URL, the model's name and your account; then run again to resume"
             await self._fail(MMRoleError(f"the endpoint refuses (status {status})", text, self._place(request), fix))
         if status in _RETRY or status >= 500:
             headers = error.response.headers
@@ -377,7 +380,7 @@ class Endpoint:
         raise error
 
     def _learn(self, text: str, parameter: str, body: Mapping[str, Any]) -> bool:
-        """Takes from an error which parameter the model refuses; whether the request should be sent again without."""
+        """Learn from an error which parameter the model refuses; return whether to retry without it."""
         if _TOO_LONG.search(text) or not (_UNSUPPORTED.search(text) or parameter in body):
             return False
         sent = [name for name in _PARAMETERS if name in body]
@@ -395,7 +398,7 @@ class Endpoint:
             message, finished = choice.message, choice.finish_reason
             text = message.content
         except (AttributeError, TypeError, LookupError):
-            raise _RetryError("the endpoint's answer is no chat completion; is the URL right?") from None
+            raise _RetryError("the endpoint's answer is not a chat completion; is the URL right?") from None
         text = without_thinking(text) if isinstance(text, str) else ""
         total = getattr(getattr(answer, "usage", None), "total_tokens", None)
         tokens = total if isinstance(total, int) and total > 0 else estimate
@@ -411,7 +414,7 @@ class Endpoint:
 
 
 def without_thinking(text: str) -> str:
-    """Return an answer without the `<think>…</think>` before it, and stripped; one that never ends leaves nothing."""
+    """Return an answer without the `<think>…</think>` before it, stripped; an unclosed one leaves nothing."""
     _, end, answer = text.rpartition("</think>")
     if end:
         return answer.strip()
@@ -422,7 +425,7 @@ def checked_url(url: str | None) -> str | None:
     """Return a base URL.
 
     Raises:
-        MMRoleError: It is none; the value is not shown, because it may hold a password.
+        MMRoleError: It is invalid; the value is not shown, because it may hold a password.
     """
     try:
         parts = urlsplit(url) if url else None
@@ -440,15 +443,15 @@ def _key(variable: str, urls: Sequence[str | None]) -> str:
     if not key and all(url and urlsplit(url).hostname in _LOCAL for url in urls):
         return "none"
     if not key:
-        fix = f"export {variable}=... (any word will do for a server of your own that needs none)"
+        fix = f"export {variable}=... (any word, if your server needs none)"
         raise MMRoleError("no key for the endpoint", None, f"{variable} in the environment", fix)
     if not (key.isascii() and key.isprintable()):
-        raise MMRoleError("the key holds characters that no key has", None, variable, "set it anew; it is not shown")
+        raise MMRoleError("the key has invalid characters", None, variable, "set it again; it is not shown")
     return key
 
 
 class _RetryError(Exception):
-    """A request failed in a way that the next may not."""
+    """A request failed, but a retry may succeed."""
 
     def __init__(
         self,
@@ -464,7 +467,7 @@ class _RetryError(Exception):
 
 
 def wait_of(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that an error's headers ask for, within reason, or None if they do not say."""
+    """Return the wait in seconds from an error's headers, limited, or None."""
     found = [_number(headers.get("retry-after-ms"), 0.001), _after(headers.get("retry-after"))]
     spent = [kind for kind in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{kind}") == "0"]
     found += [_duration(headers.get(f"x-ratelimit-reset-{kind}")) for kind in spent]

@@ -150,11 +150,11 @@ def _write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        _sync_folder(path.parent)
     except OSError as error:
         raise write_error(path, error, "what was there before is unchanged") from error
     finally:
-        discard(temporary)
+        _discard(temporary)
 
 
 def make_folder(folder: Path, kept: str) -> None:
@@ -173,7 +173,7 @@ def make_folder(folder: Path, kept: str) -> None:
         raise write_error(folder, error, kept) from error
 
 
-def discard(temporary: Path) -> None:
+def _discard(temporary: Path) -> None:
     """Remove a temporary file if there is one; failing to do so is no error."""
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
@@ -185,7 +185,7 @@ def write_error(path: Path, error: OSError, kept: str) -> MMRoleError:
     return MMRoleError(f"cannot write: {error.strerror}", path, fix=f"{fix}, then run the same command again; {kept}")
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Force a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

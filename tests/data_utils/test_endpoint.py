@@ -72,7 +72,7 @@ def test_what_does_not_pass_is_an_error_of_one_request(site: Site) -> None:
 
 def test_a_trickle_ends_at_the_deadline_of_the_whole_request(site: Site) -> None:
     site.chat = scripted(Reply(body=b"", fault="trickle"))
-    assert ask(site, timeout=0.3, attempts=1) == [ChatReply(error="no whole answer within 0.3 s")]
+    assert ask(site, timeout=0.3, attempts=1) == [ChatReply(error="no complete answer within 0.3 s")]
 
 
 def test_the_four_ends_are_kept_apart(site: Site) -> None:
@@ -233,7 +233,7 @@ def test_the_key_is_nowhere(site: Site, caplog: pytest.LogCaptureFixture, capfd:
     ("url", "variable", "message"),
     [
         ("https://models.example/v1", "", "no key for the endpoint"),
-        ("https://models.example/v1", "schlüssel", "characters that no key has"),
+        ("https://models.example/v1", "schlüssel", "invalid characters"),
         ("models.example", "k" * 20, "not the address of an endpoint"),
     ],
 )
