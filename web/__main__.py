@@ -153,8 +153,9 @@ def _serve(options: argparse.Namespace, cast: Cast) -> int:
             except ModuleNotFoundError:
                 raise _missing("gradio") from None
             app = mount_page(app, Page(service, cast, Path(uploads), options.save_to, limits))
-        address = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"  # noqa: S104
-        _tell(address, service.name, cast, page=not options.no_page)
+        host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host  # noqa: S104
+        address = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
+        _tell(address, service.name, cast, page=not options.no_page, key=key is not None)
         try:
             uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
         finally:
@@ -168,7 +169,7 @@ def limits_of(options: argparse.Namespace) -> Limits:
     return Limits() if most is None else Limits(new_tokens=most, usual_tokens=most)
 
 
-def _tell(address: str, name: str, cast: Cast, *, page: bool) -> None:
+def _tell(address: str, name: str, cast: Cast, *, page: bool, key: bool) -> None:
     if page:
         print(f"The page: {address}/")
     characters = f", mmrole/<one of {len(cast.roles)} characters>" if cast.roles else ""
@@ -176,7 +177,8 @@ def _tell(address: str, name: str, cast: Cast, *, page: bool) -> None:
     model = f"mmrole/{next(iter(cast.roles))}" if cast.roles else name
     body = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}]}
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    print(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d {data}")
+    header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if key else ""
+    print(f"  curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json' \\\n    -d {data}")
     print("Ctrl-C ends it.", flush=True)
 
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import pytest
 from PIL import Image
 
 from data_utils.errors import MMRoleError
+from data_utils.prompts import Role
 from tests.conftest import ROOT
 from tests.web.conftest import Served
 from web.__main__ import main
-from web.cast import read_cast
+from web.cast import Cast, read_cast
 from web.chats import ChatError, Limits, Prompt
 from web.service import EndpointService, Piece, Sampling
 from web.terminal import talk
@@ -165,6 +167,18 @@ def test_a_port_that_is_taken_is_reported_before_the_model_loads() -> None:
         flags = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--port", str(other.getsockname()[1])]
         with pytest.raises(MMRoleError, match="cannot listen there"):
             main(flags)
+
+
+def test_what_the_server_prints_can_be_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setattr("web.__main__.listen_problem", lambda *_: None)
+    monkeypatch.setattr("web.__main__.read_cast", lambda _: Cast({"O'Brien": Role("O'Brien", "1984", "Thinks.")}, {}))
+    monkeypatch.setenv("MMROLE_KEY", "a long random text")
+    assert main(["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--no_page", "--host", "::1"]) == 0
+    printed = capsys.readouterr().out
+    command = shlex.split(printed[printed.index("curl") : printed.index("Ctrl-C")])
+    assert command[1:4] == ["http://[::1]:8000/v1/chat/completions", "-H", "Authorization: Bearer $MMROLE_KEY"]
+    assert json.loads(command[-1])["model"] == "mmrole/O'Brien"
 
 
 def test_a_character_that_is_not_there(demo: Path) -> None:

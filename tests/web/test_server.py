@@ -30,7 +30,7 @@ from web.chats import (
     without_oldest_turns,
 )
 from web.server import build_app
-from web.service import Piece, Sampling, fitting_prompt
+from web.service import EngineService, Piece, Sampling, fitting_prompt
 
 openai = pytest.importorskip("openai", reason="the endpoint extra is not installed")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -324,6 +324,16 @@ def test_the_length_of_an_answer_and_what_an_endpoint_leaves_unsaid() -> None:
         assert [sampling.max_tokens for sampling in asked] == [40, 40]
         with pytest.raises(openai.BadRequestError, match="from 1 to 40"):
             ask(client, [user("Hi")], "echo", max_tokens=41)
+
+
+def test_more_requests_than_may_wait_are_refused(chat_model) -> None:
+    service = EngineService(*chat_model, "tiny", most_waiting=0)
+    app = build_app(service, Cast({}, {}), hosts=frozenset(["127.0.0.1"]), key=None, limits=Limits())
+    with Served(app) as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        for stream in (False, True):
+            with pytest.raises(openai.RateLimitError, match="too many requests"):
+                ask(client, [user("Hi")], stream=stream)
+    service.close()
 
 
 def test_alternation_is_mended() -> None:
