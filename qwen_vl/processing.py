@@ -21,6 +21,7 @@ _PADDING = ("padding", "padding_side", "pad_to_multiple_of")
 # Arguments of transformers' method that ask for what is always done here.
 _ALWAYS_SO = ("sanitize_control_tokens", "add_special_tokens")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_TOKENIZER_ARGUMENTS = ("padding_side", "truncation_side", "model_max_length")
 
 
 class QwenVLProcessor(ProcessorMixin):
@@ -38,7 +39,8 @@ class QwenVLProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "QwenVLProcessor":
         """Returns the processor of a checkpoint: a released one, which has no file for it, or a saved one."""
         place = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        tokenizer = QwenVLTokenizer.from_pretrained(pretrained_model_name_or_path, **place)
+        settings = {name: kwargs[name] for name in _TOKENIZER_ARGUMENTS if name in kwargs}
+        tokenizer = QwenVLTokenizer.from_pretrained(pretrained_model_name_or_path, **place, **settings)
         return cls(QwenVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **place), tokenizer)
 
     def __call__(

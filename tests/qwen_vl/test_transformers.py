@@ -196,7 +196,9 @@ def test_turns_beyond_the_window_are_left_out(processor: QwenVLProcessor) -> Non
         assert show(processor, messages, max_window_size=size).input_ids[0].tolist() == expected
 
 
-def test_a_batch_is_padded_on_the_left(processor: QwenVLProcessor, messages: list[dict[str, Any]]) -> None:
+def test_a_batch_is_padded_on_the_left(
+    processor: QwenVLProcessor, messages: list[dict[str, Any]], released: Path
+) -> None:
     short = [{"role": "user", "content": "Hi"}]
     batch = show(processor, [short, messages])
     alone = show(processor, short).input_ids[0]
@@ -214,6 +216,8 @@ def test_a_batch_is_padded_on_the_left(processor: QwenVLProcessor, messages: lis
     right = show(processor, [short, messages], processor_kwargs=trainers)
     assert torch.equal(right.input_ids[0, : len(alone)], alone)
     assert right.input_ids.shape[1] % 8 == 0
+    on_the_right = AutoProcessor.from_pretrained(released, padding_side="right")
+    assert torch.equal(show(on_the_right, [short, messages]).input_ids[0, : len(alone)], alone)
     with pytest.raises(ValueError, match="Nothing is cut"):
         show(processor, messages, processor_kwargs=trainers | {"max_length": 100})
 
