@@ -1,4 +1,4 @@
-"""Folders without permission, which root has to make believe."""
+"""Simulates unreadable folders, because root can read everything."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import pytest
 
 
 def close(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Lets `pathlib` meet a folder as `chmod 000` leaves it for all but root."""
+    """Make `pathlib` treat a folder as after `chmod 000`."""
 
     def guard(name: str, *, itself: bool) -> None:
         real = getattr(Path, name)

@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: where the real data and golden numbers lie, and the small golden checkpoint."""
+"""Fixtures that all tests share: the real data and golden numbers, and the small golden checkpoint."""
 
 import base64
 import os
@@ -17,19 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    """Ctrl-C means what it says in the processes that tests start: what runs in a shell's background ignores it."""
+    """Restore Ctrl-C, which processes in a shell's background ignore."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process is left alone with one at the end."""
+    """Run files with slow tests first, so that all processes end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def shared_folder() -> Path | None:
-    """The folder with real data and golden numbers (`MMROLE_SHARED`, else `../shared`), or None where there is none."""
+    """Return the folder with real data and golden numbers (`MMROLE_SHARED`, else `../shared`), or None."""
     folder = Path(os.environ.get("MMROLE_SHARED", ROOT.parent / "shared"))
     return folder if (folder / "golden").is_dir() else None
 

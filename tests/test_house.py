@@ -1,4 +1,4 @@
-"""The rules of the house: what stands where, who may import whom, nothing on import, nobody let in."""
+"""The rules of the repository: its layout, its imports, no side effects on import, no remote code."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ NEVER = {
     "torchvision",
 }
 PACKAGE_OF = {"PIL": "pillow"}
-# vLLM runs in an environment of its own and finds this folder by its entry point; nobody else imports it.
+# vLLM runs in a separate environment and finds this folder by its entry point; nothing else imports it.
 PLUGIN = ROOT / "qwen_vl" / "vllm_plugin"
-PAGE = ROOT / "web" / "page.py"  # imported where a page is asked for
+PAGE = ROOT / "web" / "page.py"  # imported when a page is made
 
 SOURCES = sorted(
     [
@@ -176,7 +176,7 @@ def test_rooms_import_only_what_is_below(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_main_files_hold_flags_only(path: Path) -> None:
-    """What others import lies in a file that says what it is."""
+    """Modules that others import have a descriptive name."""
     assert not [module for module in imported_modules(path) if module.endswith(".__main__")]
 
 
@@ -251,8 +251,8 @@ def test_the_architecture_names_files_that_exist() -> None:
     assert not {name for name in named if not (ROOT / name).exists()}
 
 
-# Run in a process of its own: imports every module and tells what that did. What other packages do when they are
-# imported is not ours, so the import statements that name them are run before the watch begins.
+# Run in a separate process: imports every module and reports side effects. Other packages are imported before, because
+# their side effects are not ours.
 WATCH = """
     import importlib, json, os, random, sys
     import numpy, torch

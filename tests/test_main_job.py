@@ -1,4 +1,4 @@
-"""The whole road on real input through the scripts that users call: answer, review, result."""
+"""The complete pipeline on real input through the users' scripts: answer, review, result."""
 
 import csv
 import json

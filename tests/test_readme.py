@@ -1,4 +1,4 @@
-"""The README's commands run, its Python runs, and what it names is there."""
+"""The README's commands and Python run, and the files that it names exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WEIGHTS = (ROOT / "model_weights" / "README.md").read_text(encoding="utf-8")
-# Who runs it for real: the two commands have their own test, or are what runs this one; downloads are tested against a
+# Tested elsewhere: two commands have their own test, or run this one; downloads are tested against a
 # local server (test_download.py), training through these scripts in tests/finetune and by the quickstart.
 ELSEWHERE = {
     *("scripts/quickstart.sh", "scripts/test.sh", "scripts/download_weights.sh", "scripts/download_data.sh"),
@@ -113,7 +113,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 @pytest.mark.slow
 def test_commands_of_the_road(demo: Demo) -> None:
-    """From the repository, in the README's order, on the demo world: its folders stand in for the real ones."""
+    """From the repository, in the README's order, on the demo world instead of the real data."""
     ours = {"MODEL_PATH": demo.model, "EVAL_DIR": demo.evaluation, "VIRTUAL_ENV": sys.prefix}
     environ = {**os.environ, **{name: str(value) for name, value in ours.items()}}
     for line in ROAD:
@@ -122,7 +122,7 @@ def test_commands_of_the_road(demo: Demo) -> None:
         command += "".join(f" {flag}" for flag in SHORT) if script == "inference.sh" else ""
         command += " --max_new_tokens 2 --retries 0" if script == "eval/RM_review.sh" else ""
         result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environ, capture_output=True, text=True)
-        # The untrained checkpoint's reviews cannot be read, which RM_review tells by its status.
+        # The untrained checkpoint's reviews are unreadable, as RM_review's status says.
         expected = 1 if script == "eval/RM_review.sh" else 0
         assert result.returncode == expected, f"{line}\n{result.stdout}{result.stderr}"
     for kind in ("answers/mmrole-agent/*.json", "reviews/mmrole-agent/*.json", "results/mmrole-agent/*.csv"):
@@ -143,7 +143,7 @@ def test_python(code: str, demo: Demo) -> None:
 
 @pytest.mark.slow
 def test_a_character_of_your_own(demo: Demo, tmp_path: Path) -> None:
-    """The README's example as it stands, from an empty folder, with the tiny checkpoint for the real one."""
+    """The README's example unchanged, from an empty folder, with the tiny checkpoint instead of the real one."""
     [example] = blocks(README, "bash character")
     example = example.replace(".venv/bin/python", shlex.quote(sys.executable))
     example = example.replace("inference.sh", f"{shlex.quote(str(ROOT / 'inference.sh'))} --max_new_tokens 4")

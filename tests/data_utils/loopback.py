@@ -95,7 +95,7 @@ class Site:
 
 
 class Server(ThreadingHTTPServer):
-    request_queue_size = 256  # as many connections at once as a client makes; beyond it they would be refused, by luck
+    request_queue_size = 256  # more connections at once than any client makes, because others would be refused
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(503, b"", {"Retry-After": "0"})
         if fault == "garbage":
             content = b"<html>" + content[6:]  # as many bytes as it should be
-        if fault == "short":  # the announced length fits what comes, and it is not all
+        if fault == "short":  # truncated, with a fitting length
             return self.send(200, content[:-40], self.about(path, content))
         start = int(byte_range.removeprefix("bytes=").partition("-")[0]) if byte_range else 0
         headers = self.about(path, content)

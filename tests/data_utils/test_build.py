@@ -1,4 +1,4 @@
-"""Samples from dialogues: on a small data root of our own, and on the whole snapshot where it is."""
+"""Samples from dialogues: on a small data root, and on the published snapshot if available."""
 
 import json
 from collections.abc import Mapping

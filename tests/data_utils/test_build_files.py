@@ -149,7 +149,7 @@ def give_dialogue(root: Path, dialogue: dict[str, Any]) -> None:
 
 @pytest.fixture
 def extra(world: Path, tmp_path: Path) -> Path:
-    """A further root, with a dialogue about a picture of its own."""
+    """A further root, with a dialogue about a new picture."""
     root = tmp_path / "extra"
     dialogue = read(sorted((world / "dialogues/in-distribution/comment").glob("*.json"))[0])[0]
     give_dialogue(root, {**dialogue, "id": "extra_0", "image": "Mine/01.jpg"})
@@ -268,7 +268,7 @@ def test_ids_of_tests_that_name_no_turn(world: Path, name: object, flags: list[s
 
 
 def reviewed(world: Path, folder: Path, agents: int = 2) -> int:
-    """Writes reviews of the test samples in the layout of eval/; gives how many."""
+    """Write reviews of the test samples in the layout of eval/; return their number."""
     total = 0
     for agent in range(agents):
         rows = read(world / "data/test/in-distribution/comment_test.json")
@@ -319,7 +319,7 @@ def test_reviews_that_cannot_be_used(world: Path, tmp_path: Path) -> None:
         write_reviews(tmp_path, [("a", row), ("a", row)], review_prompts, validation=1, seed=0)
 
 
-# Builds in a child of its own and reads the file, far from pytest: what a process once held, its children seem to hold.
+# Builds and reads the file in a separate process, because a child's peak memory includes its parent's.
 BUILD_AND_READ = """
 import json, resource, subprocess, sys
 

@@ -1,4 +1,4 @@
-"""What building takes its dialogues and test sets from, what it refuses, and what a run that was stopped leaves."""
+"""The sources of building, what it refuses, and what a stopped run leaves."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def with_chunks(*chunks: bytes, picture: bytes | None = None, behind: bool = False) -> bytes:
-    """A picture with further chunks before its data, or behind its end."""
+    """A picture with further chunks before its data, or after its end."""
     picture = picture or png()
     place = len(picture) if behind else 33  # the header: 8 bytes of signature, 25 of IHDR
     return picture[:place] + b"".join(chunks) + picture[place:]

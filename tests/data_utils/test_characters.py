@@ -1,4 +1,4 @@
-"""Characters of one's own: what is written, what is refused, and the worked example of the documentation."""
+"""New characters: what is written, what is refused, and the example in the documentation."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_second_call_adds_and_repeats_nothing(tmp_path: Path, picture: Path) -
 
 
 def test_a_killed_run_is_resumed(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every file that is written: what comes after it is made up for, under the same names."""
+    """A run killed at any file is completed by the next one, under the same names."""
     ada = NewCharacter("Ada", "Sea", "One.", [Picture(picture, "A tower.")])
     add_character(tmp_path / "whole", ada)
     whole = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
@@ -106,7 +106,7 @@ def pixels_of(path: Path) -> tuple[str, tuple[int, int], list[tuple[int, ...]]]:
 
 
 def test_pictures_are_stored_upright_in_8_bit_rgb(tmp_path: Path) -> None:
-    """Of a phone, a scanner and a drawing program: the model would see them turned, white and black."""
+    """From a phone, a scanner and a drawing program: the model would see them turned, white and black."""
     phone = Image.new("RGB", (60, 40), (250, 0, 0))
     phone.paste((0, 0, 250), (30, 0, 60, 40))
     exif = Image.Exif()
@@ -233,7 +233,7 @@ def test_the_worked_example(tmp_path: Path) -> None:
         if needs != "needs-checkpoint":
             run_block(text, tmp_path)
     written = {path: path.read_bytes() for path in data.rglob("*.*")}
-    for needs, text in blocks:  # once more, and nothing becomes another
+    for needs, text in blocks:  # once more, and nothing changes
         if needs != "needs-checkpoint":
             run_block(text, tmp_path)
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == written

@@ -1,4 +1,4 @@
-"""The data doctor: exactly what is known of the real snapshot, and each fault in a small world."""
+"""`check`: exactly the known findings of the real snapshot, and each fault in a small world."""
 
 from __future__ import annotations
 
@@ -68,16 +68,16 @@ def counts(root: Path, **options: Any) -> dict[str, int]:
 
 
 def new_counts(root: Path, clean: Path, **options: Any) -> dict[str, int]:
-    """What is found in a root beyond what is found in the clean world."""
+    """Return the findings of a root that the clean world does not have."""
     before = counts(clean)
     after = counts(root, **options)
     found = {kind: n - before.get(kind, 0) for kind, n in after.items() if n != before.get(kind, 0)}
-    found.pop("duplicate_answer", None)  # the tests' dialogues are copies; see the test of its own
+    found.pop("duplicate_answer", None)  # the tests' dialogues are copies; this has a separate test
     return found
 
 
 def change(root: Path, name: str, edit: Callable[[Any], Any]) -> str:
-    """Edits the content of a JSON file (the first of a folder); gives its name."""
+    """Edit the content of a JSON file (the first of a folder); return its name."""
     path = root / name
     path = sorted(path.glob("*.json"))[0] if path.is_dir() else path
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -300,7 +300,7 @@ def test_images_that_links_lead_out_for(world: Path, clean: Path, tmp_path: Path
     assert str(tmp_path / "elsewhere") in report.findings["image_outside"].examples[0]["detail"]
     assert "--follow_links" in KINDS["image_outside"].fix
     assert report.exit_status() == 0
-    shutil.move(world / "images", tmp_path / "images")  # a linked image folder, and links inside of it, are no matter
+    shutil.move(world / "images", tmp_path / "images")  # a linked image folder, and links inside of it, are fine
     (world / "images").symlink_to(tmp_path / "images")
     coco.unlink()
     shutil.move(tmp_path / "elsewhere", tmp_path / "images/real")

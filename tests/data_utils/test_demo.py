@@ -206,7 +206,7 @@ def test_people_stand_in_every_landscape_in_their_coats(place: str, time: str):
 
 
 def share_of(picture: Image.Image, colour: tuple[int, int, int]) -> float:
-    """The share of pixels that have nearly this colour."""
+    """Return the share of pixels with nearly this colour."""
     apart = np.abs(np.asarray(picture, dtype=int) - np.array(colour)).max(axis=-1)
     return float((apart < 8).mean())
 

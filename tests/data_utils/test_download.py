@@ -39,7 +39,7 @@ def jpeg(seed: int, size: int = 240) -> bytes:
 
 @pytest.fixture
 def repo(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, str], Fetch, Path]:
-    """A repository of three files: their paths on the server, what fetches them, and where to."""
+    """A repository of three files: their paths on the server, a function that fetches them, and the target."""
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     paths = put_repo(site, "someone/thing", "model", SMALL)
     target = tmp_path / "target"
@@ -101,7 +101,7 @@ def test_files_that_a_killed_run_finished_are_taken(site: Site, repo) -> None:
 
 
 def test_what_somebody_changed_is_kept(repo, capsys: pytest.CaptureFixture[str]) -> None:
-    """As of who adds characters to a published root, and then fetches the rest of it."""
+    """As after adding characters to a published root, and then fetching the rest of it."""
     _, fetch, target = repo
     fetch()
     (target / "config.json").write_bytes(b'{"a": 2}')
@@ -122,7 +122,7 @@ def test_what_is_there_stays_until_the_hub_sends_better(site: Site, repo) -> Non
 
 
 def test_ctrl_c_ends_a_download_at_once(site: Site, tmp_path: Path) -> None:
-    """While the server says nothing, which the client would wait for."""
+    """Even while the server stalls."""
     name, folder = download.WEIGHTS["reward-model"]
     weights = put_repo(site, name, "model", SMALL)["weights.bin"]
     site.faults[weights] = ["stall"]
@@ -232,7 +232,7 @@ def test_failed_images_are_named_and_the_others_come(coco: Site, tmp_path: Path)
     assert "404" in failed[0]
     assert "not a JPEG" in failed[1]
     assert held(tmp_path / COCO_FOLDER) == {third: IMAGES[third]}
-    assert len(coco.gets(f"/train/{first}")) == 1  # a missing one is not asked for again
+    assert len(coco.gets(f"/train/{first}")) == 1  # a missing one is not retried
     assert missing_coco(tmp_path, sorted(IMAGES)) == [first, second]
 
 
@@ -260,7 +260,7 @@ def test_broken_images_are_seen() -> None:
     }
     for words, broken in cases.items():
         assert words in (jpeg_problem(broken) or "")
-    assert jpeg_problem(content + b"\0\0") is None  # some of MS-COCO's have something behind
+    assert jpeg_problem(content + b"\0\0") is None  # some of MS-COCO's have data after their end
 
 
 def test_referenced_images(tmp_path: Path) -> None:

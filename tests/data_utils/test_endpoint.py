@@ -1,4 +1,4 @@
-"""The client of chat endpoints against a scripted server on loopback: whatever it does, the outcome is data."""
+"""The client of chat endpoints against a scripted server on loopback: every fault becomes data."""
 
 import threading
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The data for other trainers: every text and picture comes back as it stands in the samples."""
+"""The data for other trainers: every text and picture is exported unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def sample_of(row: Row, system: str, images: Path) -> tuple[str, ...]:
-    """What an exported row says, in either form: id, system message, picture, prompt, answer."""
+    """Return the content of an exported row in either form: id, system message, picture, prompt, answer."""
     parts = [message["content"] for message in row["messages"]]
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     if isinstance(parts[0], str):
@@ -108,7 +108,7 @@ def test_a_root_with_tests_alone(world: Path, tmp_path: Path) -> None:
         main([str(world), "--format", "messages", "--output", str(tmp_path / "none")])
 
 
-# In a child of its own: memory that pytest holds would be counted too.
+# In a separate process: pytest's memory would be counted too.
 EXPORT = """
 import resource, sys
 from data_utils.export.__main__ import main

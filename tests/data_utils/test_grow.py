@@ -53,7 +53,7 @@ def text_of(request: dict[str, Any]) -> str:
 
 
 def good_answer(request: dict[str, Any], number: int) -> str:
-    """What a strong model would write."""
+    """Return an answer of a strong model."""
     text = text_of(request)
     if "Shorten the profile" in text:
         return SUMMARY
@@ -287,7 +287,7 @@ def test_key_in_an_answer_is_nowhere(
     site.chat = scripted(*[LEAKS[leak]] * times, good_answer)
     kind = "comment" if leak == "comment" else "human-role"
     flags = ["--characters", min(cast.profiles), "--images_per_character", "1", "--kinds", kind]
-    # What is escaped comes to light when the answer is read, which asks again; the rest waits for the next run.
+    # An escaped key is found when the answer is read, which is requested again; the others wait for the next run.
     for status in [1, 1] if times > 1 else [0] if leak == "escaped" else [1, 0]:
         assert grow_dialogues(site, demo, tmp_path, *flags) == status
     result = capfd.readouterr()
@@ -308,7 +308,7 @@ def test_escaped_key_in_a_dialogue_is_nowhere(site: Site, demo: Path, tmp_path: 
 def interrupt_after(
     site: Site, count: int, answer: Callable[[dict[str, Any]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C when so many requests have come, which are answered only after it."""
+    """Send Ctrl-C when so many requests have arrived, which are answered only after it."""
     arrived, lock, stopped = [], threading.Lock(), threading.Event()
     end = Endpoint.end
     monkeypatch.setattr(Endpoint, "end", lambda endpoint: (end(endpoint), stopped.set()))
@@ -619,7 +619,7 @@ def test_dialogues_that_cannot_be_kept(kind: str, bad: dict[str, Any], words: st
 
 
 def test_published_dialogues_pass(shared: Path) -> None:
-    """Sound published dialogues are not refused: the checks ask for nothing that the real data has not."""
+    """Good published dialogues are accepted."""
     folder = shared / "mmrole_data/dialogues/in-distribution"
     for kind, name in (("comment", "comment"), ("human-role", "human-role"), ("inter-role", "inter-role")):
         rows = [row for path in sorted((folder / name).glob("Iron_Man*.json")) for row in read_json(path)]
@@ -660,7 +660,7 @@ def test_images_are_sent_as_endpoints_take_them(tmp_path: Path) -> None:
         image_url(tmp_path / "d.jpg")
 
 
-# ---- what stands in files stays the user's
+# ---- the user's edits are kept
 
 
 def ids_of(root: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The role-play prompt, piece by piece; the whole of it is held to the published samples in test_build.py."""
+"""The role-play prompt, part by part; test_build.py compares complete prompts with the published samples."""
 
 import pytest
 

@@ -134,7 +134,7 @@ def test_snapshot_with_tokens(shared: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == PLOTS
     card = (tmp_path / "data_card.md").read_text(encoding="utf-8")
     assert "72,551 training samples" in card
-    # A prompt or two of each file counted the long way.
+    # Some prompts of each file, counted without shortcuts.
     tokenizer = QwenVLTokenizer.from_pretrained(shared / "qwen_vl_chat")
     counter = LengthCounter(tokenizer)
     for path in sorted((shared / "mmrole_data" / "data" / "test").rglob("*.json")):

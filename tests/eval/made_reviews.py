@@ -23,7 +23,7 @@ def made_row(
     answer: str = "An answer.",
     records: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A reviewed row (without reviews if the answer is empty); `records` replaces single metrics' records."""
+    """Return a reviewed row (without reviews if the answer is empty); `records` replaces single metrics' records."""
     row: dict[str, Any] = {
         "id": f"row_{number}",
         "image": "a.jpg",

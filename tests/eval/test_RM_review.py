@@ -253,7 +253,7 @@ def test_hidden_files_are_no_answers(world):
 
 @pytest.mark.parametrize("moment", [2, 4, 20, 37, 52])
 def test_killed_in_the_middle_of_a_write(world, tmp_path, moment):
-    """Retries included: what was asked for before and after the kill makes the same file."""
+    """With retries: requests before and after the kill give the same file."""
     assert killed_at(moment, lambda: RM_review.main(flags(world), FakeBackend(fake_review))) == -signal.SIGKILL
     other = make_answers(make_world(tmp_path / "undisturbed"))
     status = RM_review.main(flags(other), FakeBackend(fake_review))

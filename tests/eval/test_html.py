@@ -145,7 +145,7 @@ def browser() -> Any:
 
 
 def opened(browser: Any, path: Path, **settings: Any) -> tuple[Any, list[str]]:
-    """A page that is ready, and a list of what it complains about or asks for."""
+    """Return a page that is ready, and a list of its errors and requests."""
     page = browser.new_context(**settings).new_page()
     page.set_default_timeout(120_000)  # a busy machine
     noise: list[str] = []

@@ -1,4 +1,4 @@
-"""What somebody who knows transformers expects: auto classes, processor, pipeline, generate, Trainer."""
+"""What users of transformers expect: auto classes, processor, pipeline, generate, Trainer."""
 
 import json
 import re

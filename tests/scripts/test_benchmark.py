@@ -1,4 +1,4 @@
-"""The benchmark runs, on every task, and its figures are of what was asked for; how fast is nothing for a test."""
+"""The benchmark runs on every task, and its figures are those requested; speed is not tested."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ def test_both_ways_of_writing(task: str, requests: int, checkpoint: Path, tmp_pa
 
 
 def _texts(task: str, rows: list[dict]) -> list[str]:
-    """What was published: a token a byte."""
+    """The published texts, with one token per byte."""
     if task == "answer":
         return [row["conversations"][1]["answer"] for row in rows]
     return [record["review"] for row in rows for record in row["rm_review"].values()]

@@ -1,4 +1,4 @@
-"""The tiny checkpoint: the released layout, a vocabulary of its own that loses nothing, the same bytes each time."""
+"""The tiny checkpoint: the released layout, a lossless vocabulary, the same bytes each time."""
 
 import importlib.util
 import json

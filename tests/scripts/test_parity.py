@@ -40,7 +40,7 @@ def run_parity(folder: Path, *flags: str, **environ: str) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def reference_python() -> str:
-    """The released code's environment; where it cannot be had the test is skipped, with what the set-up said."""
+    """The released code's environment; if it cannot be made, the test is skipped with the set-up's message."""
     command = [sys.executable, str(ROOT / "scripts" / "parity_environment.py")]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     made = subprocess.run(command, env=environ, capture_output=True, text=True)
@@ -124,7 +124,7 @@ def test_code_is_not_run_without_the_flag(tmp_path: Path) -> None:
 def test_an_adapters_base_is_found_from_the_work_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
 ) -> None:
-    """A relative one counts from where the user is, or from the adapter; both sides run somewhere else."""
+    """A relative path counts from the user's directory, or from the adapter; both sides run elsewhere."""
     model, tokenizer = qwen_vl.load(stand_in.write(tmp_path / "base"), device="cpu")
     add_adapters(model, LoraArguments(lora_r=2), base=tmp_path / "base").save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
@@ -145,7 +145,7 @@ def test_an_adapters_base_is_found_from_the_work_folder(
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_side_that_ends_early(tmp_path: Path, status: int) -> None:
-    """Whatever its exit status: code that is run may end the process as it likes."""
+    """Whatever its exit status, because foreign code may end the process with any."""
     command = [sys.executable, "-c", f"raise SystemExit({status})"]
     with pytest.raises(MMRoleError, match="failed"):
         parity.run_side("reference", command, tmp_path, os.environ)

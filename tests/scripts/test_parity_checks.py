@@ -1,4 +1,4 @@
-"""What scripts/parity.sh refuses before anything runs, and its report."""
+"""The checks of scripts/parity.sh before anything runs, and its report."""
 
 from __future__ import annotations
 

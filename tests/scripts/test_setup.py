@@ -101,7 +101,7 @@ def bare(tmp_path: Path) -> Project:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project set up once from nothing; the tests that use it leave it set up."""
+    """A project that is set up once; the tests that use it leave it set up."""
     project = Project(tmp_path_factory.mktemp("setup") / "project")
     result = project.setup()
     assert result.returncode == 0, result.stderr
@@ -175,7 +175,7 @@ def test_python_that_does_not_run_is_passed_over(bare: Project, tmp_path: Path) 
 
 
 def active_environment(folder: Path) -> Path:
-    """An environment whose Python is this one and whose pip only writes down what it was asked for."""
+    """An environment with this Python, whose pip only records its arguments."""
     note = f'if [ "$1 $2" = "-m pip" ]; then echo "$@" >>"{folder}/pip.txt"; exit; fi'
     shim(folder / "bin", "python", f'{note}\nexec "{sys.executable}" "$@"')
     return folder

@@ -1,4 +1,4 @@
-"""What all shell scripts share: they run under `sh` too, from any directory, whatever lies there."""
+"""All shell scripts run under `sh` too, and from any directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scripts for vLLM refuse before anything is downloaded or loaded; no vLLM is needed to find it out."""
+"""What the scripts for vLLM refuse before anything is downloaded or loaded; needs no vLLM."""
 
 from __future__ import annotations
 

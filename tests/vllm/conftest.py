@@ -24,7 +24,7 @@ from tests.conftest import shared_folder
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed here: bash scripts/vllm_environment.sh --test"
 )
-# vLLM reads them when it is imported, which no module of these tests does at its beginning.
+# vLLM reads them on import, which these tests do late.
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -42,7 +42,7 @@ WORDS += ["crow", "island", "fever", "song"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query of `chat()`, as elements, and how many tokens the whole prompt has."""
+    """A query of `chat()`, as elements, and the number of tokens of the prompt."""
 
     query: list[dict[str, Any]]
     tokens: int
@@ -61,7 +61,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Native:
-    """The model without vLLM; its answers are what vLLM's are compared with."""
+    """The model without vLLM, whose answers vLLM's are compared with."""
 
     folder: Path
     model: qwen_vl.QwenVLForCausalLM

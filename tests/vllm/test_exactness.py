@@ -12,7 +12,7 @@ from tests.vllm.conftest import NEW_TOKENS, Native, Prompt, ask, load_native, ne
 pytestmark = needs_vllm
 
 LENGTHS = (1000, 2048, 2049, 2100, 3000, 4096, 4097, 4200)  # dynamic NTK begins above 2,048, and changes above 4,096
-TAILS = (2000, 2300, 2048, 2049, 4000, 4200)  # of prompts that begin alike, on both sides of both
+TAILS = (2000, 2300, 2048, 2049, 4000, 4200)  # of prompts with a common prefix, on both sides of both
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def answers(native: Native, prompts: list[Prompt]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alike(native: Native) -> list[Prompt]:
-    """Prompts with a long common beginning: of 1,900 tokens for the first four, of 3,900 for the others."""
+    """Prompts with a long common prefix: of 1,900 tokens for the first four, of 3,900 for the others."""
     begin = {length: native.prompt(length, seed=1).query[0]["text"].rstrip("7") for length in (1900, 3900)}
     return [native.prompt(n, seed=n, begin=begin[1900 if n < 3900 else 3900]) for n in TAILS]
 
@@ -57,7 +57,7 @@ def texts(native: Native, outputs: list[Any]) -> list[str]:
 
 
 def one_by_one(engine: Any, native: Native, prompts: list[Prompt]) -> list[str]:
-    """Answers to prompts of which each finds what those before it left in the prefix cache."""
+    """Return answers to prompts that use the prefix cache of those before."""
     return [texts(native, ask(engine, [prompt]))[0] for prompt in prompts]
 
 

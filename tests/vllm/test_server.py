@@ -31,7 +31,7 @@ class Server:
     """The script, running; `ready` is what it says then."""
 
     def __init__(self, folder: Path, port: str) -> None:
-        # The environment that runs these tests, but an engine in a process of its own, as users have it.
+        # The environment of these tests, but with an engine in a separate process, as users have it.
         environ = {**os.environ, "MODEL_PATH": str(folder), "PORT": port, "VLLM_VENV": sys.prefix}
         environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         command = ["bash", "scripts/serve_vllm.sh", *FLAGS]
@@ -87,7 +87,7 @@ def model_of(client: Any) -> str:
 
 
 def over_http(prompt: Prompt) -> list[dict[str, Any]]:
-    """Messages with pictures as `data:` URLs of their files as they are."""
+    """Return messages with pictures as `data:` URLs of the unchanged files."""
     parts = []
     for element in prompt.query:
         if "image" in element:

@@ -1,4 +1,4 @@
-"""What would be answered wrongly is refused at the start, with what to do."""
+"""Settings that would give wrong answers are refused at the start, with what to do."""
 
 from collections.abc import Callable
 from pathlib import Path

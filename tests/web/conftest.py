@@ -34,7 +34,7 @@ def chat_model(tokenizer: QwenVLTokenizer) -> tuple[qwen_vl.QwenVLForCausalLM, Q
 
 
 class Served:
-    """An app on a port of its own; `with` ends it."""
+    """An app on a free port; `with` ends it."""
 
     def __init__(self, app: object) -> None:
         self._socket = socket.socket()

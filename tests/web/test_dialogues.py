@@ -1,4 +1,4 @@
-"""A saved chat is a dialogue that `check` and `build` take as it is."""
+"""A saved chat is a dialogue for `check` and `build`."""
 
 from __future__ import annotations
 

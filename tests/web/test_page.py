@@ -25,7 +25,7 @@ from web.page import Visit
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
-SECONDS = 90  # of one step at the most; machines that run several things at once are slow
+SECONDS = 90  # limit of one step, for busy machines
 PICTURE = GOLDEN / "images" / "rgb_640x480.png"
 expect = playwright.expect
 
@@ -66,7 +66,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page at a phone's width; what it asks elsewhere for, and what goes wrong in it, fails the test."""
+    """The page at a phone's width; requests to other hosts and errors fail the test."""
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.set_default_timeout(SECONDS * 1000)
     expect.set_options(timeout=SECONDS * 1000)
@@ -79,7 +79,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     page.get_by_text("Brief Introduction").wait_for()
     yield page
     page.close()
-    # What Gradio's client says of a stream that leaving the page has cut off.
+    # Gradio's client reports streams that were cut off by leaving the page.
     assert [fault for fault in faults if not re.search("AbortError|errored out", fault)] == []
 
 
@@ -177,7 +177,7 @@ def test_an_upload_that_is_no_picture(page: Any, tmp_path: Path) -> None:
     [(str(PICTURE), "it was not uploaded by a user"), ("http://example.org/x.png", "URLs are not fetched")],
 )
 def test_paths_and_urls_in_place_of_an_upload(address: str, world: Path, path: str, message: str) -> None:
-    """As a program sends them that is no browser; each is a picture, but nobody has uploaded it."""
+    """As a program sends them that is not a browser; each is a picture, but was not uploaded."""
 
     def asked(place: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()

@@ -1,4 +1,4 @@
-"""The API: answers are those of `chat()`, many at once, and what may not be asked is refused."""
+"""The API: answers are those of `chat()`, many at once, and invalid requests are refused."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_client_that_leaves_frees_its_place(served: Served, client: Any) -> No
     stream = ask(client, [user("Tell me everything")], max_tokens=2_000, stream=True)
     next(iter(stream))
     stream.close()
-    slow = ask(client, [user("Tell me")], stream=True)  # joins while the other leaves; read slowly, it is whole
+    slow = ask(client, [user("Tell me")], stream=True)  # joins while the other leaves; read slowly, it is complete
     first = next(iter(slow))
     assert first.choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in slow][-1] is not None

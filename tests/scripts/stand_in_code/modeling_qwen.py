@@ -1,4 +1,4 @@
-"""Stand-in for a released model: the same interface, for transformers 4.32; its config says where it departs."""
+"""Stand-in for a released model: the same interface, for transformers 4.32; its config says where it differs."""
 
 import math
 
@@ -36,7 +36,7 @@ def make_context(tokenizer, query, history=None, system="", max_window_size=6144
 
 
 class EndAfter(LogitsProcessor):
-    """After one of the ids nothing but the last one comes out."""
+    """After one of the ids only the last one is generated."""
 
     def __init__(self, ids, end):
         self.ids, self.end = ids, end
@@ -170,7 +170,7 @@ class QWenLMHeadModel(PreTrainedModel):
 
 
 class Unused(LogitsProcessor):
-    """Rows of `lm_head` beyond the tokenizer's ids never come out."""
+    """Ids beyond the tokenizer's are never generated."""
 
     def __init__(self, used):
         self.used = used

@@ -1,4 +1,4 @@
-"""Stand-in for a released tokenizer: the same interface on tiktoken. What it does otherwise stands in its config."""
+"""Stand-in for a released tokenizer: the same interface on tiktoken. Its config says where it differs."""
 
 import base64
 import unicodedata
@@ -8,7 +8,7 @@ import requests
 import tiktoken
 from transformers import PreTrainedTokenizer
 
-# The released file fetches a font when it is imported, and keeps it in the working directory.
+# The released file fetches a font on import, into the working directory.
 if not Path("SimSun.ttf").exists():
     Path("SimSun.ttf").write_bytes(requests.get("https://fonts.example/SimSun.ttf").content)
 
