@@ -201,7 +201,7 @@ def test_people_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (fluency.a, fluency.b) == ((scores[0, 1] + 8) / 2, 9) and len(read) == len(lines) + 1
     assert main(["reward-model", str(people), "--eval_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "12 answers of 1 agents were read by both; 0 single reviews only by the first, 1 only by" in printed
+    assert "12 answers of 1 agents were read from both; 0 single reviews only by the first, 1 only by" in printed
     assert "people has several people's scores for 1 reviews: Krippendorff's alpha" in printed
     assert "0.074" in printed and "the paper's figures" in printed
     report = tmp_path / "report"

@@ -65,7 +65,7 @@ def test_the_terminal(checkpoint: Path, demo: Path, tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_stopped_and_saved(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Stopped:
         name = "stopped"
@@ -82,8 +82,8 @@ def test_an_answer_that_is_stopped_and_saved(
     Image.new("RGB", (7, 5), "red").save(tmp_path / "mine.png")
     lines = iter(["Hello", f"/picture {tmp_path}/none.png", f"/picture {tmp_path}/mine.png", "And this?", "/save"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
-    options = argparse.Namespace(character=name_of(world), partner=None, image=None, save_to=tmp_path / "my")
-    assert talk(Stopped(), read_cast(world), options, Limits()) == 0
+    options = argparse.Namespace(character=name_of(demo), partner=None, image=None, save_to=tmp_path / "my")
+    assert talk(Stopped(), read_cast(demo), options, Limits()) == 0
     assert "that did not work: a picture cannot be read: No such file" in capsys.readouterr().err
     assert [prompt.query[0]["image"].size == (7, 5) for prompt in asked] == [False, True]
     assert [" - Scene information: " in prompt.query[1]["text"] for prompt in asked] == [True, False]

@@ -176,7 +176,7 @@ def test_an_upload_that_is_no_picture(page: Any, tmp_path: Path) -> None:
     ("path", "message"),
     [(str(PICTURE), "it was not uploaded by a user"), ("http://example.org/x.png", "URLs are not fetched")],
 )
-def test_paths_and_urls_in_place_of_an_upload(address: str, world: Path, path: str, message: str) -> None:
+def test_paths_and_urls_in_place_of_an_upload(address: str, demo: Path, path: str, message: str) -> None:
     """As a program sends them that is not a browser; each is a picture, but was not uploaded."""
 
     def asked(place: str, body: Any = None) -> Any:
@@ -188,7 +188,7 @@ def test_paths_and_urls_in_place_of_an_upload(address: str, world: Path, path: s
     events = json.load(asked("/config"))["dependencies"]
     (send,) = [event for event in events if any(name == "submit" for _, name in event["targets"])]
     upload = {"path": path, "orig_name": "x.png", "mime_type": "image/png", "meta": {"_type": "gradio.FileData"}}
-    who = min(read_cast(world).roles)
+    who = min(read_cast(demo).roles)
     data = [None, who, CURIOUS_HUMAN, "", "", "", {"text": "Look", "files": [upload]}, None, None]
     body = {"data": data, "fn_index": send["id"], "session_hash": message[:9], "event_data": None, "trigger_id": None}
     asked("/gradio_api/queue/join", body).read()
