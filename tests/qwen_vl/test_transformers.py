@@ -323,7 +323,7 @@ def test_a_text_only_qwen_is_refused(released: Path, tmp_path: Path, caplog: pyt
     caplog.clear()
     with pytest.raises(ValueError, match="processing class"):  # transformers' own; it drops ours
         AutoProcessor.from_pretrained(tmp_path)
-    assert "no Qwen-VL checkpoint" in caplog.text
+    assert "not a Qwen-VL checkpoint" in caplog.text
 
 
 def test_generate_as_chat_does(
