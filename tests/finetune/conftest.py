@@ -99,7 +99,7 @@ def flags(base: Path, data: Data, tmp_path: Path) -> Callable[..., list[str]]:
 
 def command(words: list[str], *, processes: int = 1) -> list[str]:
     """How the trainer is started as processes of their own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]  # as scripts/launch.sh
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]  # as finetune/launch.sh
     launcher += ["--nproc_per_node", str(processes)]
     return [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *words]
 

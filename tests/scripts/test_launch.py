@@ -1,4 +1,4 @@
-"""scripts/launch.sh: one process, or several under torchrun; and the scripts that answer and judge."""
+"""finetune/launch.sh: one process, or several under torchrun; and the scripts that answer and judge."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ PRINT = "import os; print({key: os.environ.get(key) for key in ('WORLD_SIZE', 'O
 
 
 def run(*lines: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    script = "\n".join(["set -euo pipefail", f"source {ROOT}/scripts/launch.sh", *lines])
+    script = "\n".join(["set -euo pipefail", f"source {ROOT}/finetune/launch.sh", *lines])
     environ = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PROCESSES")}
     environ |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **settings}
     return run_group(["bash", "-c", script], 120, env=environ)
