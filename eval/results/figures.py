@@ -110,7 +110,7 @@ def _radar(lines: Sequence[Line]) -> Figure | None:
         axes.plot(*_closed(line.values), color="#BBBBBB", linewidth=0.5, zorder=1)
     if others:
         handles.append(Line2D([], [], color="#BBBBBB", linewidth=0.8))
-    names = [_label(line, rank) for rank, line in enumerate(shown, 1)]
+    names = [_label(line.name, rank, complete=line.complete) for rank, line in enumerate(shown, 1)]
     _draw_legend(figure, handles, [*names, f"{len(others)} more (see table.md)"] if others else names)
     return figure
 
@@ -198,15 +198,14 @@ def _families() -> list[str]:
     return ["DejaVu Sans", *(name for name in _CJK_FONTS if name in installed)]
 
 
-def _label(line: Line, rank: int) -> str:
+def _label(name: str, rank: int, *, complete: bool = True) -> str:
     """Return the name, shortened in the middle; a row number if no installed font has its characters."""
-    name = line.name
     fonts = [get_font(path) for path in _font_paths()]
     if not all(any(font.get_char_index(ord(c)) for font in fonts) for c in name):
         name = f"no. {rank} in table.md"
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME // 2]}…{name[-_LONGEST_NAME // 2 + 1 :]}"
-    return name if line.complete else f"{name} (incomplete)"
+    return name if complete else f"{name} (incomplete)"
 
 
 def _font_paths() -> list[str]:
@@ -301,7 +300,7 @@ def _agent_rows(figure: Figure, agents: Sequence[AgentReport], axes: Axes) -> No
     axes.set_yticks(range(len(agents)), [""] * len(agents))
     for rank, one in enumerate(agents):
         name = axes.text(-0.02, rank, "", transform=axes.get_yaxis_transform(), ha="right", va="center")
-        _write(name, _label(Line(one.agent.name, np.empty(0), one.agent.complete), rank + 1))
+        _write(name, _label(one.agent.name, rank + 1, complete=one.agent.complete))
     axes.set_ylim(len(agents) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", linewidth=0.4, alpha=0.4)
@@ -392,7 +391,7 @@ def _score_pairs(agents: Sequence[AgentReport]) -> Figure | None:
         axes.plot([0, 10], [0, 10], color=_COLOURS[1], linewidth=0.8)
         axes.set(xlim=(-0.5, 10.5), ylim=(-0.5, 10.5), xticks=(0, 5, 10), yticks=(0, 5, 10))
         axes.tick_params(labelsize=6, length=2, pad=1)
-        title = _label(Line(one.agent.name, np.empty(0), one.agent.complete), i + 1)
+        title = _label(one.agent.name, i + 1, complete=one.agent.complete)
         _write(axes.set_title("", fontsize=7, pad=3), title)
         if i % columns == 0:
             axes.set_ylabel("answer", fontsize=6, labelpad=1)
@@ -412,7 +411,7 @@ def agreement_png(pairs: CommonReviews, first: str, second: str) -> bytes:
     ends = [float(np.min(values)), float(np.max(values))]
     left.plot(ends, ends, color=_COLOURS[1], linewidth=0.8)
     for write, name in ((left.set_xlabel, first), (left.set_ylabel, second)):
-        _write(write(""), _label(Line(name, x), 1))
+        _write(write(""), _label(name, 1))
     left.set_title("Overall of each row", fontsize=8)
     right.scatter((x + y) / 2, x - y, **style)
     middle, spread = float(np.mean(x - y)), 1.96 * float(np.std(x - y, ddof=min(1, len(x) - 1)))

@@ -345,8 +345,8 @@ def read_reviews(
     strangers = [number for number, row in enumerate(rows, 1) if not isinstance(row, Mapping)]
     if strangers:
         raise _not_rows(path, rows[strangers[0] - 1], f"row {strangers[0]}")
-    head = (judge, agent, split, path.stem if kind is None else kind)
-    records = [record for number, row in enumerate(rows) for record in _records(head, number, row)]
+    source = {"judge": judge, "agent": agent, "split": split, "kind": path.stem if kind is None else kind}
+    records = [record for number, row in enumerate(rows) for record in _records(row, **source, number=number)]
     exchanged = [record.row for record in records if record.swapped]
     if exchanged and not swapped:
         raise MMRoleError(
@@ -388,32 +388,41 @@ def describe(file: ReviewFile) -> list[str]:
     return lines
 
 
-def _records(head: tuple[str, str, str, str], number: int, row: Mapping[str, Any]) -> list[Record]:
-    reviews = row.get("rm_review")
-    answer, reference = text_of(row, 1, "answer"), text_of(row, 1, "value")
+def _records(row: Mapping[str, Any], **source: Any) -> list[Record]:
+    """Return a record for each metric of a row; `source` are the fields of `Record` that name its file and place."""
     script = str(row.get("script", ""))
-    about = (number, str(row.get("id")), str(row.get("role", "")), script, category(script), prompt_language(script))
-    about = (*about, str(row.get("image", "")))
-    lengths = (len(answer), len(reference))
-    records = []
-    for metric in METRIC_NAMES:
-        a = b = ratio = math.nan
-        status, reader, reason, attempts, swapped = READ, "", "", 1, False
-        if not reviews:
-            status = reason = NOT_REVIEWED if _has_answer(row) else NO_ANSWER
-        else:
-            stored = reviews.get(metric) if isinstance(reviews, Mapping) else reviews
-            reading = read_record(stored)
-            if isinstance(stored, Mapping):
-                attempts, swapped = stored.get("attempts") or 1, stored.get("swapped") is True
-            reader = reading.reader or ""
-            a, b = reading.pair or (a, b)
-            if swapped:  # stored in the judge's order: model A was the reference
-                a, b = b, a
-            ratio, reason = (math.nan, reading.reason) if reading.pair is None else ratio_of(a, b)
-            status = FAILED if reason else READ
-        records.append(Record(*head, *about, metric, a, b, ratio, *lengths, status, reader, reason, attempts, swapped))
-    return records
+    about = {
+        **source,
+        "row": str(row.get("id")),
+        "character": str(row.get("role", "")),
+        "script": script,
+        "category": category(script),
+        "language": prompt_language(script),
+        "picture": str(row.get("image", "")),
+        "answer_length": len(text_of(row, 1, "answer")),
+        "reference_length": len(text_of(row, 1, "value")),
+    }
+    return [Record(**about, metric=metric, **_outcome(row, metric)) for metric in METRIC_NAMES]
+
+
+def _outcome(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """Return the fields of `Record` that depend on the review of a metric."""
+    reviews = row.get("rm_review")
+    found = {"a": math.nan, "b": math.nan, "ratio": math.nan, "reader": "", "attempts": 1, "swapped": False}
+    if not reviews:
+        status = NOT_REVIEWED if _has_answer(row) else NO_ANSWER
+        return {**found, "status": status, "reason": status}
+    stored = reviews.get(metric) if isinstance(reviews, Mapping) else reviews
+    reading = read_record(stored)
+    if isinstance(stored, Mapping):
+        found |= {"attempts": stored.get("attempts") or 1, "swapped": stored.get("swapped") is True}
+    if reading.pair is None:
+        return {**found, "status": FAILED, "reason": reading.reason}
+    # Stored in the judge's order: model A was the reference if the answers were swapped.
+    a, b = reversed(reading.pair) if found["swapped"] else reading.pair
+    ratio, reason = ratio_of(a, b)
+    scores = {"a": a, "b": b, "ratio": ratio, "reader": reading.reader or ""}
+    return {**found, **scores, "status": FAILED if reason else READ, "reason": reason}
 
 
 def text_of(row: Mapping[str, Any], turn: int, key: str) -> str:
