@@ -126,9 +126,9 @@ class _Growth:
             for future in tqdm(as_completed(futures), "growing", len(futures), disable=None):
                 future.result()
         except BaseException as error:
+            running = sum(future.running() for future in futures)
             self._endpoint.end()
             pool.shutdown(wait=False, cancel_futures=True)
-            running = sum(not future.done() for future in futures)
             if isinstance(error, KeyboardInterrupt) and running:
                 text = f"waiting for {running} answer(s) under way, which are kept; Ctrl-C again gives them up"
                 print(text, file=sys.stderr, flush=True)

@@ -7,10 +7,9 @@ import io
 import json
 import re
 import shutil
-import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -305,33 +304,34 @@ def test_escaped_key_in_a_dialogue_is_nowhere(site: Site, demo: Path, tmp_path: 
     assert SECRET not in (tmp_path / "grown.jsonl").read_text(encoding="utf-8")
 
 
-def interrupt_after(
-    site: Site, count: int, answer: Callable[[dict[str, Any]], str], monkeypatch: pytest.MonkeyPatch
+def interrupt(
+    site: Site, requests: int, answer: Callable[[dict[str, Any], int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Send Ctrl-C when so many requests have arrived, which are answered only after it."""
-    arrived, lock, stopped = [], threading.Lock(), threading.Event()
+    """Ctrl-C arrives when so many requests wait for an answer, which they get after it."""
+    arrived, stopped = threading.Semaphore(0), threading.Event()
     end = Endpoint.end
-    monkeypatch.setattr(Endpoint, "end", lambda endpoint: (end(endpoint), stopped.set()))
 
-    def wait_and_answer(request: dict[str, Any], number: int) -> str:
-        with lock:
-            arrived.append(request)
-            if len(arrived) == count:
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    def wait_and_answer(body: dict[str, Any], number: int) -> str:
+        arrived.release()
         stopped.wait()
-        return answer(request)
+        return answer(body, number)
+
+    def as_completed(_: object) -> Iterator[Any]:
+        for _ in range(requests):
+            arrived.acquire()
+        raise KeyboardInterrupt
 
     site.chat = wait_and_answer
+    monkeypatch.setattr(run_module, "as_completed", as_completed)
+    monkeypatch.setattr(Endpoint, "end", lambda endpoint: (end(endpoint), stopped.set()))
 
 
 def test_interrupt_keeps_what_is_under_way(
     site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4", "--workers", "2"]
-    interrupt_after(
-        site, 2, lambda request: f"I see it, and say {hash(text_of(request))} to {id(request)}.", monkeypatch
-    )
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(site, 2, good_answer, patch)
         grow_dialogues(site, demo, tmp_path, *flags)
     assert len(site.chats) == len(dialogues_of(tmp_path)) == 2
     assert "waiting for 2 answer(s) under way" in capsys.readouterr().err
@@ -344,7 +344,7 @@ def test_interrupt_asks_for_nothing_again(
     site: Site, demo: Path, tmp_path: Path, cast: Characters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "4", "--workers", "2"]
-    interrupt_after(site, 2, lambda _: "As an AI, I see nothing.", monkeypatch)
+    interrupt(site, 2, lambda *_: "As an AI, I see nothing.", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         grow_dialogues(site, demo, tmp_path, *flags)
     assert len(site.chats) == 2
@@ -364,12 +364,11 @@ def test_second_interrupt_gives_up(
                 raise KeyboardInterrupt
             return len(text)
 
-    def answer(request: dict[str, Any], number: int) -> str:
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    def answer(body: dict[str, Any], number: int) -> str:
         site.over.wait()  # until the test is over
         return "Too late."
 
-    site.chat = answer
+    interrupt(site, 1, answer, monkeypatch)
     monkeypatch.setattr(sys, "stderr", InterruptedStderr())
     flags = ["--characters", min(cast.profiles), "--kinds", "comment", "--images_per_character", "1"]
     with pytest.raises(KeyboardInterrupt):
