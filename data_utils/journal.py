@@ -152,7 +152,7 @@ class Journal:
             # Paths need not be UTF-8.
             line = json.dumps(header, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" + line
         try:
-            os.ftruncate(self._descriptor, content.end)  # a half-written line, or everything that is to be replaced
+            os.ftruncate(self._descriptor, content.end)  # removes a half-written line, or everything with --overwrite
             _write_all(self._descriptor, line)
         except OSError as error:
             raise write_error(self.path, error, "everything finished so far is kept") from error

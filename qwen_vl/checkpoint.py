@@ -178,7 +178,7 @@ def checkpoint_problems(
 
 
 def _base_problems(base: Path, adapter: Path) -> list[CheckpointError]:
-    """Returns the same for the base that an adapter names, for which there is no flag."""
+    """Returns the same for the base that an adapter names; no flag does."""
     named = adapter / ADAPTER_CONFIG
     if base.is_dir() and base.resolve() != adapter.resolve():
         return checkpoint_problems(base, flag=f"base_model_name_or_path in {named}")

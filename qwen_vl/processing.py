@@ -106,10 +106,10 @@ class QwenVLProcessor(ProcessorMixin):
             conversation: Messages `{"role": …, "content": …}`, the system's first if there is one, then user and
                 assistant in turn; or a list of such conversations. A content is a text, or a list of parts
                 `{"type": "text", "text": …}` and `{"type": "image", "image": …}`, a path or a Pillow image.
-            chat_template: Must be None: a template of text would let text be read as tags.
-            add_generation_prompt: Whether a conversation that ends with the user goes on with the assistant's role;
-                by default it does.
-            continue_final_message: Leave the last message, the assistant's, open, so that generation goes on with it.
+            chat_template: Must be None: with a template, text could be read as tags.
+            add_generation_prompt: Whether the assistant's role follows a conversation that ends with the user; by
+                default it does.
+            continue_final_message: Leave the last message, the assistant's, open, so that generation continues it.
             tokenize: Return ids; otherwise the text for display, in which pictures are `<img>path</img>`.
             return_dict: Return `input_ids`, `attention_mask` and `pixel_values` (N, 3, image_size, image_size) of all
                 pictures, instead of `input_ids` alone.

@@ -16,8 +16,8 @@ class QwenVLServingConfig(QwenVLConfig):
     Args:
         trained_length: The released `seq_length`, in tokens.
         rope_parameters: Makes vLLM ask the model for positions; the model computes the rotation itself.
-        prompt_ending: Ids with which each prompt ends; from the tokenizer, at start-up.
-        stop_tokens: Ids at which each answer ends, likewise; the released generation settings name the first alone.
+        prompt_ending: The last ids of each prompt; from the tokenizer, at start-up.
+        stop_tokens: Ids that end an answer, also from the tokenizer; the released settings have only the first.
     """
 
     ignore_keys_at_rope_validation: ClassVar[set[str]] = {"mrope_section"}
