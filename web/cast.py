@@ -60,7 +60,8 @@ class Cast:
             ChatError: There is none.
         """
         if name not in self.roles:
-            raise ChatError(f"there is no character {name!r}", "model", status=404, code="model_not_found")
+            what = f"there is no character {name!r}" if self.roles else "there are no characters: give a data root"
+            raise ChatError(what, "model", status=404, code="model_not_found")
         return self.roles[name]
 
     def pictures_of(self, name: str) -> list[CastPicture]:

@@ -41,7 +41,8 @@ _CSS = """
 #chat { min-height: 55vh; }
 #chat img { max-height: 260px; width: auto; }
 #chat button[title="Share"], #chat button[aria-label="Share"] { display: none; }
-.status { color: var(--error-text-color, #b91c1c); font-weight: 600; }
+.status, .status * { color: #b91c1c; font-weight: 600; }
+@media (prefers-color-scheme: dark) { .status, .status * { color: #fca5a5; } }
 @media (max-width: 640px) { #chat { min-height: 45vh; } button.sm { min-height: 2.5rem; } }
 """
 # The margin of the page; Gradio applies the styles above to its content only.

@@ -14,7 +14,7 @@ from data_utils.check.roots import check_roots
 from data_utils.errors import MMRoleError
 from data_utils.prompts import ImageInformation, Role
 from web.cast import read_cast
-from web.chats import Scene, Turn
+from web.chats import ChatError, Scene, Turn
 from web.dialogues import save_dialogue
 
 ADA, TOM = Role("Ada Reed", "The Lighthouse", "Keeps a light."), Role("Tom Marsh", "The Lighthouse", "Rows.")
@@ -82,3 +82,8 @@ def test_what_is_not_saved(tmp_path: Path) -> None:
     other = Role(ADA.name, ADA.script, "Somebody else.")
     with pytest.raises(MMRoleError, match="different profile"):
         save_dialogue(tmp_path, Scene(other), CHAT)
+
+
+def test_without_characters_the_data_root_is_asked_for() -> None:
+    with pytest.raises(ChatError, match="give a data root"):
+        read_cast(None).role("Ada Reed")
