@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,8 @@ def lock(output_dir: Path) -> Iterator[None]:
             pass  # some network file systems cannot lock folders
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # the loader's workers may have the folder open for longer
         os.close(descriptor)
 
 

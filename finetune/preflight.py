@@ -164,7 +164,7 @@ def check(options: Options, resume: Path | None = None) -> Checked:
         samples[path] = FileRows(content, spans)
         fix = "build it, or give the right one"
         found += wrong or ([] if spans else [MMRoleError("the file has no samples", path, "--data_path", fix)])
-    all_spans = [rows.spans for rows in samples.values()]
+    whole = list(samples.values())
     if options.data.eval_split:
         eval_data = f"{data}, held out"
         samples[data], samples[eval_data] = _split(samples[data], options, found)
@@ -199,7 +199,7 @@ def check(options: Options, resume: Path | None = None) -> Checked:
     tokenizer = QwenVLTokenizer.from_pretrained(base)
     datasets = {path: _dataset(rows, tokenizer, options) for path, rows in samples.items()}
     if cache is None:
-        cache = {"key": key, "rows": all_spans, **_check_data(datasets, options)}
+        cache = {"key": key, "rows": [rows.spans for rows in whole], **_check_data(datasets, options)}
     facts = DataFacts(**cache["facts"][0])
     return Checked(tokenizer, datasets[data], datasets.get(eval_data), facts, fingerprints, space, cache)
 

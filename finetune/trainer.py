@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +230,13 @@ class SupervisedTrainer(Trainer):
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """Returns the loader, which does not wait forever for a batch that a worker has lost."""
-        loader = super().get_train_dataloader()
+        """Returns the loader; its workers survive a signal to all processes, and are not waited for forever."""
+        return self._watched(super().get_train_dataloader())
+
+    def _watched(self, loader: DataLoader) -> DataLoader:
         if self.args.dataloader_num_workers:
             loader.base_dataloader.timeout = SECONDS_FOR_A_BATCH
+            loader.base_dataloader.worker_init_fn = partial(_begin_worker, loader.base_dataloader.worker_init_fn)
         return loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +258,7 @@ class SupervisedTrainer(Trainer):
         """Evaluation pads: positions decide there (dynamic NTK, log-n), each row's own."""
         kept, self.data_collator = self.data_collator, self.padded
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return self._watched(super().get_eval_dataloader(eval_dataset))
         finally:
             self.data_collator = kept
 
@@ -507,6 +512,13 @@ class SupervisedTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
+
+
+def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
+    """Lets a loader's worker survive one SIGTERM: launchers send it to all processes, and the last step needs it."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if begin is not None:
+        begin(worker)
 
 
 def _spread(divisors: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:

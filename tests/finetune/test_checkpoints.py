@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -425,7 +426,9 @@ BEST |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_tot
 BEST |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
 
 
-@pytest.mark.parametrize(("more", "kept"), [({}, [2]), (BEST, [1, 2])], ids=["plain", "best"])
+@pytest.mark.parametrize(
+    ("more", "kept"), [({"dataloader_num_workers": 1}, [2]), (BEST, [1, 2])], ids=["plain", "best"]
+)
 def test_sigterm_saves_stops_and_resumes_exactly(
     flags: Flags,
     tmp_path: Path,
@@ -440,8 +443,9 @@ def test_sigterm_saves_stops_and_resumes_exactly(
     step = SupervisedTrainer.training_step
 
     def asked_to_stop(self: SupervisedTrainer, *args: object) -> torch.Tensor:
-        if self.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.state.global_step == 1 and not self.stop_asked:
+            for process in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children())):
+                os.kill(process, signal.SIGTERM)
         return step(self, *args)
 
     with monkeypatch.context() as patch:
