@@ -105,7 +105,7 @@ cat <<END
   world/          the data: data, RM_data, dialogues, images, profiles, laid out as the published data set is
   model_weights/  the base, the agent and the judge, laid out as the released ones are; how the training went:
                   model_weights/MMRole-Agent/loss.png, model_weights/MMRole-Eval_RM/loss.png
-  eval/           answers, reviews, results; the table is eval/report/table.md
+  eval/           answers, reviews, results; the table is eval/report/table.md, the page for a browser eval/report/report.html
 
 How long each step took:
 $(printf '%s\n' "${took[@]}")
@@ -116,11 +116,13 @@ if [[ $status -eq $FAILED_REVIEWS ]]; then
 Some reviews could not be read: RM_review names them above. They are counted as failures and get no score.
 END
 fi
+again=''
+[[ $DEMO_DIR == "$ROOT/demo" ]] || again="DEMO_DIR=$(printf %q "$DEMO_DIR") "
 cat <<END
 
 Agent and judge have a million weights and saw some hundred samples: the numbers show that the road works, no more.
 Next, talk with the agent's characters (a page in your browser; it answers in the demo's few sentences):
-  bash scripts/chat.sh
+  ${again}bash scripts/chat.sh
 Next, with the real weights and data in place (README.md, "On real data"):
   DATA_ROOT=../MMRole_dataset bash inference.sh
   DATA_ROOT=../MMRole_dataset bash eval/RM_review.sh
