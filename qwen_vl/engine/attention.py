@@ -44,8 +44,7 @@ def partial_attention(
 
 def causal_attention(
     parts: Sequence[Sequence[torch.Tensor]],
-    past_key: torch.Tensor,
-    past_value: torch.Tensor,
+    past: Sequence[torch.Tensor] | None,
     scaling: float,
     *,
     last: bool = False,
@@ -54,7 +53,7 @@ def causal_attention(
 
     Args:
         parts: Queries, keys and values (1, H, T, D) of each continuation.
-        past_key, past_value: (1, H, S, D); S may be 0.
+        past: Keys and values (1, H, S, D); None if nothing comes before.
         scaling: Factor of the scores.
         last: Only for the last query of each part.
 
@@ -65,11 +64,11 @@ def causal_attention(
         parts = [(query[:, :, -1:], key, value) for query, key, value in parts]
     own = [partial_attention(*part, scaling, causal=not last) for part in parts]
     out, lse = (torch.cat([t.transpose(1, 2) for t in of_parts], dim=1) for of_parts in zip(*own, strict=True))
-    if not past_key.shape[2]:
+    if past is None:
         return out
     queries = torch.cat([query for query, _, _ in parts], dim=2)
-    past = partial_attention(queries, past_key, past_value, scaling)
-    return join(*(t.transpose(1, 2) for t in past), out, lse)
+    of_past = partial_attention(queries, *past, scaling)
+    return join(*(t.transpose(1, 2) for t in of_past), out, lse)
 
 
 def written_out(

@@ -40,19 +40,16 @@ class Entry:
         """Tokens it can hold."""
         return self.block.room
 
-    def read(self, layer: int | slice) -> torch.Tensor:
-        """Returns keys and values (2, H, length, D) of a layer, or (layers, 2, H, length, D) of several: a view."""
-        return self.block.data[layer, ..., self.place, :, : self.length, :]
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores a layer's first T keys and values (1, H, T, D)."""
+        self.block.data[layer, 0, self.place, :, : keys.shape[2]] = keys[0]
+        self.block.data[layer, 1, self.place, :, : values.shape[2]] = values[0]
 
-    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores a layer's keys and values (H, T, D) from a token on."""
-        end = start + keys.shape[1]
-        self.block.data[layer, 0, self.place, :, start:end] = keys
-        self.block.data[layer, 1, self.place, :, start:end] = values
-
-    def take(self, other: "Entry", count: int, layer: int | slice = slice(None)) -> None:
-        """Copies the first keys and values of another entry."""
-        self.read(layer)[..., :count, :] = other.read(layer)[..., :count, :]
+    def take(self, other: "Entry") -> None:
+        """Copies another entry's keys and values."""
+        self.length = other.length
+        taken = other.block.data[:, :, other.place, :, : other.length]
+        self.block.data[:, :, self.place, :, : self.length] = taken
 
 
 class Block:

@@ -83,7 +83,7 @@ class BatchGenerator:
         self.window, self.share_prefixes = window, share_prefixes
         config = model.config
         shape = config.num_hidden_layers, config.num_attention_heads, config.kv_channels, model.dtype, model.device
-        self.batch = Batch(Cache(*shape), Cache(*shape), share=share_prefixes)
+        self.batch = Batch(Cache(*shape), Cache(*shape))
         self.max_batch_tokens = max_batch_tokens or self._tokens_that_fit()
         self.statistics = Statistics()
         self._incoming: list[Sequence] = []  # not in groups yet
@@ -273,7 +273,7 @@ class BatchGenerator:
         stats.peak_cache_tokens = max(stats.peak_cache_tokens, self.batch.tokens)
         self._take_tokens(rows, logits, events)
         for group in groups:
-            group.features, group.source = {}, None  # neither is needed again, and each keeps memory alive
+            group.features = {}
 
     def _decode(self, events: list[Event]) -> None:
         batch, stats = self.batch, self.statistics

@@ -45,7 +45,7 @@ class BatchForward:
         return self.model.device
 
     def prefill(self, groups: list[Group]) -> tuple[list[tuple[Group, Sequence]], torch.Tensor]:
-        """Computes the tokens of groups that have just come into the batch, but for those that it copies.
+        """Computes all tokens of groups that have just come into the batch.
 
         The last layer's attention and MLP are computed at the end of each sequence alone: of the other tokens, only
         that layer's keys and values are needed.
@@ -59,10 +59,10 @@ class BatchForward:
         lengths: list[list[int]] = []  # of each group: the prefix, and what its members have after it
         for group in groups:
             after = [(member, group.shared, len(member)) for member in group.members if len(member) > group.shared]
-            spans += [(group.members[0], group.copied, group.shared), *after]
+            spans += [(group.members[0], 0, group.shared), *after]
             ends += range(len(spans) - max(len(after), 1), len(spans))
             rows += [(group, member) for member in group.members]
-            lengths.append([group.shared - group.copied, *(end - start for _, start, end in after)])
+            lengths.append([group.shared, *(end - start for _, start, end in after)])
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
             final = layer == self.config.num_hidden_layers - 1
@@ -70,17 +70,14 @@ class BatchForward:
             by_group = zip(*(t.split([sum(sizes) for sizes in lengths], dim=2) for t in (q, k, v)), strict=True)
             for group, sizes, qkv in zip(groups, lengths, by_group, strict=True):
                 prefix, *members = zip(*(t.split(sizes, dim=2) for t in qkv), strict=True)
-                if group.source is not None:
-                    group.prefix.take(group.source, group.copied, layer)
-                group.prefix.write(layer, group.copied, prefix[1][0], prefix[2][0])
-                keys, values = group.prefix.read(layer)
+                _, *past = prefix
+                group.prefix.write(layer, *past)
                 if not (final and members):
-                    past = keys[None, :, : group.copied], values[None, :, : group.copied]
-                    outs.append(causal_attention([prefix], *past, scaling, last=final))
+                    outs.append(causal_attention([prefix], None, scaling, last=final))
                 if members:
-                    outs.append(causal_attention(members, keys[None], values[None], scaling, last=final))
-                    for member, (_, key, value) in zip(group.members, members, strict=True):
-                        member.own.write(layer, 0, key[0], value[0])
+                    outs.append(causal_attention(members, past, scaling, last=final))
+                    for member, (_, *own) in zip(group.members, members, strict=True):
+                        member.own.write(layer, *own)
             return torch.cat(outs, dim=1)
 
         features = {key: feature for group in groups for key, feature in group.features.items()}

@@ -49,16 +49,6 @@ class Sequence:
             return self.prompt[start:end]
         return np.concatenate([self.prompt, np.array(self.answer, dtype=np.int64)])[start:end]
 
-    def shared_with(self, other: "Sequence") -> int:
-        """Returns how many leading tokens are computed alike in another sequence."""
-        if self.alpha != other.alpha:
-            return 0
-        shared = common_prefix(self.tokens(0, len(self)), other.tokens(0, len(other)))
-        for i, (image, theirs) in enumerate(zip(self.images, other.images, strict=False)):
-            if image_key(image) != image_key(theirs):
-                return min(shared, int(np.argmax(self.image_places == i * QUERIES)))
-        return shared
-
     def comparable(self, numbers: dict[Hashable, int]) -> np.ndarray:
         """Returns the tokens, with positions of images numbered by image: equal numbers mean equal computation.
 
@@ -80,14 +70,12 @@ class Group:
     members: list[Sequence]
     shared: int
     prefix: Entry | None = None  # keys and values of the shared tokens, while in flight
-    source: Entry | None = None  # another group's prefix, from which the prefill copies the first `copied` of them
-    copied: int = 0
     features: dict[Hashable, torch.Tensor] = field(default_factory=dict)  # of its images, until it is prefilled
 
     @property
     def prefill_tokens(self) -> int:
         """Tokens that its prefill computes."""
-        return self.shared - self.copied + sum(len(member) - self.shared for member in self.members)
+        return self.shared + sum(len(member) - self.shared for member in self.members)
 
     @property
     def suffix(self) -> int:
@@ -101,15 +89,14 @@ class Batch:
     Args:
         prefixes: The cache for what groups share, empty.
         own: The cache for what sequences have after that, empty.
-        share: Copy what lies in another group's prefix already.
 
     Attributes:
         crowded: Sequences were sent back because memory was short: nothing is added before a group has left.
     """
 
-    def __init__(self, prefixes: Cache, own: Cache, *, share: bool) -> None:
+    def __init__(self, prefixes: Cache, own: Cache) -> None:
         self.groups: list[Group] = []
-        self.prefixes, self.own, self.share = prefixes, own, share
+        self.prefixes, self.own = prefixes, own
         self.crowded = False
 
     @property
@@ -140,18 +127,8 @@ class Batch:
         if not placed and not self.groups:
             placed = self._place(group, budget, 1, count, must=True)
         if placed:
-            self._find_source(group)
             self.groups.append(group)
         return placed
-
-    def _find_source(self, group: Group) -> None:
-        """Finds what of a group's prefix lies in that of another."""
-        group.source, group.copied = None, 0
-        if self.share:
-            for other in self.groups:
-                common = min(group.members[0].shared_with(other.members[0]), other.shared, group.shared - 1)
-                if common >= max(LEAST_SHARED, group.copied + 1):
-                    group.source, group.copied = other.prefix, common
 
     def _place(self, group: Group, budget: int, answer: int, count: int, *, must: bool) -> bool:
         placed, most = False, budget * (1 - RESERVE)
@@ -185,8 +162,7 @@ class Batch:
                 wanted = max(int(member.own.length * GROWTH), member.own.length + 1)
                 must = len(self.sequences) == 1
                 if grown := self.own.add(wanted, len(full), budget, budget - self.tokens, must=must):
-                    grown.length = member.own.length
-                    grown.take(member.own, grown.length)
+                    grown.take(member.own)
                     self.own.free(member.own)
                     member.own = grown
                     break

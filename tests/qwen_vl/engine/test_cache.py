@@ -16,7 +16,7 @@ def _fill(entry, value: float, length: int) -> None:
     entry.length = length
     for layer in range(LAYERS):
         filled = torch.full((HEADS, length, WIDTH), value + layer)
-        entry.write(layer, 0, filled, -filled)
+        entry.write(layer, filled[None], -filled[None])
 
 
 def test_entries_keep_what_they_hold_and_freed_places_hold_zeros() -> None:

@@ -212,24 +212,6 @@ def test_image_features_keep_no_other_image_alive(sampler, tokenizer) -> None:
         assert feature.untyped_storage().nbytes() == feature.nbytes
 
 
-def test_a_start_that_another_prompt_has_in_flight_is_copied(sampler, tokenizer, words) -> None:
-    """Too short a part of the prompts for a group; one joins when the first is in flight, one with the first."""
-    texts = [words(3, 1) + " " + words(150, seed) for seed in (11, 12, 13)]
-    requests = [Request(id=i, query=text, seed=i, max_new_tokens=6, stop_ids=()) for i, text in enumerate(texts)]
-    expected = {r.id: r for r in BatchGenerator(sampler, tokenizer, share_prefixes=False).run(requests)}
-    engine = BatchGenerator(sampler, tokenizer)
-    events = []
-    for request in requests[:2]:
-        engine.add_request(request)
-    events += engine.step()
-    assert len(engine.batch.groups) == 2
-    engine.add_request(requests[2])
-    events += _drain(engine)
-    assert _results(events) == expected
-    copied = engine.statistics.prompt_tokens - engine.statistics.prefilled_tokens
-    assert copied > 2 * len(words(3, 1))  # a token a letter, in each of the other two
-
-
 @pytest.mark.parametrize("rows", [1, 4, 5, 15, 16, 40])
 def test_logits_of_any_number_of_rows(sampler, tokenizer, rows: int) -> None:
     forward = BatchGenerator(sampler, tokenizer).forward
