@@ -6,6 +6,7 @@ The engine's own function is wrapped, because every front end, online or not, co
 import functools
 from collections.abc import Sequence
 
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
@@ -26,29 +27,32 @@ def wrap_engine() -> None:
         return take(self, request)
 
     EngineCore.preprocess_add_request = prepare_and_take
-    validate = InputProcessor._validate_params
+    process = InputProcessor.process_inputs
 
-    @functools.wraps(validate)
-    def check_and_validate(self: InputProcessor, params: object, supported_tasks: tuple[str, ...]) -> object:
-        # vLLM would find out in the engine that it cannot read this tokenizer, and leave the request hanging.
-        if isinstance(self.model_config.hf_config, QwenVLServingConfig) and getattr(params, "structured_outputs", None):
-            raise ValueError("Qwen-VL takes no response_format and no structured_outputs: leave them away.")
-        return validate(self, params, supported_tasks)
+    @functools.wraps(process)
+    def process_and_check(
+        self: InputProcessor, request_id: str, prompt: object, params: object, *more: object, **named: object
+    ) -> EngineCoreRequest:
+        # What only the engine refused would be waited for without an end. A client gets status 400 with this error.
+        config = self.model_config.hf_config
+        if not isinstance(config, QwenVLServingConfig):
+            return process(self, request_id, prompt, params, *more, **named)
+        if getattr(params, "structured_outputs", None):
+            raise VLLMValidationError("Qwen-VL takes no response_format and no structured_outputs: leave them away.")
+        request = process(self, request_id, prompt, params, *more, **named)
+        check_request(request, config)
+        return request
 
-    InputProcessor._validate_params = check_and_validate
+    InputProcessor.process_inputs = process_and_check
 
 
 def prepare(request: EngineCoreRequest, config: QwenVLServingConfig) -> None:
     """Sets the request's cache salt and stop tokens.
 
     Raises:
-        ValueError: The request could only be answered wrongly.
+        VLLMValidationError: The request could only be answered wrongly.
     """
-    if request.sampling_params is None or request.prompt_token_ids is None or request.resumable:
-        raise ValueError(
-            "Qwen-VL answers whole prompts of tokens; it gives no embeddings and takes no streamed prompts."
-        )
-    check_prompt(request.prompt_token_ids, len(request.mm_features or ()), config)
+    check_request(request, config)
     number = rotary_class(len(request.prompt_token_ids), config.trained_length, dynamic_ntk=config.use_dynamic_ntk)
     # It enters the hash of the first block, and the later ones chain: a prefix is shared within its class alone.
     request.cache_salt = f"alpha={class_alpha(number)} {request.cache_salt or ''}"
@@ -58,17 +62,32 @@ def prepare(request: EngineCoreRequest, config: QwenVLServingConfig) -> None:
     params._all_stop_token_ids = {*params._all_stop_token_ids, *config.stop_tokens}
 
 
+def check_request(request: EngineCoreRequest, config: QwenVLServingConfig) -> None:
+    """Checks that a request asks for an answer to a whole prompt.
+
+    Raises:
+        VLLMValidationError: It does not.
+    """
+    if request.sampling_params is None or request.prompt_token_ids is None or request.resumable:
+        raise VLLMValidationError(
+            "Qwen-VL answers whole prompts of tokens; it gives no embeddings and takes no streamed prompts."
+        )
+    check_prompt(request.prompt_token_ids, len(request.mm_features or ()), config)
+
+
 def check_prompt(ids: Sequence[int], pictures: int, config: QwenVLServingConfig) -> None:
     """Checks that a prompt ends where an answer begins, and has a span of ids for each picture.
 
     Raises:
-        ValueError: It does not. Where an answer was begun already, dynamic NTK cannot tell it from the prompt.
+        VLLMValidationError: It does not. Where an answer was begun already, dynamic NTK cannot tell it from the prompt.
     """
     ending = config.prompt_ending
     if list(ids[-len(ending) :]) != ending:
-        raise ValueError(
+        raise VLLMValidationError(
             "a prompt of Qwen-VL must end with <|im_start|>assistant and a newline. Use /v1/chat/completions, or the "
             "ids of qwen_vl.chat.make_context; an answer that was begun cannot be continued."
         )
     if (spans := list(ids).count(config.image_start_id)) != pictures:
-        raise ValueError(f"the prompt shows {spans} pictures and {pictures} were given. Use /v1/chat/completions.")
+        raise VLLMValidationError(
+            f"the prompt shows {spans} pictures and {pictures} were given. Use /v1/chat/completions."
+        )

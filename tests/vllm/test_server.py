@@ -171,3 +171,21 @@ def test_folders_that_are_refused(files: list[str], problem: str, tmp_path: Path
         result = subprocess.run(["bash", ROOT / "scripts/serve_vllm.sh"], env=environ, capture_output=True, text=True)
     assert result.returncode == 2
     assert problem in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"n": 2, "extra_body": {"use_beam_search": True}}, "cannot be continued"),  # which its second step would do
+        ({"response_format": {"type": "json_object"}}, "takes no response_format"),
+    ],
+    ids=["beam search", "response_format"],
+)
+def test_requests_that_are_refused(asked: dict[str, Any], problem: str, client: Any) -> None:
+    """With a message to the client; the server goes on."""
+    import openai
+
+    common = {"model": model_of(client), "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    with pytest.raises(openai.BadRequestError, match=problem):
+        client.chat.completions.create(**common, **asked)
+    assert client.chat.completions.create(**common).choices[0].message.content is not None

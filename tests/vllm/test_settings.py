@@ -34,6 +34,7 @@ def test_settings_of_a_checkpoint(own_checkpoint: Path) -> None:
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "between engines"),
         ({"quantization": "fp8"}, "quantized"),
+        ({"kv_cache_dtype": "fp8"}, "so few bits"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
