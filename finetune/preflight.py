@@ -399,10 +399,9 @@ def _settings(file: Path) -> None:
 
 def _read_config(base: Path) -> QwenVLConfig:
     from qwen_vl import QwenVLConfig
-    from qwen_vl.checkpoint import read_json_file
+    from qwen_vl.checkpoint import check_vision, read_json_file
 
-    if "visual" not in read_json_file(base / "config.json"):
-        raise ValueError("config.json has no vision tower (visual): this is not a Qwen-VL checkpoint")
+    check_vision(read_json_file(base / "config.json"), base)
     return QwenVLConfig.from_pretrained(str(base))
 
 
