@@ -28,14 +28,17 @@ from eval.running.inputs import Source, json_sources
 from eval.running.job import run_job
 from eval.running.task import Task
 
+_MODEL_PATH = ROOT / "model_weights" / "MMRole-Agent"
+
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_flags(parser, model_path=ROOT / "model_weights" / "MMRole-Agent")
+    add_run_flags(parser, model_path=_MODEL_PATH)
     parser.add_argument("--agent", help="folder name of the answers (mmrole-agent, or that of a served --model)")
-    options = resolved(parser.parse_args(argv))
-    options.agent = options.agent or (folder_name(options.model) if options.endpoint else "mmrole-agent")
+    options = resolved(parser.parse_args(argv), model_path=_MODEL_PATH)
+    if not options.input_dir:
+        options.agent = options.agent or (folder_name(options.model) if options.endpoint else "mmrole-agent")
     return options
 
 
@@ -95,7 +98,7 @@ def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_
     """
     options = parse_arguments(argv)
     sources, problems = find_sources(options)
-    return run_job(ANSWERING, options, sources, problems, make_backend)
+    return run_job(ANSWERING, options, sources, problems, make_backend(options), make_backend)
 
 
 def _test_sets(data_root: Path, eval_dir: Path, agent: str) -> list[Source]:

@@ -11,10 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
 DATA_ROOT=${DATA_ROOT:-$ROOT}
 EVAL_DIR=${EVAL_DIR:-$ROOT/eval}
 read -r -a urls <<< "${ENDPOINT:-}"
-backend=(--model_path "${MODEL_PATH:-$ROOT/model_weights/MMRole-Agent}")
-if [[ -n ${ENDPOINT:-} ]]; then
-  backend+=(--endpoint "${urls[@]}" --model "${MODEL:-}")
-fi
+backend=(${MODEL_PATH:+--model_path "$MODEL_PATH"} ${ENDPOINT:+--endpoint "${urls[@]}"} ${MODEL:+--model "$MODEL"})
 
-"$PYTHON" "$ROOT/inference.py" "${backend[@]}" --data_root "$DATA_ROOT" --eval_dir "$EVAL_DIR" \
+"$PYTHON" "$ROOT/inference.py" ${backend[@]+"${backend[@]}"} --data_root "$DATA_ROOT" --eval_dir "$EVAL_DIR" \
   --agent "${AGENT:-}" "$@"

@@ -10,6 +10,7 @@ answer, and falls by a fifth when the endpoint reports too many (429).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import re
@@ -19,11 +20,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
 from data_utils.errors import MMRoleError
 from data_utils.network import check_network_settings
+
+logger = logging.getLogger(__name__)
 
 KEY = "OPENAI_API_KEY"
 IMAGE_TOKENS = 1500  # estimate for a picture before the request; afterwards the endpoint's report counts
@@ -32,6 +36,7 @@ _CHARACTERS_PER_TOKEN = 2  # low, so that the estimate is rather too high; Chine
 _START, _MOST = 20, 512  # concurrent requests
 _LONGEST_WAIT = 300.0
 _MOST_BUSY = 30  # retries of one request after a 429
+_MOST_UNREACHED = 3  # requests in a row that are given up before the endpoint is
 _LOCAL = {"127.0.0.1", "::1", "localhost"}
 _SHORTEST_SECRET, _LONGEST_WORD = (
     8,
@@ -67,7 +72,8 @@ class ChatRequest:
         system: The system message; empty for none.
         image: A picture as a data URL, shown before the text.
         temperature, top_p, seed, max_tokens: None leaves it to the model.
-        server: The number of the endpoint's URL to use, modulo their count.
+        server: The number of the endpoint's URL to use, modulo their count; if that cannot be reached, another is used,
+            the same for all requests of this number.
         extra: Further fields of the request's body.
     """
 
@@ -92,6 +98,7 @@ class ChatReply:
         refusal: Why the model, or a filter before it, refused; or None.
         cut: Whether the answer ends at the limit of its length.
         tokens: Tokens of prompt and answer, as the endpoint reports them, or else an estimate.
+        prompt_tokens: Tokens of the prompt, as the endpoint reports them; 0 if it does not.
         model: The model's name as the server reports it.
         token_ids: The answer's ids, if the endpoint returns them.
     """
@@ -101,6 +108,7 @@ class ChatReply:
     refusal: str | None = None
     cut: bool = False
     tokens: int = 0
+    prompt_tokens: int = field(default=0, compare=False)
     model: str = ""
     token_ids: tuple[int, ...] | None = None
 
@@ -145,18 +153,20 @@ class Endpoint:
         self._max_requests, self._max_tokens = max_requests, max_tokens_total
         self.concurrency = float(_START)
         self._active = self._reserved = self._episode = 0
+        self._unreached = 0  # requests given up since the last answer, because no server could be reached
+        self._said = ""  # the last error since then of a server that was reached
+        self._down: set[int] = set()  # numbers of URLs that could not be reached; never all of several
         self._resume_at = 0.0
         self._fatal: Exception | None = None
         self._ending = False
-        check_network_settings()
-        try:
-            import openai
-        except ImportError:
+        if not all(map(_is_local, self._urls)):
+            check_network_settings()
+        if not find_spec("openai"):
             fix = "pip install -r requirements.txt"
-            raise MMRoleError("the openai package is not installed", None, "the active environment", fix) from None
+            raise MMRoleError("the openai package is not installed", None, "the active environment", fix)
         # No budget would count the client's retries.
         self._settings = {"api_key": self._key, "max_retries": 0, "timeout": timeout}
-        self._clients = [openai.AsyncOpenAI(base_url=url, **self._settings) for url in self._urls]
+        self._clients = [self.client(number) for number in range(len(self._urls))]
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Condition()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
@@ -176,11 +186,13 @@ class Endpoint:
         """
         return asyncio.run_coroutine_threadsafe(self._ask(request), self._loop)
 
-    def client(self) -> Any:
-        """Return an `openai.AsyncOpenAI` for the first URL, to stream in an event loop; the caller closes it."""
+    def client(self, number: int = 0) -> Any:
+        """Return an `openai.AsyncOpenAI` for a URL, to stream in an event loop; the caller closes it."""
         import openai
 
-        return openai.AsyncOpenAI(base_url=self._urls[0], **self._settings)
+        url = self._urls[number]
+        past_proxies = openai.DefaultAsyncHttpxClient(trust_env=False) if _is_local(url) else None
+        return openai.AsyncOpenAI(base_url=url, http_client=past_proxies, **self._settings)
 
     def end(self) -> None:
         """Stop sending; running requests still get their answers."""
@@ -218,16 +230,16 @@ class Endpoint:
 
     async def _ask(self, request: ChatRequest) -> ChatReply:
         failures = busy = 0
-        problem = "the run was ended"
+        problem, moved = "the run was ended", False
         estimate = self._estimate(request)
         while failures < self._attempts and busy < _MOST_BUSY:
             await self._enter(estimate, problem)
-            episode, used = self._episode, 0
+            episode, used, server = self._episode, 0, self._server(request)
             try:
-                reply = await self._send(request, estimate)
+                reply = await self._send(request, server, estimate)
                 used = reply.tokens
                 if not reply.error:
-                    self.answered += 1
+                    self.answered, self._unreached, self._said = self.answered + 1, 0, ""
                     self.concurrency = min(self.concurrency + 1 / self.concurrency, _MOST)
                 return reply
             except _RetryError as error:
@@ -248,17 +260,22 @@ class Endpoint:
                 elif error.busy:
                     self._resume_at = max(self._resume_at, time.monotonic() + wait)
                 connected = error.connected
+                self._said = problem if connected else self._said
             finally:
                 await self._leave(estimate, used)
             if self._ending:
                 break
             if failures < self._attempts and busy < _MOST_BUSY:
                 await self.pause(wait)
-        if not self.answered and failures and not connected:
-            fix = "start the server, or check the URL; run the same command again to resume"
-            self._fatal = MMRoleError("the endpoint cannot be reached", problem, self._place(request), fix)
-            await self._notify()
-            raise self._fatal
+            elif not connected and len(self._urls) > 1 and not moved:
+                self._give_up(server, problem)
+                failures, moved = 0, True
+        if failures and not connected:
+            self._unreached += 1
+            problem = f"{problem}; before that: {self._said}" if self._said else problem
+            if not self.answered or self._unreached >= _MOST_UNREACHED:
+                fix = "start the server, or check the URL; run the same command again to resume"
+                await self._fail(MMRoleError("the endpoint cannot be reached", problem, self._place(server), fix))
         return ChatReply(error=problem)
 
     async def _enter(self, estimate: int, problem: str) -> None:
@@ -310,6 +327,19 @@ class Endpoint:
         for client in self._clients:
             await client.close()
 
+    def _server(self, request: ChatRequest) -> int:
+        own = request.server % len(self._urls)
+        up = [number for number in range(len(self._urls)) if number not in self._down]
+        return up[request.server % len(up)] if own in self._down else own
+
+    def _give_up(self, server: int, problem: str) -> None:
+        """Has the requests of a server sent to the others; if none is left, those that were down before may be back."""
+        if server not in self._down:
+            logger.warning("%s cannot be reached: its requests go to the others (%s)", self._urls[server], problem)
+            self._down.add(server)
+            if len(self._down) == len(self._urls):
+                self._down = {server}
+
     def _fits(self, estimate: int) -> bool:
         return self._max_tokens is None or self.tokens + self._reserved + estimate <= self._max_tokens
 
@@ -317,17 +347,15 @@ class Endpoint:
         text = (len(request.system) + len(request.user)) // _CHARACTERS_PER_TOKEN
         return text + (IMAGE_TOKENS if request.image else 0) + (request.max_tokens or ANSWER_TOKENS)
 
-    def _place(self, request: ChatRequest) -> str:
-        url = self._urls[request.server % len(self._urls)]
-        return f"model {self.model} at {url or 'the default of the openai package'}"
+    def _place(self, server: int) -> str:
+        return f"model {self.model} at {self._urls[server] or 'the default of the openai package'}"
 
-    async def _send(self, request: ChatRequest, estimate: int) -> ChatReply:
+    async def _send(self, request: ChatRequest, server: int, estimate: int) -> ChatReply:
         import openai
 
         body = self._body(request)
-        client = self._clients[request.server % len(self._clients)]
         try:
-            call = client.chat.completions.create(**body)
+            call = self._clients[server].chat.completions.create(**body)
             answer = await asyncio.wait_for(call, self._timeout)  # the client's timeout restarts with each byte
             return self._read(answer, estimate)
         except openai.APIStatusError as error:
@@ -339,7 +367,7 @@ class Endpoint:
             raise _RetryError(f"{type(error).__name__}: {error}{cause}", connected=False) from None
         except ValueError as error:
             raise _RetryError(f"the endpoint's answer is not JSON; is the URL right? ({error})") from None
-        return await self._refused(refused, request, body)
+        return await self._refused(refused, request, server, body)
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:
         system, user = request.system, request.user
@@ -356,7 +384,7 @@ class Endpoint:
         extra = {"extra_body": dict(request.extra)} if request.extra else {}
         return {"model": self.model, "messages": [*messages, {"role": "user", "content": content}], **given, **extra}
 
-    async def _refused(self, error: Any, request: ChatRequest, body: Mapping[str, Any]) -> ChatReply:
+    async def _refused(self, error: Any, request: ChatRequest, server: int, body: Mapping[str, Any]) -> ChatReply:
         status, text = error.status_code, self.scrub(str(error))
         code = str(getattr(error, "code", None) or "")
         if status in (400, 422, 500) and self._learn(text, str(getattr(error, "param", None) or ""), body):
@@ -365,10 +393,10 @@ class Endpoint:
             return ChatReply(refusal=text)
         if request.image and not self.answered and status not in _RETRY and _PICTURES.search(text):
             fix = "use a model with vision, or check how it is served"
-            await self._fail(MMRoleError("the model takes no pictures", text, self._place(request), fix))
+            await self._fail(MMRoleError("the model takes no pictures", text, self._place(server), fix))
         if status in _FATAL or code == "insufficient_quota":
             fix = f"check {self._key_env}, the URL, the model's name and your account; then run again to resume"
-            await self._fail(MMRoleError(f"the endpoint refuses (status {status})", text, self._place(request), fix))
+            await self._fail(MMRoleError(f"the endpoint refuses (status {status})", text, self._place(server), fix))
         if status in _RETRY or status >= 500:
             headers = error.response.headers
             raise _RetryError(f"status {status}: {text}", wait=wait_of(headers), busy=status == 429)
@@ -400,8 +428,9 @@ class Endpoint:
         except (AttributeError, TypeError, LookupError):
             raise _RetryError("the endpoint's answer is not a chat completion; is the URL right?") from None
         text = without_thinking(text) if isinstance(text, str) else ""
-        total = getattr(getattr(answer, "usage", None), "total_tokens", None)
-        tokens = total if isinstance(total, int) and total > 0 else estimate
+        usage = [getattr(getattr(answer, "usage", None), f"{kind}_tokens", None) for kind in ("total", "prompt")]
+        total, prompt = [count if isinstance(count, int) and count > 0 else 0 for count in usage]
+        tokens = total or estimate
         model = self.scrub(str(getattr(answer, "model", None) or ""))
         refusal = getattr(message, "refusal", None) or ("content filter" if finished == "content_filter" else None)
         if refusal:
@@ -410,7 +439,7 @@ class Endpoint:
             return ChatReply(error="the answer holds the key for the endpoint", tokens=tokens, model=model)
         ids = (getattr(choice, "model_extra", None) or {}).get("token_ids")
         ids = tuple(ids) if isinstance(ids, list) and all(type(i) is int for i in ids) else None
-        return ChatReply(text, cut=finished == "length", tokens=tokens, model=model, token_ids=ids)
+        return ChatReply(text, None, None, finished == "length", tokens, prompt, model, ids)
 
 
 def without_thinking(text: str) -> str:
@@ -428,19 +457,28 @@ def checked_url(url: str | None) -> str | None:
         MMRoleError: It is invalid; the value is not shown, because it may hold a password.
     """
     try:
-        parts = urlsplit(url) if url else None
-        good = parts is None or (parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0)
+        parts = urlsplit(url or "http://localhost")
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+        good = good and (parts.port or 1) > 0
     except ValueError:
         good = False
     if not good:
-        fix = "give it as http(s)://host:port/v1"
+        fix = "give it as http(s)://host:port/v1, without a password: a key comes from the environment"
         raise MMRoleError("this is not the address of an endpoint", None, "the endpoint's URL or OPENAI_BASE_URL", fix)
     return url or None
 
 
+def _is_local(url: str | None) -> bool:
+    """Whether a URL is on this machine: no key is needed there, and a proxy could not reach it."""
+    return bool(url) and urlsplit(url).hostname in _LOCAL
+
+
 def _key(variable: str, urls: Sequence[str | None]) -> str:
+    if not variable.isidentifier():
+        fix = "give the name of the variable that holds the key, not the key; what was given is not shown"
+        raise MMRoleError("this is not the name of a variable", None, "--api_key_env", fix)
     key = os.environ.get(variable, "").strip()
-    if not key and all(url and urlsplit(url).hostname in _LOCAL for url in urls):
+    if not key and all(map(_is_local, urls)):
         return "none"
     if not key:
         fix = f"export {variable}=... (any word, if your server needs none)"

@@ -110,6 +110,21 @@ def repeated_judges(eval_dir: Path, judge: str) -> list[str]:
     )
 
 
+def nested_agents(folder: Path) -> list[MMRoleError]:
+    """Return a problem for each agent whose files lie a folder too deep, as a name with a slash would have them.
+
+    Args:
+        folder: That of all agents' answers or reviews.
+    """
+    found = dict.fromkeys(path.parent for path in sorted(folder.glob("*/*/*.json")) if not path.name.startswith("."))
+    nested = [path for path in found if not any(path.parent.glob("*.json"))]
+    what = "files lie a folder too deep and are left out: an agent's name is that of one folder"
+    return [
+        MMRoleError(what, path, folder, f"move them to {folder / '-'.join(path.relative_to(folder).parts)}")
+        for path in nested
+    ]
+
+
 def check_folder_name(name: str, flag: str) -> None:
     """Refuse an agent's or a judge's name that is not the name of one folder.
 

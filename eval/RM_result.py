@@ -36,6 +36,7 @@ from eval.results.reviews import (
     csv_bytes,
     csv_path,
     describe,
+    nested_reviews,
     read_agents,
     read_reviews,
     unexplained_csvs,
@@ -145,7 +146,9 @@ def _all_agents(options: argparse.Namespace) -> list[MMRoleError]:
     print(f"\nresults: {results_folder(options.eval_dir, '{in,out}', judge=options.judge)}/<agent>/*.csv")
     made = [name for name in REPORT_FILES if (report_dir / name).is_file()]
     print(f"report:  {report_dir}/{', '.join(made)}")
-    return list({str(problem): problem for agent in agents for problem in agent.problems}.values())
+    problems = [problem for agent in agents for problem in agent.problems]
+    problems += nested_reviews(options.eval_dir, options.judge)
+    return list({str(problem): problem for problem in problems}.values())
 
 
 def _write_csvs(agent: Agent, options: argparse.Namespace) -> None:

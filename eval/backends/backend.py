@@ -196,13 +196,11 @@ def misplaced_flags(options: argparse.Namespace) -> list[MMRoleError]:
         parser = argparse.ArgumentParser()
         _class(name).add_flags(parser)
         defaults = vars(parser.parse_args([]))
-        defaults.pop("model_path", None)  # the scripts always give it
         given = [f"--{flag}" for flag, value in defaults.items() if getattr(options, flag, value) != value]
         if given and name != used:
             fix = f"leave them out, or give --{name}" if name != DEFAULT else f"leave them out, or --{used}"
-            problems.append(
-                MMRoleError(f"flags of the backend {name} have no effect here", given, f"backend {used}", fix)
-            )
+            where = f"backend {used}: flags, or variables of the script"
+            problems.append(MMRoleError(f"flags of the backend {name} have no effect here", given, where, fix))
     return problems
 
 

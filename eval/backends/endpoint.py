@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -19,6 +20,9 @@ from data_utils.flag_types import above_zero, positive
 from data_utils.images import upright_rgb
 from eval.backends.backend import Completion, Prompt, StoppedError, another_model
 
+logger = logging.getLogger(__name__)
+
+QUESTION = "What does the picture show?"  # asked once before the prompts, to see whether the model takes pictures
 _SEEDS = 2**31  # some servers take no larger seed
 _FORMATS = {".jpg": "jpeg", ".png": "png", ".webp": "webp"}
 _IMAGE_SIZE = 448  # of Qwen-VL's vision tower
@@ -36,6 +40,7 @@ class Backend:
         self._options = options
         self._servers: dict[str, int] = {}  # by row
         self._served = ""
+        self._checked = False  # whether the model takes pictures
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +68,11 @@ class Backend:
         if options.processes not in (None, 1):
             fix = "leave out PROCESSES: the number of concurrent requests adapts by itself"
             problems.append(MMRoleError("endpoints are used by one process", options.processes, "PROCESSES", fix))
-        vocabulary = options.model_path / "qwen.tiktoken"
-        if options.as_qwen_vl and not vocabulary.is_file():
+        if options.model_path and not options.as_qwen_vl:
+            fix = "leave out MODEL_PATH or --endpoint, or give --as_qwen_vl, which reads the vocabulary there"
+            what = "no checkpoint is loaded where an endpoint is used"
+            problems.append(MMRoleError(what, options.model_path, "--model_path", fix))
+        if options.as_qwen_vl and not (vocabulary := options.model_path / "qwen.tiktoken").is_file():
             fix = "give a folder that holds it with --model_path; the weights are not needed there"
             problems.append(MMRoleError("--as_qwen_vl needs the model's vocabulary", None, vocabulary, fix))
         try:
@@ -89,10 +97,12 @@ class Backend:
         """Yield one completion per prompt, as they finish.
 
         Raises:
-            MMRoleError: The endpoint accepts no request, or the served model changes.
+            MMRoleError: The endpoint accepts no request, or none with a picture, or the served model changes.
             StoppedError: The budget is spent.
         """
         endpoint, waiting, spent = self._endpoint, deque(prompts), ""
+        if not self._checked and any(prompt.image for prompt in waiting):
+            self._check_pictures()
         asked: dict[Future[ChatReply], Prompt] = {}
         try:
             while waiting or asked:
@@ -121,6 +131,32 @@ class Backend:
         """Return the requests, refused parameters and the name of the served model."""
         served = [f"served model {self._served}"] if self._served else []
         return ", ".join([*served, self._endpoint.summary()])
+
+    def _check_pictures(self) -> None:
+        """Asks a question with a picture and without: a model that takes none may answer all the same, from the text.
+
+        Raises:
+            MMRoleError: Only the question without a picture is answered.
+            StoppedError: The budget is spent.
+        """
+        from PIL import Image
+
+        self._checked = True
+        content = io.BytesIO()
+        Image.linear_gradient("L").convert("RGB").save(content, "PNG")
+        image = _data_url(content.getvalue(), "png")
+        requests = [ChatRequest(QUESTION, image=image, seed=0, max_tokens=16) for image in (image, None)]
+        try:
+            seen, unseen = [self._endpoint.submit(request).result() for request in requests]
+        except BudgetSpentError as error:
+            raise StoppedError(str(error)) from None
+        place = self.describe()["model at"]
+        if seen.error and not unseen.error:
+            fix = "ask a model that sees, or check how it is served"
+            raise MMRoleError("the model takes no pictures", seen.error, place, fix)
+        if 0 < seen.prompt_tokens <= unseen.prompt_tokens:
+            text = "%s: a question has %d tokens with a picture and %d without: it may be dropped; look at the answers"
+            logger.warning(text, place, seen.prompt_tokens, unseen.prompt_tokens)
 
     @cached_property
     def _endpoint(self) -> Endpoint:

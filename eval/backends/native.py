@@ -50,7 +50,6 @@ class Backend:
     def add_flags(parser: argparse.ArgumentParser) -> None:
         """Add the flags of this backend; the released ones keep their names."""
         flag = parser.add_argument
-        flag("--model_path", type=Path, help="checkpoint folder, or a LoRA adapter's (%(default)s)")
         flag("--use_lora", action="store_true", help="the checkpoint must be a LoRA adapter (default: detected)")
         flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
         flag(
@@ -318,11 +317,9 @@ def generation_problems(folder: Path, decoding: Decoding, *, retried: bool, batc
             check_limit(settings["max_new_tokens"])
     except (ValueError, TypeError) as error:
         problems.append(MMRoleError("a generation setting cannot be used", str(error), path, "correct it there"))
-    if flags and not samples and not retried:
-        fix = (
-            "leave them out; the checkpoint decodes greedily" if decoding.do_sample is None else "leave out --no_random"
-        )
-        problems.append(MMRoleError("sampling flags have no effect in greedy decoding", sorted(flags), path, fix))
+    if flags and decoding.do_sample is None and not samples and not retried:
+        what, fix = "sampling flags have no effect: the checkpoint decodes greedily", "leave them out"
+        problems.append(MMRoleError(what, sorted(flags), path, fix))
     if batched and (unknown := unknown_settings(settings)):
         lines = [f"{name}: {value}" for name, value in unknown.items()]
         fix = "remove them there, or generate one by one, which is slow: --batch_size 1"

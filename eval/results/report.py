@@ -130,6 +130,11 @@ class Report:
     spread: Sequence[Spread] = ()
     origins: Sequence[Origin] = ()
 
+    @property
+    def judge(self) -> str:
+        """The judge's name, which all records share; empty without a record."""
+        return next((record.judge for one in self.agents for record in one.agent.records()), "")
+
     def samples(self, agent: str, split: str | None = None, statistic: str = MEAN_RATIO) -> Estimate:
         """Return the estimate over an agent's rows of one split, or of both."""
         return self.estimates[statistic, Group(agent, ALL if split is None else "split", split or ALL)]

@@ -21,6 +21,7 @@ from data_utils.layout import (
     SHORT_SPLITS,
     file_of_tests,
     judge_folder,
+    nested_agents,
     results_folder,
     reviews_folder,
 )
@@ -220,6 +221,13 @@ def csv_path(eval_dir: Path, split: str, folder: str, kind: str, judge: str = RE
     return (results_folder(eval_dir, split, folder, judge=judge) / file_of_tests(kind)).with_suffix(".csv")
 
 
+def nested_reviews(eval_dir: Path, judge: str = RELEASED_JUDGE) -> list[MMRoleError]:
+    """Return a problem for each agent whose reviews lie a folder too deep."""
+    return [
+        problem for split in SHORT_SPLITS for problem in nested_agents(reviews_folder(eval_dir, split, judge=judge))
+    ]
+
+
 def unexplained_csvs(eval_dir: Path, judge: str = RELEASED_JUDGE) -> list[Path]:
     """Return the CSVs of all agents whose reviews do not exist (any more), in order."""
     return [
@@ -253,6 +261,7 @@ def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE, *, swapped: bool = 
     """
     folders: set[str] = set()
     closed: list[MMRoleError] = []
+    nested = nested_reviews(eval_dir, judge)
     for split in SHORT_SPLITS:
         try:
             shown = listed(reviews_folder(eval_dir, split, judge=judge))
@@ -262,7 +271,7 @@ def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE, *, swapped: bool = 
     agents = [_read_agent(eval_dir, folder, closed, judge, swapped) for folder in sorted(folders)]
     agents = [agent for agent in agents if agent.files or agent.unreadable]
     if not agents:
-        raise_problems(closed)
+        raise_problems([*closed, *nested])
         raise MMRoleError(
             "no reviews here: no folder in-test_reviews/<agent> or out-test_reviews/<agent> has a file of reviews",
             judge_folder(eval_dir, judge),

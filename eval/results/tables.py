@@ -333,7 +333,8 @@ def _others(report: Report, one: AgentReport) -> list[str]:
 
 def markdown(report: Report) -> str:
     """Return the complete report as Markdown: `table.md`."""
-    parts = ["# MMRole-Eval results\n", "Each number is a mean of (score of the agent / score of the ground truth).\n"]
+    parts = [f"# MMRole-Eval results, judge: {report.judge}\n"]
+    parts += ["Each number is a mean of (score of the agent / score of the ground truth).\n"]
     for table in tables(report):
         parts += [f"## {table.title}\n", *([f"{table.note}\n"] if table.note else []), markdown_table(table)]
     return "\n".join([*parts, "## What was counted in each file\n", *_file_notes(report.agents)])
@@ -355,7 +356,7 @@ def terminal_table(report: Report) -> str:
     ]
     heading = [f"Overall [{LEVEL:.0%}]", "Rows", "Reviewed", "No answer", "Failed", "Note"]
     return (
-        "The paper's table (0.75 In-Test + 0.25 Out-Test):\n\n"
+        f"The paper's table (0.75 In-Test + 0.25 Out-Test), judge {report.judge}:\n\n"
         f"{markdown_table(Table('', '', ['Agent', *SHORT_COLUMNS], paper))}\n"
         "Means over all reviewed samples, intervals clustered by character:\n\n"
         f"{markdown_table(Table('', '', ['Agent', *heading], samples))}"
@@ -379,7 +380,7 @@ def table_csv(report: Report) -> str:
     """Return the report for spreadsheets: one line per agent, set and statistic."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["agent", "folder", "set", "statistic", *METRIC_COLUMNS, *_COUNTS, "status"])
+    writer.writerow(["agent", "folder", "set", "statistic", *METRIC_COLUMNS, *_COUNTS, "status", "judge"])
     for one in report.agents:
         for split, set_name in SETS.items():
             low, high = f"sample mean, {LEVEL:.0%} interval low", f"sample mean, {LEVEL:.0%} interval high"
@@ -390,9 +391,9 @@ def table_csv(report: Report) -> str:
                 low: estimate.low[_PLACES],
                 high: estimate.high[_PLACES],
             }
-            about = [one.agent.name, one.agent.folder, set_name]
+            about, rest = [one.agent.name, one.agent.folder, set_name], [one.agent.status, report.judge]
             writer.writerows(
-                [*about, name, *(f"{value:.3f}" for value in values), *one.counts[split].values(), one.agent.status]
+                [*about, name, *(f"{value:.3f}" for value in values), *one.counts[split].values(), *rest]
                 for name, values in statistics.items()
             )
     return text.getvalue()

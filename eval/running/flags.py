@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def add_run_flags(parser: argparse.ArgumentParser, *, model_path: Path) -> None:
     """Add the flags of both scripts; the released ones keep their names."""
     flag = parser.add_argument
+    flag("--model_path", type=Path, help=f"checkpoint folder, or a LoRA adapter's ({model_path})")
     add_backend_flags(parser)
-    parser.set_defaults(model_path=model_path)
     flag("--data_root", type=Path, default=ROOT, help="folder of data/ and images/ (%(default)s)")
     flag("--eval_dir", type=Path, default=ROOT / "eval", help="folder of the answers and reviews (%(default)s)")
     flag("--image_dir", type=Path, help="folder of the images (<data_root>/images)")
@@ -39,8 +39,10 @@ def add_run_flags(parser: argparse.ArgumentParser, *, model_path: Path) -> None:
     flag("--overwrite", action="store_true", help="discard existing results and start again")
 
 
-def resolved(options: argparse.Namespace) -> argparse.Namespace:
+def resolved(options: argparse.Namespace, *, model_path: Path) -> argparse.Namespace:
     """Return the flags with the defaults that depend on others filled in, and all paths absolute."""
+    if not options.endpoint or options.as_qwen_vl:
+        options.model_path = options.model_path or model_path
     options.image_dir = options.image_dir or options.data_root / "images"
     for name, value in vars(options).items():
         if isinstance(value, Path):
@@ -54,6 +56,13 @@ def flag_problems(options: argparse.Namespace) -> list[MMRoleError]:
     if options.input_dir and not options.output_dir:
         fix = "give --output_dir for the results, or leave out --input_dir to use both test sets"
         return [*problems, MMRoleError("--input_dir needs --output_dir", options.input_dir, "--output_dir", fix)]
+    if options.input_dir and options.agent:
+        fix = "leave out --agent (AGENT): --output_dir says where the results go"
+        problems.append(MMRoleError("--agent has no effect with --input_dir", options.agent, "--agent", fix))
+    sampling = [name for name in ("temperature", "top_p") if getattr(options, name) is not None]
+    if options.no_random and sampling and not getattr(options, "retries", 0):
+        fix = "leave out one or the other"
+        problems.append(MMRoleError("sampling flags have no effect in greedy decoding", sampling, "--no_random", fix))
     fix = "give --input_dir too, or --eval_dir for both test sets"
     return problems + [
         MMRoleError(f"{name} needs --input_dir", value, name, fix)

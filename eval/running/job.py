@@ -27,6 +27,7 @@ def run_job(
     options: argparse.Namespace,
     sources: Sequence[Source],
     problems: Sequence[MMRoleError],
+    backend: Backend,
     make_backend: MakeBackend,
 ) -> int:
     """Make the result files of the inputs.
@@ -36,7 +37,8 @@ def run_job(
         options: The flags.
         sources: Input and output files.
         problems: Problems found earlier.
-        make_backend: Makes the backend from the flags.
+        backend: Completes the prompts, if one process does so.
+        make_backend: Makes the backend of each worker, if several do.
 
     Returns:
         The exit status: 0, or 1 if a text failed or is missing.
@@ -44,7 +46,6 @@ def run_job(
     Raises:
         MMRoleError: A check before the load of the model fails, a file cannot be written, or nothing can be completed.
     """
-    backend = make_backend(options)
     inputs, wrong = read_inputs(sources, task.record, selection(options, task.is_wanted)) if sources else ([], [])
     wrong = [*problems, *wrong, *output_problems(sources)]
     broken = backend.problems()
@@ -58,7 +59,7 @@ def run_job(
     _print_options(options, backend)
     reports = complete_files(reports, task, settings, options, backend, make_backend)
     status = _print_report(reports, inputs, task)
-    for remark in task.remarks(backend.identity()):
+    for remark in task.remarks():
         print(remark)
     return status
 

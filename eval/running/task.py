@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_utils.schema import Record, Row
 from eval.backends.backend import Completion, Prompt
@@ -27,7 +26,7 @@ class Task:
         is_wanted: Return whether a row needs any text, and so its picture.
         complaint: Return why a text cannot be used, or None.
         attempts: The largest number of texts per prompt until one is usable; all but the first are sampled.
-        remarks: Return remarks for the end of the report, given the backend's identity.
+        remarks: Return remarks for the end of the report.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Task:
     is_wanted: Callable[[Row], bool] = lambda row: True
     complaint: Callable[[str], str | None] = lambda text: None
     attempts: int = 1
-    remarks: Callable[[Mapping[str, Any]], list[str]] = lambda identity: []
+    remarks: Callable[[], list[str]] = list
 
     def next_attempt(self, completion: Completion | None) -> int | None:
         """Return the number of the next attempt at a prompt, or None; an attempt that ended in an error is repeated."""

@@ -8,7 +8,7 @@ import pytest
 from data_utils import endpoint as module
 from data_utils.endpoint import BudgetSpentError, ChatReply, ChatRequest, Endpoint, without_thinking
 from data_utils.errors import MMRoleError
-from tests.data_utils.loopback import SECRET, Reply, Site, completion, refusal, scripted
+from tests.data_utils.loopback import SECRET, Reply, Site, completion, refusal, scripted, serving
 
 
 def ask(site: Site, *requests: ChatRequest, **settings: object) -> list[ChatReply]:
@@ -152,6 +152,51 @@ def test_no_server_listens(site: Site) -> None:
         ask(site)
 
 
+def test_a_server_that_dies_in_the_middle_ends_the_run(site: Site) -> None:
+    site.chat = scripted("fine", Reply(fault="hang up"))
+    with Endpoint([f"{site.url}/v1"], "m", first_wait=0.001) as endpoint:
+        assert endpoint.submit(ChatRequest("hello")).result().text == "fine"
+        errors = [future.exception() for future in [endpoint.submit(ChatRequest("hello")) for _ in range(9)]]
+    assert [error is None for error in errors].count(True) == 2  # given up one by one
+    assert "the endpoint cannot be reached" in str(next(filter(None, errors)))
+
+
+def test_what_a_server_said_before_it_died_is_said(site: Site) -> None:
+    site.chat = scripted(refusal(500, "the engine is dead"), Reply(fault="hang up"))
+    with pytest.raises(MMRoleError, match="cannot be reached") as caught:
+        ask(site)
+    assert "the engine is dead" in caught.value.value
+
+
+def test_requests_of_a_server_that_is_down_go_to_another(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as second:
+        urls = [f"{site.url}/v1", "http://127.0.0.1:9/v1", f"{second.url}/v1"]
+        with Endpoint(urls, "m", first_wait=0.001) as endpoint:
+            requests = [ChatRequest(f"row {number}", server=number) for number in range(12) for _ in range(4)]
+            replies = [future.result() for future in [endpoint.submit(request) for request in requests]]
+        assert {reply.text for reply in replies} == {"fine"}
+        rows = [{body["messages"][0]["content"] for body in one.chats} for one in (site, second)]
+        assert len(site.chats) + len(second.chats) == 48 and len(rows[0]) + len(rows[1]) == 12
+        assert len(caplog.records) == 1 and "127.0.0.1:9/v1 cannot be reached" in caplog.text
+
+
+def test_a_server_that_was_down_is_asked_again_when_the_last_one_is(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    first_is_down = threading.Event()
+    first_is_down.set()
+    site.chat = lambda body, number: Reply(fault="hang up") if first_is_down.is_set() else "first"
+    with serving() as second, Endpoint([f"{site.url}/v1", f"{second.url}/v1"], "m", first_wait=0.001) as endpoint:
+        second.chat = lambda body, number: "second" if first_is_down.is_set() else Reply(fault="hang up")
+        assert endpoint.submit(ChatRequest("hello", server=0)).result().text == "second"
+        first_is_down.clear()
+        assert [endpoint.submit(ChatRequest("hello", server=n)).result().text for n in (0, 1)] == ["first", "first"]
+        first_is_down.set()
+        site.chat = second.chat = lambda body, number: Reply(fault="hang up")
+        assert "APIConnectionError" in endpoint.submit(ChatRequest("hello", server=1)).result().error
+    assert len(caplog.records) == 3
+
+
 def test_the_number_of_requests_under_way_falls_once_an_episode_and_grows_again(site: Site) -> None:
     """Twenty requests meet 429 together: one fall by a fifth, not twenty."""
     together = threading.Barrier(20)
@@ -235,12 +280,20 @@ def test_the_key_is_nowhere(site: Site, caplog: pytest.LogCaptureFixture, capfd:
         ("https://models.example/v1", "", "no key for the endpoint"),
         ("https://models.example/v1", "schlüssel", "invalid characters"),
         ("models.example", "k" * 20, "not the address of an endpoint"),
+        ("https://me:secret@models.example/v1", "k" * 20, "not the address of an endpoint"),
     ],
 )
 def test_endpoints_that_cannot_be(site: Site, monkeypatch, url: str, variable: str, message: str) -> None:
     monkeypatch.setenv("OTHER_KEY", variable)
-    with pytest.raises(MMRoleError, match=message):
+    with pytest.raises(MMRoleError, match=message) as caught:
         Endpoint([url], "m", key_env="OTHER_KEY")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_in_place_of_its_variable_is_not_shown(site: Site) -> None:
+    with pytest.raises(MMRoleError, match="not the name of a variable") as caught:
+        ask(site, key_env=SECRET)
+    assert SECRET not in str(caught.value)
 
 
 def test_a_server_on_loopback_needs_no_key(site: Site, monkeypatch) -> None:
@@ -252,7 +305,13 @@ def test_a_socks_proxy_without_its_package_is_named(site: Site, monkeypatch) -> 
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MMRoleError, match="SOCKS proxy"):
-        Endpoint([f"{site.url}/v1"], "m")
+        Endpoint(["https://models.example/v1"], "m")
+
+
+def test_a_proxy_is_not_asked_for_this_machine(site: Site, monkeypatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert ask(site)[0].text == "fine"
 
 
 def test_closing_gives_up_what_is_under_way(site: Site) -> None:

@@ -79,6 +79,16 @@ def test_broken_file_is_reported_and_the_rest_is_done(tmp_path: Path, capsys: py
     assert all((tmp_path / "report" / name).is_file() for name in QUICK_FILES)
 
 
+def test_an_agent_with_a_slash_in_its_name_is_not_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_agent(tmp_path, "Org/model", [made_row()])
+    with pytest.raises(MMRoleError, match="a folder too deep"):
+        run("--eval_dir", tmp_path)
+    write_agent(tmp_path, "good", [made_row()])
+    assert run("--eval_dir", tmp_path) == 1
+    assert str(tmp_path / "out-test_reviews" / "Org-model") in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*_results/*/*.csv"))) == 6
+
+
 def test_a_csv_of_earlier_reviews_is_not_left_as_if_it_were_theirs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +143,10 @@ def test_another_judges_reviews_have_their_own_results_and_report(tmp_path: Path
     line = (other / "in-test_results" / "made" / "comment_test.csv").read_bytes().splitlines()[1]
     assert line == b"1" + b",0.2" * 8
     assert all((other / "report" / name).is_file() for name in QUICK_FILES)
+    tables = [
+        (other / "report" / name).read_text(encoding="utf-8") for name in ("table.md", "table.csv", "records.csv")
+    ]
+    assert all("strict" in table and "reward-model" not in table for table in tables)
     assert not (tmp_path / "report").exists()
     with pytest.raises(MMRoleError, match="no reviews here"):
         run("--eval_dir", tmp_path, "--judge", "absent")

@@ -70,7 +70,9 @@ def test_swapped_reviews_lie_apart_and_say_so(world, tmp_path):
 
 def test_repeated_reviews_have_other_seeds_and_lie_apart(world):
     backend = FakeBackend(good)
-    assert RM_review.main(flags(world, "--repeat", "3", "--agent", "two"), backend) == 0
+    made = []
+    assert RM_review.main(flags(world, "--repeat", "3", "--agent", "two"), lambda o: made.append(o) or backend(o)) == 0
+    assert len(made) == 1  # so that a model is loaded once
     assert len({prompt.seed for prompt in backend.prompts}) == 3 * 8
     assert [name for name in results(world / "eval") if "reviews" in name] == [
         "in-test_reviews/two/comment_test.json",
@@ -81,6 +83,15 @@ def test_repeated_reviews_have_other_seeds_and_lie_apart(world):
     for wrong in (["--no_random"], ["--input_dir", world / "eval/in-test_answers/two", "--output_dir", world / "out"]):
         with pytest.raises(MMRoleError, match="--repeat"):
             RM_review.main(flags(world, "--repeat", "2", *wrong), FakeBackend(good))
+
+
+def test_answers_of_an_agent_with_a_slash_in_its_name_are_not_left_out(world):
+    (world / "eval/in-test_answers/Org").mkdir()
+    (world / "eval/in-test_answers/two").rename(world / "eval/in-test_answers/Org/two")
+    with pytest.raises(MMRoleError, match="a folder too deep") as caught:
+        RM_review.main(flags(world), FakeBackend(good))
+    assert "in-test_answers/Org-two" in str(caught.value)
+    assert RM_review.main(flags(world, "--agent", "one"), FakeBackend(good)) == 0
 
 
 def unused(prompt):

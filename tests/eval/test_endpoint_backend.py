@@ -3,8 +3,11 @@
 import base64
 import io
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,11 @@ from PIL import Image
 import inference
 from data_utils.errors import MMRoleError
 from eval import RM_review
-from tests.data_utils.loopback import SECRET, completion, refusal, serving, stay_at_home
+from eval.backends.endpoint import QUESTION
+from tests.conftest import ROOT
+from tests.data_utils.loopback import SECRET, Reply, completion, refusal, serving, stay_at_home
 from tests.eval.test_RM_review import make_answers
-from tests.fake_backend import make_world, results, sample, write_rows
+from tests.fake_backend import FakeBackend, make_world, results, sample, write_rows
 from tests.processes import killed_at
 
 
@@ -38,6 +43,11 @@ def question(body):
     return content if isinstance(content, str) else content[-1]["text"]
 
 
+def asked(site):
+    """The requests for rows: those of the check for pictures come before."""
+    return [body for body in site.chats if question(body) != QUESTION]
+
+
 def echo(body, number):
     return f"{body['seed'] % 1000}: {question(body)}"
 
@@ -57,7 +67,7 @@ def test_both_test_sets_are_answered(site, world, capsys):
     made = results(world / "eval")
     assert len(made) == 6 and all("-test_answers/Org-m-1/" in name for name in made)
     row = json.loads((world / "data/test/in-distribution/comment_test.json").read_text())[0]
-    (body,) = [body for body in site.chats if question(body) == row["conversations"][0]["value"]]
+    (body,) = [body for body in asked(site) if question(body) == row["conversations"][0]["value"]]
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("Org/m:1", 9, 0.5)
     assert body["messages"][0] == {"role": "system", "content": row["system"]}
     url = body["messages"][1]["content"][0]["image_url"]["url"]
@@ -65,16 +75,16 @@ def test_both_test_sets_are_answered(site, world, capsys):
         base64.b64decode(url.removeprefix("data:image/png;base64,")) == (world / "images" / row["image"]).read_bytes()
     )
     out = capsys.readouterr().out
-    assert "served model m, 18 requests, 1,800 tokens" in out
+    assert "served model m, 20 requests, 2,000 tokens" in out
     assert inference.main(flags(site, world, "--max_new_tokens", 9, "--temperature", 0.5)) == 0
-    assert len(site.chats) == 18
+    assert len(asked(site)) == 18
     with pytest.raises(MMRoleError, match="different settings"):
         inference.main(flags(site, world, "--max_new_tokens", 9))
 
 
 def test_greedy(site, world):
     assert inference.main(flags(site, world, "--no_random", "--limit", 1)) == 0
-    assert {body["temperature"] for body in site.chats} == {0.0}
+    assert {body["temperature"] for body in asked(site)} == {0.0}
 
 
 def test_what_the_model_refuses_is_recorded(site, world, capsys):
@@ -111,7 +121,7 @@ def test_four_ends_are_kept_apart(site, world, capsys):
     site.chats.clear()
     site.chat = echo
     assert inference.main(flags(site, world)) == 0
-    assert len(site.chats) == 1
+    assert len(asked(site)) == 1
 
 
 def test_another_served_model_in_the_middle_ends_the_run(site, world):
@@ -138,19 +148,63 @@ def test_a_budget_stops_and_the_next_run_goes_on(site, world, capsys):
     captured = capsys.readouterr()
     assert "the budget of 4,000 tokens is spent" in captured.err
     assert "texts are missing" in captured.out
-    asked = len(site.chats)
-    assert 0 < asked < 18
+    count = len(asked(site))
+    assert 0 < count < 18
     assert inference.main(flags(site, world)) == 0
-    assert len(site.chats) == 18
+    assert len(asked(site)) == 18
 
 
-@pytest.mark.parametrize("moment", [6, 12, 30])
-def test_killed_at_each_stage(site, world, tmp_path, moment):
-    other = make_world(tmp_path / "other")
-    assert inference.main(flags(site, other)) == 0
-    assert killed_at(moment, lambda: inference.main(flags(site, world))) == -signal.SIGKILL
-    assert inference.main(flags(site, world)) == 0
-    assert results(world / "eval") == results(other / "eval")
+def answer(site, world):
+    """Three answers, in one file."""
+    return inference.main(flags(site, world, "--input_dir", world / "in", "--output_dir", world / "eval"))
+
+
+def review(site, world):
+    """The eight reviews of one answer."""
+    return RM_review.main(flags(site, world, "--agent", "two"))
+
+
+STAGES = {  # by the number of texts: writes of the journal (its first line comes with the first text) and of the file
+    "while the first request is under way": None,
+    "in the first text": lambda texts: 1,
+    "in the middle": lambda texts: 1 + texts // 2,
+    "in the last text": lambda texts: texts,
+    "after the last text": lambda texts: 1 + texts,
+    "in the file": lambda texts: 2 + texts,
+    "before its renaming": lambda texts: 3 + texts,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("run", "texts"), [(answer, 3), (review, 8)])
+def test_killed_at_each_stage(site, tmp_path, run, texts, stage):
+    made, child = [], multiprocessing.Value("i")
+    site.chat = lambda body, number: f"{body['seed']} [Scores]: (8, 9)"
+    for name in ("undisturbed", "killed"):
+        world = make_answers(make_world(tmp_path / name))
+        write_rows(world / "in/a.json", [sample(letter) for letter in "abc"])
+        if name == "killed":
+            reply, moment = site.chat, STAGES[stage]
+            if moment is None:
+
+                def kill(body, number, child=child):
+                    if question(body) == QUESTION:
+                        return "fine"
+                    os.kill(child.value, signal.SIGKILL)
+                    return Reply(fault="hang up")
+
+                site.chat = kill
+
+            def main(world=world):
+                child.value = os.getpid()
+                return run(site, world)
+
+            assert killed_at(moment(texts) if moment else 0, main) == -signal.SIGKILL
+            site.chat = reply
+        assert run(site, world) == 0
+        assert not list(world.rglob("*.tmp"))
+        made.append(results(world / "eval"))
+    assert made[0] == made[1] and len({path for path in made[0] if "answers" not in path}) == 1
 
 
 def test_the_key_is_in_no_file_and_no_message(site, world, capfd):
@@ -162,11 +216,33 @@ def test_the_key_is_in_no_file_and_no_message(site, world, capfd):
     assert SECRET not in Path(f"/proc/{os.getpid()}/cmdline").read_text()
 
 
-def test_a_model_without_eyes(site, world):
-    site.chat = lambda body, number: refusal(500, "image input is not supported - hint: you may need the mmproj")
-    with pytest.raises(MMRoleError, match="the model takes no pictures"):
+@pytest.mark.parametrize(
+    "error",
+    [
+        refusal(500, "image input is not supported - hint: you may need the mmproj"),  # llama.cpp
+        refusal(422, "Input should be a valid string"),
+        refusal(400, 'can only concatenate str (not "list") to str'),  # llama-cpp-python, with status 500
+    ],
+)
+def test_a_model_that_takes_no_pictures_is_found_before_the_first_row(site, world, error):
+    site.chat = lambda body, number: error if isinstance(body["messages"][-1]["content"], list) else "fine"
+    with pytest.raises(MMRoleError, match="the model takes no pictures") as caught:
         inference.main(flags(site, world))
-    assert not results(world / "eval")
+    assert error.body["error"]["message"] in caught.value.value
+    assert not asked(site) and not results(world / "eval")
+
+
+@pytest.mark.parametrize("tokens", [-10, 0, 200])
+def test_a_server_that_drops_pictures_is_named(site, world, caplog, tokens):
+    """llama-cpp-python drops a whole message with a picture in some chat formats."""
+
+    def chat(body, number):
+        return completion("fine", tokens=100 + tokens * isinstance(body["messages"][-1]["content"], list))
+
+    site.chat = chat
+    assert inference.main(flags(site, world)) == 0
+    assert ("it may be dropped" in caplog.text) == (tokens <= 0)
+    assert len(asked(site)) == 18 and len(site.chats) == 20
 
 
 @pytest.mark.parametrize(
@@ -174,6 +250,9 @@ def test_a_model_without_eyes(site, world):
     [
         (["--processes", "2"], "endpoints are used by one process"),
         (["--batch_size", "2", "--device", "cpu"], "--device"),
+        (["--model_path", "model_weights"], "no checkpoint is loaded where an endpoint is used"),
+        (["--no_random", "--top_p", "0.5"], "no effect in greedy decoding"),
+        (["--agent", "a", "--input_dir", ".", "--output_dir", "out"], "--agent has no effect with --input_dir"),
         (["--model", ""], "the served model has no name"),
         (["--as_qwen_vl"], "needs the model's vocabulary"),
         (["--endpoint", "models.example"], "not the address of an endpoint"),
@@ -184,12 +263,30 @@ def test_what_is_checked_before_anything_is_asked(site, world, more, message):
     with pytest.raises(MMRoleError if message else SystemExit) as caught:
         inference.main(flags(site, world, *more))
     assert message is None or message in str(caught.value)
-    assert site.chats == []
+    assert asked(site) == []
 
 
-def test_flags_of_endpoints_need_one(site, world):
+@pytest.mark.parametrize("main", [inference.main, RM_review.main])
+def test_flags_of_endpoints_need_one(world, main):
     with pytest.raises(MMRoleError, match="flags of the backend endpoint have no effect here"):
-        inference.main(["--data_root", str(world), "--budget_tokens", "9"])
+        main(["--data_root", str(world), "--budget_tokens", "9"])
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        ("inference.sh", {"MODEL": "m"}, "--model"),
+        (
+            "eval/RM_review.sh",
+            {"JUDGE_ENDPOINT": "http://127.0.0.1:9/v1", "MODEL_PATH": "x"},
+            "no checkpoint is loaded",
+        ),
+    ],
+)
+def test_variables_without_effect_are_refused(world, script, variables, message):
+    settings = {**os.environ, "VIRTUAL_ENV": sys.prefix, "DATA_ROOT": str(world), "EVAL_DIR": str(world), **variables}
+    done = subprocess.run(["bash", ROOT / script], env=settings, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_as_qwen_vl_sends_its_picture_and_cuts_as_chat_does(site, world, tokenizer, tmp_path):
@@ -215,8 +312,8 @@ def test_as_qwen_vl_sends_its_picture_and_cuts_as_chat_does(site, world, tokeniz
     ]
     assert answers == ["I am here", "I am her", ""]
     assert "gives no token ids" in (tmp_path / "out/comment_test.journal").read_text()
-    assert all(body["return_token_ids"] for body in site.chats)
-    url = site.chats[0]["messages"][1]["content"][0]["image_url"]["url"]
+    assert all(body["return_token_ids"] for body in asked(site))
+    url = asked(site)[0]["messages"][1]["content"][0]["image_url"]["url"]
     sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
     assert (sent.size, sent.mode) == ((448, 448), "RGB")
     assert np.array(sent)[0, 0].tolist() == [200, 10, 10]
@@ -228,7 +325,7 @@ def test_a_picture_is_sent_upright(site, world):
     Image.new("RGB", (30, 20), "red").save(world / "images/a.jpg", exif=exif)
     write_rows(world / "in/a.json", [sample("a", image="a.jpg")])
     assert inference.main(flags(site, world, "--input_dir", world / "in", "--output_dir", world / "out")) == 0
-    url = site.chats[0]["messages"][1]["content"][0]["image_url"]["url"]
+    url = asked(site)[0]["messages"][1]["content"][0]["image_url"]["url"]
     assert Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,")))).size == (20, 30)
 
 
@@ -245,9 +342,9 @@ def test_the_prompts_of_a_row_go_to_one_server(site, world):
     with serving() as second:
         second.chat = good
         assert RM_review.main(flags(site, world, "--endpoint", f"{site.url}/v1", f"{second.url}/v1")) == 0
-        answers = [{question(body).split("Model A's Response End")[0] for body in one.chats} for one in (site, second)]
-        assert len(site.chats) == len(second.chats) == 16
-        assert all(len(body["messages"]) == 2 for body in site.chats)
+        answers = [{question(body).split("Model A's Response End")[0] for body in asked(one)} for one in (site, second)]
+        assert len(asked(site)) == len(asked(second)) == 16
+        assert all(len(body["messages"]) == 2 for body in asked(site))
     assert all(answers)
 
 
@@ -276,6 +373,16 @@ def test_a_judge_that_reviews_its_own_answers_is_named(site, world, capsys):
     assert "the judge and the agent are the same model: Org-m-1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("folder", ["m", "other"])
+def test_a_checkpoint_that_reviews_what_it_answered_when_served_is_named(site, world, capsys, folder):
+    """The endpoint calls it by its folder's name, as vLLM does."""
+    (world / "model").rename(world / folder)
+    assert inference.main(flags(site, world, "--limit", 1)) == 0
+    native = ["--data_root", world, "--eval_dir", world / "eval", "--model_path", world / folder]
+    assert RM_review.main([str(word) for word in native], FakeBackend(lambda prompt: good(None, 1))) == 0
+    assert ("the judge and the agent are the same model" in capsys.readouterr().out) == (folder == "m")
+
+
 def test_unreadable_and_refused_reviews(site, world):
     make_answers(world)
     site.chat = lambda body, number: completion("", refusal="no") if "Fluency" in question(body) else "I like both."
@@ -283,4 +390,4 @@ def test_unreadable_and_refused_reviews(site, world):
     (row,) = json.loads((world / "eval/in-test_reviews/two/comment_test.json").read_text())
     assert row["rm_review"]["Fluency"]["failure"] == "refused: no"
     assert row["rm_review"]["Coherency"]["failure"] == "no [Scores] marker"
-    assert len(site.chats) == 16
+    assert len(asked(site)) == 16

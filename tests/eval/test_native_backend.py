@@ -290,7 +290,6 @@ def test_sampling_that_cannot_be(tmp_path, change):
 
 def test_sampling_flags_without_sampling(tmp_path):
     assert generation_told(tmp_path, flag=0.5) == []
-    assert "leave out --no_random" in generation_told(tmp_path, flag=0.5, greedy=True)[0]
     assert "decodes greedily" in generation_told(tmp_path, flag=0.5, do_sample=False)[0]
 
 

@@ -24,7 +24,7 @@ from tests.vllm.conftest import NEW_TOKENS, SYSTEM, Native, Prompt, needs_vllm
 
 pytestmark = needs_vllm
 
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "2048"]
+FLAGS = ["--dtype", "float32", "--enforce-eager", "--enable-chunked-prefill", "--max-num-batched-tokens", "2048"]
 
 
 class Server:
