@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -515,10 +517,18 @@ class SupervisedTrainer(Trainer):
 
 
 def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
-    """Lets a loader's worker survive one SIGTERM: launchers send it to all processes, and the last step needs it."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """Lets a worker end on its trainer's SIGTERM alone: launchers send it to all processes in mid-step."""
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_trainer, daemon=True).start()
     if begin is not None:
         begin(worker)
+
+
+def _end_with_trainer() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _spread(divisors: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:

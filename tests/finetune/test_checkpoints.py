@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -444,8 +445,8 @@ def test_sigterm_saves_stops_and_resumes_exactly(
 
     def asked_to_stop(self: SupervisedTrainer, *args: object) -> torch.Tensor:
         if self.state.global_step == 1 and not self.stop_asked:
-            for process in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children())):
-                os.kill(process, signal.SIGTERM)
+            workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+            subprocess.run(["kill", "-TERM", str(os.getpid()), *workers], check=True)
         return step(self, *args)
 
     with monkeypatch.context() as patch:
