@@ -15,19 +15,21 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DEMO_DIR=${DEMO_DIR:-$ROOT/demo}
-if [[ -z ${MODEL_PATH:-} && ! -d $ROOT/model_weights/MMRole-Agent && -d $DEMO_DIR/model_weights/MMRole-Agent ]]; then
-  MODEL_PATH=$DEMO_DIR/model_weights/MMRole-Agent
+if [[ -z ${MODEL_PATH:-}${ENDPOINT:-} && " $*" != *" --model_path"* && " $*" != *" --endpoint"* ]]; then
+  MODEL_PATH=$ROOT/model_weights/MMRole-Agent
+  if [[ ! -d $MODEL_PATH && -d $DEMO_DIR/model_weights/MMRole-Agent ]]; then
+    MODEL_PATH=$DEMO_DIR/model_weights/MMRole-Agent
+  fi
 fi
 if [[ -z ${DATA_ROOT:-} ]]; then
   if [[ ! -d $ROOT/profiles && -d $DEMO_DIR/world ]]; then DATA_ROOT=$DEMO_DIR/world; else DATA_ROOT=$ROOT; fi
 fi
-WHO=(--model_path "${MODEL_PATH:-$ROOT/model_weights/MMRole-Agent}")
-if [[ -n ${ENDPOINT:-} ]]; then WHO=(--endpoint "$ENDPOINT" ${MODEL:+--model "$MODEL"}); fi
+WHO=(${MODEL_PATH:+--model_path "$MODEL_PATH"} ${ENDPOINT:+--endpoint "$ENDPOINT"} ${MODEL:+--model "$MODEL"})
 
 # The page's packages are installed when they are first needed.
 if [[ " $* " != *" --terminal "* && " $* " != *" --help "* ]] && ! "$PYTHON" -c 'import gradio, fastapi, uvicorn' 2>/dev/null; then
   echo "[chat] installing the page's packages (gradio, fastapi, uvicorn)" >&2
   (cd "$ROOT" && "$PYTHON" -m pip install --quiet --disable-pip-version-check -e ".[web]") >&2
 fi
-exec "$PYTHON" "$ROOT/web" "${WHO[@]}" --data_root "$DATA_ROOT" --save_to "${SAVE_TO:-$ROOT/my_data}" \
+exec "$PYTHON" "$ROOT/web" ${WHO[@]+"${WHO[@]}"} --data_root "$DATA_ROOT" --save_to "${SAVE_TO:-$ROOT/my_data}" \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" "$@"

@@ -144,6 +144,9 @@ def test_an_endpoint_that_breaks(sent: bytes, message: str, monkeypatch: pytest.
     [
         ([], "neither --model_path nor --endpoint, or both"),
         (["--endpoint", "http://127.0.0.1:9/v1"], "model is missing"),
+        (["--model_path", "here", "--model", "m"], "flags without effect"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--device", "cpu"], "flags without effect"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--partner", "Ada"], "flags without effect"),
         (["--endpoint", "localhost", "--model", "m"], "not the address of an endpoint"),
         (["--endpoint", "https://example.org/v1", "--model", "m", "--no_page"], "no key for the endpoint"),
         (["--model_path", "nowhere"], "no such checkpoint folder"),
