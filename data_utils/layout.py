@@ -116,7 +116,11 @@ def nested_agents(folder: Path) -> list[MMRoleError]:
     Args:
         folder: That of all agents' answers or reviews.
     """
-    found = dict.fromkeys(path.parent for path in sorted(folder.glob("*/*/*.json")) if not path.name.startswith("."))
+    try:
+        files = sorted(folder.glob("*/*/*.json"))
+    except OSError:  # reported by whoever lists the folder
+        return []
+    found = dict.fromkeys(path.parent for path in files if not path.name.startswith("."))
     nested = [path for path in found if not any(path.parent.glob("*.json"))]
     what = "files lie a folder too deep and are left out: an agent's name is that of one folder"
     return [

@@ -519,7 +519,7 @@ def _contradictions(flags: Namespace) -> list[MMRoleError]:
     if not flags.use_lora:
         changed = [f"--{one.name}" for one in fields(LoraArguments) if getattr(flags, one.name) != _default(one)]
         if changed and not flags.q_lora:  # which `q_lora_problems` reports
-            add("adapters have settings, and none train", ", ".join(changed), "add --use_lora True, or remove them")
+            add("settings of LoRA without --use_lora", ", ".join(changed), "add --use_lora True, or remove them")
     elif not flags.fix_vit:
         add("the vision tower cannot train beside adapters", "--fix_vit False", "remove it")
     if str(getattr(flags.save_strategy, "value", flags.save_strategy)) == "best":

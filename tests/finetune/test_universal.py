@@ -62,7 +62,8 @@ def test_sharded_runs_go_on_with_fewer_and_more_processes(flags: Flags, tmp_path
             "deepspeed": ROOT / "finetune" / f"ds_config_{zero}.json",
             "output_dir": tmp_path / (f"{name} again" if again else name),
         }
-        given |= {"use_lora": lora, "lora_dropout": 0.0, "gradient_accumulation_steps": 2 // processes}
+        given |= {"gradient_accumulation_steps": 2 // processes}
+        given |= {"use_lora": True, "lora_dropout": 0.0} if lora else {}
         return flags(**given, **more)
 
     train([words(name, 2) for name in kinds], 2, tmp_path)
