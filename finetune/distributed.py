@@ -101,6 +101,14 @@ def grouped(problems: Sequence[MMRoleError]) -> list[MMRoleError]:
     return joined
 
 
+def leave_group() -> None:
+    """Ends this process's part in the group, whose threads can abort a process that exits within it."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def choose_devices(arguments: transformers.TrainingArguments) -> None:
     """Chooses CPU and gloo where there is no GPU, and a group of one where DeepSpeed runs without a launcher."""
     import torch

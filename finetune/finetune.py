@@ -22,7 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_utils.errors import run_main
-from finetune.distributed import end_with_the_first, from_first, report_once
+from finetune.distributed import end_with_the_first, from_first, leave_group, report_once
 from finetune.preflight import check_command_line
 
 if TYPE_CHECKING:
@@ -182,4 +182,7 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    status = run_main(main)
+    if status == 0:
+        leave_group()
+    sys.exit(status)

@@ -25,9 +25,11 @@ Flags = Callable[..., list[str]]
 SAME = {"rel": 1e-5}
 EACH_IN_TURN = """
 import json, sys
+from finetune.distributed import leave_group
 from finetune.finetune import main
 for words in json.loads(sys.argv[1]):
     main(words)
+leave_group()
 """
 
 
@@ -46,7 +48,7 @@ def train(runs: list[list[str]], processes: int, tmp_path: Path) -> str:
     launcher = [*launcher, "--nproc_per_node", str(processes)] if processes > 1 else []
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = run_group([sys.executable, *launcher, program, json.dumps(runs)], 2 * SECONDS, env=environ)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-30000:]
     return done.stdout
 
 
