@@ -378,6 +378,7 @@ def test_options_are_printed_and_saved(world, capsys):
 # ---- the real model
 
 
+@pytest.mark.slow
 def test_two_real_samples(shared, tiny_a, tmp_path):
     command = [sys.executable, ROOT / "inference.py", "--model_path", tiny_a, "--output_dir", tmp_path / "out"]
     command += ["--image_dir", shared / "mmrole_data/images", "--missing_image", "skip", "--limit", "2"]

@@ -427,6 +427,7 @@ BEST |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_tot
 BEST |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "kept"), [({"dataloader_num_workers": 1}, [2]), (BEST, [1, 2])], ids=["plain", "best"]
 )

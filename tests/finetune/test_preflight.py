@@ -455,6 +455,7 @@ def test_shared_memory_that_is_too_small(flags: Flags, monkeypatch: pytest.Monke
     main([*words, "--dataloader_num_workers", "1"])
 
 
+@pytest.mark.slow
 def test_the_second_start_checks_no_sample_again(
     flags: Flags, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

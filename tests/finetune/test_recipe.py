@@ -166,6 +166,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_do_not_depend_on_the_micro_batch(
     flags: Flags, base: Path, uneven: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +225,7 @@ def test_every_weight_decays(flags: Flags, tmp_path: Path, base: Path) -> None:
     assert not any(name.endswith("bias") for name in names[False])
 
 
+@pytest.mark.slow
 def test_what_is_kept_to_resume_from(flags: Flags, tmp_path: Path) -> None:
     """One checkpoint to resume from, and all epochs' weights; the stream goes on, also in other micro-batches."""
     out = tmp_path / "out"

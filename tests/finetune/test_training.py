@@ -112,6 +112,7 @@ def test_how_it_is_computed_changes_nothing(flags: Flags, tmp_path: Path, more: 
         assert report(tmp_path / "two")["throughput"]["padding_share"] > 0
 
 
+@pytest.mark.slow
 def test_samples_are_shuffled_by_the_seed(flags: Flags, tmp_path: Path) -> None:
     runs = {"sequential": {"sequential": True}, "a": {"seed": 1}, "again": {"seed": 1}, "b": {"seed": 2}}
     for name, more in runs.items():
@@ -309,6 +310,7 @@ def test_an_evaluation_set_drawn_from_the_training_data(flags: Flags, data: Data
             main(flags(**wrong, output_dir=tmp_path / "wrong"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lose", "told"),
     [(signal.pause, "timed out"), (lambda: os.kill(os.getpid(), signal.SIGKILL), "DataLoader worker (pid")],

@@ -48,6 +48,7 @@ def run_chat(settings: dict[str, Any], said: str, *flags: str, cwd: Path) -> sub
     return subprocess.run(command, input=said, env=environment, cwd=cwd, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_terminal(checkpoint: Path, demo: Path, tmp_path: Path) -> None:
     name = name_of(demo)
     said = "/again\n/agian\nHello\n/again\n/prompt\n/begin\n/quit\n"
