@@ -122,6 +122,17 @@ def _stand_in(folder: Path, name: str) -> Path:
     return file
 
 
+def rates(requests: int, seconds: float, prompt_tokens: int, written_tokens: int) -> dict[str, float]:
+    """Return the figures that every side of a comparison has."""
+    return {
+        "requests": requests,
+        "seconds": seconds,
+        "requests per second": requests / seconds,
+        "prompt tokens per second": prompt_tokens / seconds,
+        "written tokens per second": written_tokens / seconds,
+    }
+
+
 def time_ours(model: Any, tokenizer: Any, texts: list[_Text], options: argparse.Namespace) -> dict[str, float]:
     """Time the engine with empty caches."""
     limits = {name: getattr(options, name) for name in ("max_batch_tokens", "max_rows", "prefill_tokens")}
@@ -139,11 +150,7 @@ def time_ours(model: Any, tokenizer: Any, texts: list[_Text], options: argparse.
         raise MMRoleError("some requests failed, so their time means nothing", errors[0], "benchmark")
     stats = engine.statistics
     return {
-        "requests": len(results),
-        "seconds": seconds,
-        "requests per second": len(results) / seconds,
-        "prompt tokens per second": stats.prompt_tokens / seconds,
-        "written tokens per second": stats.new_tokens / seconds,
+        **rates(len(results), seconds, stats.prompt_tokens, stats.new_tokens),
         "prefill saved": stats.prefill_saved,
         "rows per step": stats.mean_rows,
         "images encoded": stats.images,
@@ -168,11 +175,7 @@ def _time_released(model: Any, tokenizer: Any, texts: list[_Text]) -> dict[str, 
         prefill, decode, prompt, written = prefill + first, decode + rest, prompt + length, written + text.tokens
     seconds = prefill + decode
     return {
-        "requests": len(texts),
-        "seconds": seconds,
-        "requests per second": len(texts) / seconds,
-        "prompt tokens per second": prompt / seconds,
-        "written tokens per second": written / seconds,
+        **rates(len(texts), seconds, prompt, written),
         "prefill saved": 0.0,
         "rows per step": 1.0,
         "images encoded": len(texts),

@@ -85,7 +85,7 @@ def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            what = "a process of the benchmark was killed, probably for want of memory"
+            what = "a process of the benchmark was killed, probably because memory ran out"
             fix = "give --per_device_train_batch_size 1, a smaller --model_max_length, or --layers"
             raise MMRoleError(what, function.__name__.strip("_"), "benchmark train", fix) from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_generation import load_or_draw, published_texts, time_ours
+from benchmark_generation import load_or_draw, published_texts, rates, time_ours
 from benchmark_machine import describe, timed
 
 from data_utils.errors import MMRoleError
@@ -84,11 +84,7 @@ def _time_vllm(engine: Any, texts: list[Any], device: torch.device) -> dict[str,
     if written != (wanted := sum(text.tokens for text in texts)):
         raise MMRoleError("vLLM generated a wrong number of tokens", f"{written} of {wanted}", "benchmark vllm")
     return {
-        "requests": len(outputs),
-        "seconds": seconds,
-        "requests per second": len(outputs) / seconds,
-        "prompt tokens per second": prompt / seconds,
-        "written tokens per second": written / seconds,
+        **rates(len(outputs), seconds, prompt, written),
         "prefill saved": sum(output.num_cached_tokens for output in outputs) / prompt,
     }
 

@@ -77,12 +77,9 @@ def _problems(options: argparse.Namespace) -> list[MMRoleError]:
         problems.append(
             MMRoleError("neither --model_path nor --endpoint, or both", None, "--model_path and --endpoint", fix)
         )
-    idle = {} if options.endpoint else {"--model": options.model}
-    if options.endpoint:
-        idle |= {f"--{name}": getattr(options, name) for name in ("device", "dtype", "quantization")}
-    if not options.terminal:
-        idle |= {f"--{name}": getattr(options, name) for name in ("character", "partner", "image")}
-    if given := [name for name, value in idle.items() if value not in (None, "auto")]:
+    idle = ["device", "dtype", "quantization"] if options.endpoint else ["model"]
+    idle += [] if options.terminal else ["character", "partner", "image"]
+    if given := [f"--{name}" for name in idle if getattr(options, name) not in (None, "auto")]:
         what = "flags without effect here"
         fix = "leave them out; --model is for --endpoint, --device for --model_path, --character for --terminal"
         problems.append(MMRoleError(what, ", ".join(given), "the command line or the settings", fix))

@@ -261,7 +261,6 @@ def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE, *, swapped: bool = 
     """
     folders: set[str] = set()
     closed: list[MMRoleError] = []
-    nested = nested_reviews(eval_dir, judge)
     for split in SHORT_SPLITS:
         try:
             shown = listed(reviews_folder(eval_dir, split, judge=judge))
@@ -271,7 +270,7 @@ def read_agents(eval_dir: Path, judge: str = RELEASED_JUDGE, *, swapped: bool = 
     agents = [_read_agent(eval_dir, folder, closed, judge, swapped) for folder in sorted(folders)]
     agents = [agent for agent in agents if agent.files or agent.unreadable]
     if not agents:
-        raise_problems([*closed, *nested])
+        raise_problems([*closed, *nested_reviews(eval_dir, judge)])
         raise MMRoleError(
             "no reviews here: no folder in-test_reviews/<agent> or out-test_reviews/<agent> has a file of reviews",
             judge_folder(eval_dir, judge),
