@@ -43,18 +43,17 @@ def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[t
         positions: int64 (B, T), counted from 0 without padding.
 
     Returns:
-        Two float32 tensors (B, 1, T, D).
+        Two float32 tensors (B, 1, T, D / 2).
     """
-    angles = positions[..., None].float() * frequencies[:, None, :]  # (B, T, D / 2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, D)
+    angles = (positions[..., None].float() * frequencies[:, None, :])[:, None]  # (B, 1, T, D / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns queries or keys (B, H, T, D) by their positions, in float32, and casts back."""
-    x32 = x.float()
-    low, high = x32.chunk(2, dim=-1)
-    return (x32 * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
+    """Turns queries or keys (B, H, T, D) by their positions, in float32, and casts back; the result is contiguous."""
+    low, high = x.float().chunk(2, dim=-1)
+    turned = torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(high * cos, low, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def logn_factors(positions: torch.Tensor, seq_length: int) -> torch.Tensor:
@@ -145,11 +144,10 @@ class Attention(nn.Module):
         attend: Attend | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-            for part in self.c_attn(x).chunk(3, dim=-1)
-        )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, 3 * H, T, D)
+        heads = qkv.shape[1] // 3
+        q, k = rotate(qkv[:, : 2 * heads], *rotary).chunk(2, dim=1)  # (B, H, T, D)
+        v = qkv[:, 2 * heads :]
         if logn is not None:
             q = q * logn.to(q.dtype)
         if past_key_values is not None:

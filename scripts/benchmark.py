@@ -72,7 +72,7 @@ def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--released_requests", type=int, default=6, help="requests that the released way is timed on (%(default)s)")
-    flag("--sample", action="store_true", help="sample ours with the released settings (top-p 0.3) instead of greedily")
+    flag("--sample", action="store_true", help="sample, as the released settings do (top-p 0.3), instead of greedily")
     _add_engine_flags(parser)
 
 

@@ -15,7 +15,14 @@ import torch
 
 from qwen_vl.chat import MAX_WINDOW_SIZE, build_context
 from qwen_vl.engine import image_cache
-from qwen_vl.engine.cache import OUT_OF_MEMORY_ALONE, ROOM_STEP, Cache, free_bytes, is_out_of_memory
+from qwen_vl.engine.cache import (
+    OUT_OF_MEMORY_ALONE,
+    ROOM_STEP,
+    Cache,
+    free_bytes,
+    is_out_of_memory,
+    keep_freed_memory,
+)
 from qwen_vl.engine.forward import BatchForward
 from qwen_vl.engine.image_cache import ImageCache, image_key
 from qwen_vl.engine.requests import Event, Request, Result, Statistics, TextStream
@@ -77,6 +84,8 @@ class BatchGenerator:
         gpu = model.device.type == "cuda"
         if unknown := unknown_settings(model.generation_config.to_dict()):
             raise ValueError(f"generation_config.json asks for {unknown}, which the batching engine does not support")
+        if not gpu:
+            keep_freed_memory()
         self.model, self.tokenizer = model, tokenizer
         self.max_rows = max_rows or (512 if gpu else 256)
         self.prefill_tokens = prefill_tokens or (8192 if gpu else 4096)

@@ -132,7 +132,7 @@ class ParallelDecoder(nn.Module):
         places = (positions[0] % STRIDE)[:, None]  # (N, 1)
         # Where a step is padded, positions are left over from steps before.
         classes = (positions[0] // STRIDE).clamp(max=self.frequencies.shape[0] - 1)
-        rotary = rotary_tables(self.frequencies[classes], places)  # each (N, 1, 1, D)
+        rotary = rotary_tables(self.frequencies[classes], places)  # each (N, 1, 1, D / 2)
         logn = logn_factors(places, self.config.trained_length) if self.config.use_logn_attn else None  # (N, 1, 1, 1)
         for layer in self.h:
             x = layer(x, rotary, logn)

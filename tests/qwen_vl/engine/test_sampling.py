@@ -100,11 +100,11 @@ def test_ids_without_a_token_are_never_chosen() -> None:
     assert choose(logits, settings, [(RequestGenerator(0, CPU), 0)] * 2, 40) == [7, 7]
 
 
-@pytest.mark.parametrize("uniform", [True, False])
-def test_any_draw_can_be_computed(uniform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_integers", [True, False])
+def test_any_draw_can_be_computed(by_integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Certain draws are passed over, and after an error one may be repeated; of each only a part may be needed."""
-    assert sampling.skips_by_uniform(CPU)  # else every draw that is skipped costs four times as much
-    monkeypatch.setattr(sampling, "skips_by_uniform", lambda _: uniform)
+    assert sampling.skips_by_integers(CPU)  # else every draw that is skipped costs five times as much
+    monkeypatch.setattr(sampling, "skips_by_integers", lambda _: by_integers)
     whole = torch.Generator().manual_seed(9)
     expected = [torch.empty(V).exponential_(1, generator=whole) for _ in range(6)]
     source = RequestGenerator(9, CPU)

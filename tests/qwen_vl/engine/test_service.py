@@ -212,7 +212,7 @@ def test_image_features_keep_no_other_image_alive(sampler, tokenizer) -> None:
         assert feature.untyped_storage().nbytes() == feature.nbytes
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 15, 16, 40])
+@pytest.mark.parametrize("rows", [1, 3, 4, 12, 13, 48, 49])
 def test_logits_of_any_number_of_rows(sampler, tokenizer, rows: int) -> None:
     forward = BatchGenerator(sampler, tokenizer).forward
     hidden = torch.randn(rows, sampler.config.hidden_size, generator=torch.Generator().manual_seed(0))
