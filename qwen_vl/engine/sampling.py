@@ -3,6 +3,7 @@
 Shapes: n rows, V rows of the head (ids without a token among them), U ids that have one; W candidates of a row.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -29,39 +30,42 @@ class RequestGenerator:
         self._generator: torch.Generator | None = None
         self._drawn = 0  # draws that the generator is past
 
-    def variates(self, draw: int, size: int, count: int) -> torch.Tensor:
-        """Returns the first `count` of the `size` exponential variates of a draw, counted from 0: float32 (count,)."""
+    def variates(self, draw: int, size: int, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the exponential variates of a draw, counted from 0, for these ids of `size`, or for all: float32."""
         if self._generator is None or draw < self._drawn:
             self._generator, self._drawn = torch.Generator(self._device).manual_seed(self._seed), 0
         while self._drawn < draw:
-            _skip(self._generator, size)
+            _numbers(self._generator, size)
             self._drawn += 1
-        if not skips_by_integers(self._device):
-            count = size
-        values = torch.empty(count, device=self._device).exponential_(1, generator=self._generator)
-        _skip(self._generator, size - count)
+        if ids is None:
+            chosen = torch.empty(size, device=self._device).exponential_(1, generator=self._generator)
+        else:
+            chosen = _numbers(self._generator, size)[ids]
         self._drawn += 1
-        return values
+        return _variates(chosen) if chosen.dtype == torch.int64 else chosen
 
 
-def _skip(generator: torch.Generator, size: int) -> None:
-    """Puts a generator where drawing `size` exponential variates would put it."""
-    if size and skips_by_integers(generator.device):
-        torch.empty(size, dtype=torch.int64).random_(generator=generator)  # a fifth of the time
-    elif size:
-        torch.empty(size, device=generator.device).exponential_(1, generator=generator)
+def _numbers(generator: torch.Generator, size: int) -> torch.Tensor:
+    """Draws `size` variates, or where that suffices the random numbers behind them, in a fifth of the time."""
+    if numbers_suffice(generator.device):
+        return torch.empty(size, dtype=torch.int64).random_(generator=generator)
+    return torch.empty(size, device=generator.device).exponential_(1, generator=generator)
+
+
+def _variates(numbers: torch.Tensor) -> torch.Tensor:
+    """What `exponential_` makes of random int64 numbers on a CPU."""
+    return torch.tensor([-math.log1p(-(number & (2**53 - 1)) * 2.0**-53) for number in numbers.tolist()])
 
 
 @lru_cache
-def skips_by_integers(device: torch.device) -> bool:
-    """Returns whether random int64 numbers advance a generator as exponential variates do, as on a CPU."""
+def numbers_suffice(device: torch.device) -> bool:
+    """Returns whether variates follow from random int64 numbers of the same generator, as on a CPU."""
     if device.type != "cpu":
         return False
     one, other = (torch.Generator().manual_seed(0) for _ in range(2))
     expected = torch.empty(1000).exponential_(1, generator=one)
-    values = torch.empty(300).exponential_(1, generator=other)
-    torch.empty(700, dtype=torch.int64).random_(generator=other)
-    return torch.equal(values, expected[:300]) and torch.equal(one.get_state(), other.get_state())
+    numbers = torch.empty(1000, dtype=torch.int64).random_(generator=other)
+    return torch.equal(_variates(numbers), expected) and torch.equal(one.get_state(), other.get_state())
 
 
 def choose(
@@ -93,9 +97,13 @@ def choose(
         rows = torch.tensor(sampled, device=device)
         fields = zip(*((s.temperature, s.top_k, s.top_p) for s in map(settings.__getitem__, sampled)), strict=True)
         limits = _Limits(*(torch.tensor(field, device=device)[:, None] for field in fields))
-        total = _logsumexp(logits, rows, limits, used)
-        share = (best.values[rows].float() / limits.temperature - total).exp()
-        certain[rows] = share > limits.top_p + MARGIN
+        highest = best.values[rows].float()
+        # No chunk has more than CHUNK times its largest. Where that decides, the sum over all ids is not needed.
+        bound = CHUNK * ((largest[rows].float() - highest) / limits.temperature).exp().sum(dim=-1, keepdim=True)
+        decided = 1 / bound > limits.top_p + MARGIN
+        total = _logsumexp(logits, rows, limits, used, ~decided & (limits.top_k == 0))
+        share = (highest / limits.temperature - total).exp()
+        certain[rows] = decided | (share > limits.top_p + MARGIN)
     found = torch.cat([ids, best.values.isfinite(), certain], dim=1).tolist()
     tokens = [token if sound else None for token, sound, _ in found]
     places = [place for place, i in enumerate(sampled) if found[i][1] and not found[i][2]]
@@ -105,27 +113,26 @@ def choose(
     kept_ids, scores, summary = _candidates(
         logits, largest, rows[at], _Limits(*(t[at] for t in limits)), total[at], used
     )
-    uncertain = [place for place, (_, count, _, exact) in enumerate(summary) if count > 1 or exact]
+    uncertain = [place for place, (_, count, exact) in enumerate(summary) if count > 1 or exact]
 
     def variates(place: int) -> torch.Tensor:
         generator, draw = draws[sampled[places[place]]]
-        _, _, last, exact = summary[place]
-        return generator.variates(draw, size, size if exact else last + 1)
+        return generator.variates(draw, size, None if summary[place][2] else kept_ids[place].clamp(max=size - 1))
 
-    if device.type == "cpu" and len(uncertain) > 1:  # most of the time goes to draws that are skipped, in one thread
+    if device.type == "cpu" and len(uncertain) > 1:  # a generator runs in one thread
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             drawn = dict(zip(uncertain, threads.map(variates, uncertain), strict=True))
     else:
         drawn = {place: variates(place) for place in uncertain}
     several = []
-    for place, (first, _, last, exact) in enumerate(summary):
+    for place, (first, _, exact) in enumerate(summary):
         row = sampled[places[place]]
         if place not in drawn:
             tokens[row] = first
         elif exact:
             tokens[row] = exact_choice(logits[row], settings[row], drawn[place], used)
         else:
-            several.append((row, place, drawn[place][kept_ids[place].clamp(max=last)]))
+            several.append((row, place, drawn[place]))
     if several:
         chosen_rows, places, values = zip(*several, strict=True)
         at = torch.tensor(places, device=device)
@@ -157,12 +164,13 @@ def _columns(chunks: torch.Tensor, used: int) -> torch.Tensor:
     return (chunks[..., None] * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(1)
 
 
-def _logsumexp(logits: torch.Tensor, rows: torch.Tensor, limits: _Limits, used: int) -> torch.Tensor:
-    """Returns the log-sum-exp of the scores, float32 (rows, 1); infinite where top-k comes first."""
+def _logsumexp(
+    logits: torch.Tensor, rows: torch.Tensor, limits: _Limits, used: int, wanted: torch.Tensor
+) -> torch.Tensor:
+    """Returns the log-sum-exp of the scores, float32 (rows, 1); infinite where it is not wanted (rows, 1)."""
     total = torch.full((len(rows), 1), torch.inf, device=logits.device)
-    wanted = (limits.top_k == 0).nonzero()[:, 0]
     # A few rows at a time on a CPU: what does not fit its caches takes three times as long.
-    for part in wanted.split(4 if logits.device.type == "cpu" else max(len(rows), 1)):
+    for part in wanted.nonzero()[:, 0].split(4 if logits.device.type == "cpu" else max(len(rows), 1)):
         scores = logits[rows[part], :used].float() / limits.temperature[part]
         total[part] = scores.logsumexp(dim=-1, keepdim=True)
     return total
@@ -175,7 +183,7 @@ def _candidates(
 
     Returns:
         Ids (rows, W), scores (rows, W), -inf where an id is dropped; and for each row its best id, how many ids are
-        kept, the largest of them, and whether all of that is uncertain and must be found the exact way.
+        kept, and whether that is uncertain and must be found the exact way.
     """
     chunks = largest[rows].topk(min(CANDIDATES, largest.shape[1])).indices
     columns = _columns(chunks, used)
@@ -192,8 +200,7 @@ def _candidates(
     near = (in_top_k & ((before - limits.top_p).abs() < MARGIN) & (limits.top_p < 1)).any(-1, keepdim=True)
     tie = top.gather(1, count - 1) == next_score  # which goes is then a matter of the sort
     exact = (count == width) | near | tie | (limits.top_k > width)
-    last = ids.masked_fill(~keep, 0).amax(-1, keepdim=True)
-    return ids, top.masked_fill(~keep, -torch.inf), torch.cat([ids[:, :1], count, last, exact], dim=1).tolist()
+    return ids, top.masked_fill(~keep, -torch.inf), torch.cat([ids[:, :1], count, exact], dim=1).tolist()
 
 
 def _largest_ratio(scores: torch.Tensor, variates: torch.Tensor) -> torch.Tensor:

@@ -100,13 +100,14 @@ def test_ids_without_a_token_are_never_chosen() -> None:
     assert choose(logits, settings, [(RequestGenerator(0, CPU), 0)] * 2, 40) == [7, 7]
 
 
-@pytest.mark.parametrize("by_integers", [True, False])
-def test_any_draw_can_be_computed(by_integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("numbers", [True, False])
+def test_any_draw_can_be_computed(numbers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Certain draws are passed over, and after an error one may be repeated; of each only a part may be needed."""
-    assert sampling.skips_by_integers(CPU)  # else every draw that is skipped costs five times as much
-    monkeypatch.setattr(sampling, "skips_by_integers", lambda _: by_integers)
+    assert sampling.numbers_suffice(CPU)  # else every draw costs five times as much
+    monkeypatch.setattr(sampling, "numbers_suffice", lambda _: numbers)
     whole = torch.Generator().manual_seed(9)
     expected = [torch.empty(V).exponential_(1, generator=whole) for _ in range(6)]
     source = RequestGenerator(9, CPU)
-    for draw, count in [(0, 1), (1, V), (4, 17), (4, 2000), (2, 999), (5, 16)]:
-        assert torch.equal(source.variates(draw, V, count)[:count], expected[draw][:count])
+    for draw, ids in [(0, [0]), (1, None), (4, [17, 3, V - 1]), (4, range(2000)), (2, [999]), (5, None)]:
+        wanted = slice(None) if ids is None else torch.tensor(ids)
+        assert torch.equal(source.variates(draw, V, wanted if ids else None), expected[draw][wanted])
