@@ -34,22 +34,23 @@ class RequestGenerator:
         """Returns the exponential variates of a draw, counted from 0, for these ids of `size`, or for all: float32."""
         if self._generator is None or draw < self._drawn:
             self._generator, self._drawn = torch.Generator(self._device).manual_seed(self._seed), 0
+        suffice = numbers_suffice(self._device)
+        values = torch.empty(size, dtype=torch.int64 if suffice else torch.float32, device=self._device)
         while self._drawn < draw:
-            _numbers(self._generator, size)
-            self._drawn += 1
+            self._draw(values)
+        values = values if ids is not None else torch.empty(size, device=self._device)
+        self._draw(values)
         if ids is None:
-            chosen = torch.empty(size, device=self._device).exponential_(1, generator=self._generator)
+            return values
+        return _variates(values[ids]) if suffice else values[ids]
+
+    def _draw(self, values: torch.Tensor) -> None:
+        """Fills in the next draw's variates, or into int64 values the numbers behind them, in a fifth of the time."""
+        if values.dtype == torch.int64:
+            values.random_(generator=self._generator)
         else:
-            chosen = _numbers(self._generator, size)[ids]
+            values.exponential_(1, generator=self._generator)
         self._drawn += 1
-        return _variates(chosen) if chosen.dtype == torch.int64 else chosen
-
-
-def _numbers(generator: torch.Generator, size: int) -> torch.Tensor:
-    """Draws `size` variates, or where that suffices the random numbers behind them, in a fifth of the time."""
-    if numbers_suffice(generator.device):
-        return torch.empty(size, dtype=torch.int64).random_(generator=generator)
-    return torch.empty(size, device=generator.device).exponential_(1, generator=generator)
 
 
 def _variates(numbers: torch.Tensor) -> torch.Tensor:
@@ -97,13 +98,9 @@ def choose(
         rows = torch.tensor(sampled, device=device)
         fields = zip(*((s.temperature, s.top_k, s.top_p) for s in map(settings.__getitem__, sampled)), strict=True)
         limits = _Limits(*(torch.tensor(field, device=device)[:, None] for field in fields))
-        highest = best.values[rows].float()
-        # No chunk has more than CHUNK times its largest. Where that decides, the sum over all ids is not needed.
-        bound = CHUNK * ((largest[rows].float() - highest) / limits.temperature).exp().sum(dim=-1, keepdim=True)
-        decided = 1 / bound > limits.top_p + MARGIN
-        total = _logsumexp(logits, rows, limits, used, ~decided & (limits.top_k == 0))
-        share = (highest / limits.temperature - total).exp()
-        certain[rows] = decided | (share > limits.top_p + MARGIN)
+        highest = best.values[rows].float() / limits.temperature
+        total = _logsumexp(logits, rows, limits, highest, used)
+        certain[rows] = (highest - total).exp() > limits.top_p + MARGIN
     found = torch.cat([ids, best.values.isfinite(), certain], dim=1).tolist()
     tokens = [token if sound else None for token, sound, _ in found]
     places = [place for place, i in enumerate(sampled) if found[i][1] and not found[i][2]]
@@ -165,14 +162,21 @@ def _columns(chunks: torch.Tensor, used: int) -> torch.Tensor:
 
 
 def _logsumexp(
-    logits: torch.Tensor, rows: torch.Tensor, limits: _Limits, used: int, wanted: torch.Tensor
+    logits: torch.Tensor, rows: torch.Tensor, limits: _Limits, highest: torch.Tensor, used: int
 ) -> torch.Tensor:
-    """Returns the log-sum-exp of the scores, float32 (rows, 1); infinite where it is not wanted (rows, 1)."""
-    total = torch.full((len(rows), 1), torch.inf, device=logits.device)
-    # A few rows at a time on a CPU: what does not fit its caches takes three times as long.
-    for part in wanted.nonzero()[:, 0].split(4 if logits.device.type == "cpu" else max(len(rows), 1)):
-        scores = logits[rows[part], :used].float() / limits.temperature[part]
-        total[part] = scores.logsumexp(dim=-1, keepdim=True)
+    """Returns the log-sum-exp of the scores, of which the highest is known: float32 (rows, 1).
+
+    It is infinite where top-k comes first.
+    """
+    total = torch.full_like(highest, torch.inf)
+    wanted = (limits.top_k == 0).nonzero()[:, 0]
+    # One row at a time on a CPU: what does not fit its caches takes three times as long.
+    for part in wanted.split(1) if logits.device.type == "cpu" else [wanted]:
+        at = rows[part]
+        chosen = logits[at[0]][None] if len(at) == 1 else logits[at]  # the first is no copy
+        scores = chosen[:, :used].float() / limits.temperature[part]
+        shares = scores.sub_(highest[part]).exp_().sum(dim=-1, keepdim=True)
+        total[part] = shares.log() + highest[part]
     return total
 
 
