@@ -67,6 +67,7 @@ class BatchForward:
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
             final = layer == self.config.num_hidden_layers - 1
             outs: list[torch.Tensor] = []  # (1, T of it, H, D) each
+            v = v.contiguous()  # as q and k are: attention then takes a fourteenth less
             by_group = zip(*(t.split([sum(sizes) for sizes in lengths], dim=2) for t in (q, k, v)), strict=True)
             for group, sizes, qkv in zip(groups, lengths, by_group, strict=True):
                 prefix, *members = zip(*(t.split(sizes, dim=2) for t in qkv), strict=True)

@@ -23,20 +23,23 @@ class RequestGenerator:
 
     Each draw of `generate()` uses V exponential variates, whatever it chooses among. A draw is asked for by its number,
     so that one which is certain costs nothing unless a later one is not, and one that is repeated gives the same.
+
+    Attributes:
+        drawn: Draws that the generator is past.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed, self._device = seed, device
         self._generator: torch.Generator | None = None
-        self._drawn = 0  # draws that the generator is past
+        self.drawn = 0
 
     def variates(self, draw: int, size: int, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the exponential variates of a draw, counted from 0, for these ids of `size`, or for all: float32."""
-        if self._generator is None or draw < self._drawn:
-            self._generator, self._drawn = torch.Generator(self._device).manual_seed(self._seed), 0
+        if self._generator is None or draw < self.drawn:
+            self._generator, self.drawn = torch.Generator(self._device).manual_seed(self._seed), 0
         suffice = numbers_suffice(self._device)
         values = torch.empty(size, dtype=torch.int64 if suffice else torch.float32, device=self._device)
-        while self._drawn < draw:
+        while self.drawn < draw:
             self._draw(values)
         values = values if ids is not None else torch.empty(size, device=self._device)
         self._draw(values)
@@ -50,7 +53,7 @@ class RequestGenerator:
             values.random_(generator=self._generator)
         else:
             values.exponential_(1, generator=self._generator)
-        self._drawn += 1
+        self.drawn += 1
 
 
 def _variates(numbers: torch.Tensor) -> torch.Tensor:
@@ -116,7 +119,8 @@ def choose(
         generator, draw = draws[sampled[places[place]]]
         return generator.variates(draw, size, None if summary[place][2] else kept_ids[place].clamp(max=size - 1))
 
-    if device.type == "cpu" and len(uncertain) > 1:  # a generator runs in one thread
+    if device.type == "cpu" and len(uncertain) > 1:  # a generator runs in one thread; the longest work goes first
+        uncertain.sort(key=lambda place: draws[sampled[places[place]]][0].drawn - draws[sampled[places[place]]][1])
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             drawn = dict(zip(uncertain, threads.map(variates, uncertain), strict=True))
     else:
