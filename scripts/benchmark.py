@@ -9,13 +9,13 @@
 `answer` and `review` take the real prompts, force every text to the length of the published one, and print a table of
 both ways: requests and tokens per second, prefill saved, rows per step, peak memory, and how far that is from what the
 machine's matrix rate and bandwidth allow. With --sample both ways sample, as the published settings do, else both are
-greedy. Without --checkpoint the weights are random: `--size small` (8 layers, width
-512, the real vocabulary) or `--size full` (Qwen-VL-Chat's own sizes). A picture that is not there is stood in for by
-noise of the same cost. `vllm` gives the same requests and lengths to our engine and to vLLM, in turn; it runs in vLLM's
-environment, which `scripts/vllm_environment.sh` makes. `schedule` shows that time grows linearly with the number of
-requests and memory not at all. `train` takes real training samples and runs finetune/finetune.py, with the agent's
-recipe and every further flag, and beside it the released way: rows padded to the maximum, logits at every position,
-attention written out. Start-up and the first step are not counted, and are printed.
+greedy. Without --checkpoint the weights are random: `--size small` (8 layers, width 512, the real vocabulary) or
+`--size full` (Qwen-VL-Chat's own sizes). A picture that is not there is stood in for by noise of the same cost. `vllm`
+gives the same requests and lengths to our engine and to vLLM, in turn; it runs in vLLM's environment, which
+`scripts/vllm_environment.sh` makes. `schedule` shows that time grows linearly with the number of requests and memory
+not at all. `train` takes real training samples and runs finetune/finetune.py, with the agent's recipe and every further
+flag, and beside it the released way: rows padded to the maximum, logits at every position, attention written out.
+Start-up and the first step are not counted, and are printed.
 """
 
 from __future__ import annotations
