@@ -54,6 +54,8 @@ class _Text:
 def run_generation(options: argparse.Namespace) -> dict[str, Any]:
     """Time both ways, print the table and return the figures."""
     model, tokenizer = load_or_draw(options)
+    if options.sample and not options.checkpoint:  # the head reads states whose mean square is 1
+        model.lm_head.weight.data *= SHARPNESS / (model.config.initializer_range * model.config.hidden_size**0.5)
     print(f"machine: {describe(model.device, model.dtype)}")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {options.checkpoint or options.size + ', random weights'}, {parameters / 1e6:,.0f} M parameters")
@@ -86,8 +88,6 @@ def load_or_draw(options: argparse.Namespace) -> tuple[qwen_vl.QwenVLForCausalLM
         torch.set_default_dtype(getattr(torch, dtype))
         model = qwen_vl.QwenVLForCausalLM(config).eval()
         torch.set_default_dtype(torch.float32)
-    if getattr(options, "sample", False):  # the head reads states whose mean square is 1
-        model.lm_head.weight.data *= SHARPNESS / (config.initializer_range * config.hidden_size**0.5)
     return model, tokenizer
 
 
@@ -205,7 +205,7 @@ def _answer_released(model: Any, tokenizer: Any, text: _Text) -> tuple[float, fl
     def decode() -> None:
         logits, cache = out.logits, out.past_key_values
         for _ in range(text.tokens - 1):
-            token = _next_released(logits[:, -1], sample=request.do_sample)
+            token = _next_released(logits[:, -1], request)
             token.item()  # the released loop looks at every token
             logits = model(token, past_key_values=cache, use_cache=True).logits
 
@@ -213,11 +213,11 @@ def _answer_released(model: Any, tokenizer: Any, text: _Text) -> tuple[float, fl
     return first, timed(decode, model.device)[0], len(context.ids)
 
 
-def _next_released(logits: torch.Tensor, *, sample: bool) -> torch.Tensor:
+def _next_released(logits: torch.Tensor, request: Request) -> torch.Tensor:
     """Return the next token (1, 1) of logits (1, V) as `generate()` chooses it."""
-    if not sample:
+    if not request.do_sample:
         return logits.argmax(-1, keepdim=True)
-    kept = TopPLogitsWarper(top_p=SAMPLING["top_p"])(None, logits.float())
+    kept = TopPLogitsWarper(top_p=request.top_p)(None, logits.float())
     return torch.multinomial(kept.softmax(-1), 1)
 
 

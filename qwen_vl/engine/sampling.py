@@ -109,6 +109,7 @@ def choose(
     places = [place for place, i in enumerate(sampled) if found[i][1] and not found[i][2]]
     if not places:
         return tokens
+    undecided = [sampled[place] for place in places]
     at = torch.tensor(places, device=device)
     kept_ids, scores, summary = _candidates(
         logits, largest, rows[at], _Limits(*(t[at] for t in limits)), total[at], used
@@ -116,18 +117,22 @@ def choose(
     uncertain = [place for place, (_, count, exact) in enumerate(summary) if count > 1 or exact]
 
     def variates(place: int) -> torch.Tensor:
-        generator, draw = draws[sampled[places[place]]]
+        generator, draw = draws[undecided[place]]
         return generator.variates(draw, size, None if summary[place][2] else kept_ids[place].clamp(max=size - 1))
 
+    def ahead(place: int) -> int:
+        generator, draw = draws[undecided[place]]
+        return generator.drawn - draw
+
     if device.type == "cpu" and len(uncertain) > 1:  # a generator runs in one thread; the longest work goes first
-        uncertain.sort(key=lambda place: draws[sampled[places[place]]][0].drawn - draws[sampled[places[place]]][1])
+        uncertain.sort(key=ahead)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             drawn = dict(zip(uncertain, threads.map(variates, uncertain), strict=True))
     else:
         drawn = {place: variates(place) for place in uncertain}
     several = []
     for place, (first, _, exact) in enumerate(summary):
-        row = sampled[places[place]]
+        row = undecided[place]
         if place not in drawn:
             tokens[row] = first
         elif exact:
