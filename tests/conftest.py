@@ -4,6 +4,7 @@ import base64
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,37 @@ from tests.golden_checkpoint import write_golden_checkpoint
 
 RANKS = 256  # of the small tokenizer: the bytes
 ROOT = Path(__file__).resolve().parent.parent
+# Settings of programs: what the user exports is not meant for the tests.
+SETTINGS = """
+    AGENT COCO_URL DATA_PATH DATA_ROOT DEMO_DIR ENDPOINT EVAL_DIR GLOBAL_BATCH HF_ENDPOINT HF_HUB_OFFLINE HOST JUDGE
+    JUDGE_ENDPOINT JUDGE_MODEL LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT MICRO_BATCH MMROLE_HOSTS MMROLE_KEY
+    MODEL MODEL_PATH MPLBACKEND NNODES NODE_RANK OPENAI_API_KEY OPENAI_BASE_URL OUTPUT_DIR PORT PROCESSES RANK RESUME
+    SAVE_TO TRANSFORMERS_OFFLINE VLLM_API_KEY WEIGHTS_DIR WORLD_SIZE
+"""
 
 
 def pytest_configure() -> None:
-    """Restore Ctrl-C, which processes in a shell's background ignore."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    """Make the tests independent of the shell that runs them: of its settings, its proxies, and whether it waits."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as for all that a shell starts in its background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in SETTINGS.split():
+        os.environ.pop(name, None)
+    os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost,::1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run files with slow tests first, so that all processes end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Undo what a test's programs set in the environment: their own process would end, a test's goes on."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def shared_folder() -> Path | None:

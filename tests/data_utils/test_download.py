@@ -130,7 +130,8 @@ def test_ctrl_c_ends_a_download_at_once(site: Site, tmp_path: Path) -> None:
     environ = {**os.environ, "HF_ENDPOINT": site.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, env=environ, **streams) as process:
-        site.stalled.wait()
+        while not site.stalled.wait(0.1):
+            assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGINT)
         errors = process.communicate()[1]
     assert process.returncode == 130
