@@ -4,11 +4,11 @@ An entry holds a prefix that several sequences read, or what one sequence has af
 whole, never grow, and are freed when they are empty, so memory is what is counted.
 
 Shapes: L layers, E entries of a block, S tokens that each has room for, H heads, D width per head; n rows of a step,
-e entries in use, R the most rows that read one of them.
+e entries of a stretch, R the most rows that read one of them.
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,7 +20,8 @@ from qwen_vl.engine.attention import partial_attention
 BLOCK_TOKENS = 16_384  # of a block at the most
 BLOCK_SHARE = 8  # a block has at most this part of the budget, so that entries of different lengths find room
 ROOM_STEP = 64  # rooms are multiples of it
-ALIKE = 0.75  # of its room: an entry that needs less would leave too much of its place empty
+CALL_BYTES = {"cpu": 2**20}  # of keys and values, which are read in about the time that one more call takes
+OTHER_CALL_BYTES = 2**26  # a GPU reads more
 OUT_OF_MEMORY_ALONE = "out of memory, even alone"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -69,9 +70,27 @@ class Block:
         self.capacity, self.room = data.shape[2], data.shape[4]
         self.entries: list[Entry] = []
 
+    def stretches(self, call: int) -> Iterator[tuple[torch.Tensor, list[Entry]]]:
+        """Divides the entries into neighbours of about one length: what is read at once is read as far as the longest.
+
+        Args:
+            call: Tokens that are rather read in vain than a stretch more begun.
+
+        Yields:
+            The part of `data` and its entries.
+        """
+        start, longest = 0, self.entries[0].length
+        for place, entry in enumerate(self.entries):
+            longer = max(longest, entry.length)
+            if longer * (place + 1 - start) - longest * (place - start) > entry.length + call:
+                yield self.data[:, :, start:place], self.entries[start:place]
+                start, longer = place, entry.length
+            longest = longer
+        yield self.data[:, :, start : len(self.entries)], self.entries[start:]
+
 
 class Cache:
-    """Entries of all lengths, those of about one length in the same blocks.
+    """Entries of all lengths, each in a block whose room suffices.
 
     Args:
         layers, heads, width: L, H and D of the model.
@@ -109,17 +128,16 @@ class Cache:
         """
         places = [block for block in self.blocks if len(block.entries) < block.capacity and block.room >= room]
         best = min(places, key=lambda block: block.room, default=None)
-        size = -(-room // ROOM_STEP) * ROOM_STEP
-        if best is None or size < best.room * ALIKE:
-            entries = min(count, int(min(BLOCK_TOKENS, budget // BLOCK_SHARE, left)) // size)
-            if entries < 1 and (left >= room or (must and best is None)):
-                size, entries = room, 1
-            if entries >= 1:
-                shape = (self.layers, 2, entries, self.heads, size, self.width)
-                best = Block(torch.zeros(shape, dtype=self.dtype, device=self.device))
-                self.blocks.append(best)
         if best is None:
-            return None
+            size = -(-room // ROOM_STEP) * ROOM_STEP
+            entries = min(count, int(min(BLOCK_TOKENS, budget // BLOCK_SHARE, left)) // size)
+            if entries < 1:
+                if left < room and not must:
+                    return None
+                size, entries = room, 1
+            shape = (self.layers, 2, entries, self.heads, size, self.width)
+            best = Block(torch.zeros(shape, dtype=self.dtype, device=self.device))
+            self.blocks.append(best)
         best.entries.append(Entry(best, len(best.entries)))
         return best.entries[-1]
 
@@ -149,41 +167,42 @@ class CacheStep:
     """
 
     def __init__(self, cache: Cache, readers: Mapping[Entry, list[int]], *, new: int) -> None:
-        self.parts: list[tuple[Block, torch.Tensor, torch.Tensor, int, torch.Tensor | None]] = []
+        self.parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor | None]] = []
         device, dtype = cache.device, cache.dtype
+        call = CALL_BYTES.get(device.type, OTHER_CALL_BYTES) * cache.layers // cache.token_bytes
         places = [0] * sum(map(len, readers.values()))
         offset = 0
-        for block in cache.blocks:
-            rows = [readers[entry] for entry in block.entries]
+        for data, entries in (stretch for block in cache.blocks for stretch in block.stretches(call)):
+            rows = [readers[entry] for entry in entries]
             most = max(map(len, rows))
             for number, of_entry in enumerate(rows):
                 for rank, row in enumerate(of_entry):
                     places[row] = offset + number * most + rank
             offset += len(rows) * most
             filled = torch.tensor([r + [r[0]] * (most - len(r)) for r in rows], device=device)  # (e, R)
-            lengths = torch.tensor([entry.length for entry in block.entries], device=device)
-            longest = max(entry.length for entry in block.entries) + new
+            lengths = torch.tensor([entry.length for entry in entries], device=device)
+            longest = max(entry.length for entry in entries) + new
             mask = None
-            if any(entry.length + new < longest for entry in block.entries):
+            if any(entry.length + new < longest for entry in entries):
                 beyond = torch.arange(longest, device=device) >= lengths[:, None] + new
                 mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
                 mask = mask.masked_fill_(beyond, torch.finfo(dtype).min)[:, None, None]  # (e, 1, 1, S)
-            firsts = torch.arange(len(rows) * cache.heads, device=device) * block.room
+            firsts = torch.arange(len(rows) * cache.heads, device=device) * data.shape[4]
             ends = firsts + lengths.repeat_interleave(cache.heads)  # (e * H,) where each head's next token goes
-            self.parts.append((block, filled, ends, longest, mask))
+            self.parts.append((data, filled, ends, longest, mask))
         self.places = torch.tensor(places, device=device)  # of each row in what the parts give, one after the other
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores each row's new key and value (n, H, D) at the end of its entry."""
-        for block, rows, ends, _, _ in self.parts:
-            for stored, new in zip(block.data[layer], (keys, values), strict=True):
+        for data, rows, ends, _, _ in self.parts:
+            for stored, new in zip(data[layer], (keys, values), strict=True):
                 stored.view(-1, new.shape[-1]).index_copy_(0, ends, new[rows[:, 0]].flatten(0, 1))
 
     def attend(self, layer: int, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial attention of each row's query (n, H, D) to its entry: (n, H, D), and float32 (n, H)."""
         outs, weights = [], []
-        for block, rows, _, longest, mask in self.parts:
-            keys, values = block.data[layer, :, : len(rows), :, :longest]
+        for data, rows, _, longest, mask in self.parts:
+            keys, values = data[layer, ..., :longest, :]
             by_entry = query[rows].transpose(1, 2)  # (e, H, R, D)
             out, lse = partial_attention(by_entry, keys, values, scaling, mask=mask)
             outs.append(out.transpose(1, 2).flatten(0, 1))  # (e * R, H, D)

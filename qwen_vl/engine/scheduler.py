@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from qwen_vl.engine.cache import ALIKE, Cache, Entry
+from qwen_vl.engine.cache import Cache, Entry
 from qwen_vl.engine.image_cache import image_key
 from qwen_vl.engine.requests import Request, TextStream
 from qwen_vl.engine.sampling import RequestGenerator
@@ -18,6 +18,7 @@ MOST_ROWS = 16  # prompts that share one prefix
 LEAST_SHARE = 1 / 8  # of the longer prompt; a shorter one would mix entries of all lengths in a block
 LEAST_SHARED = 32  # tokens: a shorter common prefix is not worth a group
 RESERVE = 0.1  # of the budget, for answers that become longer than expected
+ALIKE = 0.75  # of another's length: what is shorter needs no place of that length
 GROWTH = 1.5  # an entry that is full moves to one with so many times the room
 
 

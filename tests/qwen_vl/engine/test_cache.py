@@ -43,15 +43,41 @@ def test_entries_keep_what_they_hold_and_freed_places_hold_zeros() -> None:
     assert cache.tokens == 0
 
 
-def test_entries_of_one_length_lie_together_and_a_full_budget_takes_any_place() -> None:
+def test_the_smallest_place_that_is_large_enough_is_taken_before_memory() -> None:
     cache = Cache(LAYERS, HEADS, WIDTH, torch.float32, torch.device("cpu"))
-    long = cache.add(600, 2, 8 * 1280, 2000, must=False)
     short = cache.add(60, 2, 8 * 1280, 2000, must=False)
+    long = cache.add(600, 2, 8 * 1280, 2000, must=False)
     assert long.block is not short.block
-    assert cache.add(60, 9, 8 * 1280, 0, must=False).block is short.block
-    assert cache.add(60, 9, 8 * 1280, 0, must=False).block is long.block  # would waste, but nothing else is left
+    assert cache.add(50, 9, 8 * 1280, 2000, must=False).block is short.block
+    assert cache.add(50, 9, 8 * 1280, 2000, must=False).block is long.block
     assert cache.add(60, 9, 8 * 1280, 0, must=False) is None
     assert cache.add(60, 9, 8 * 1280, 0, must=True) is not None
+
+
+def test_entries_of_about_one_length_are_read_together() -> None:
+    cache = Cache(LAYERS, HEADS, WIDTH, torch.float32, torch.device("cpu"))
+    for length in (90, 85, 40, 38, 41, 100):
+        cache.add(100, 6, 10_000, 10_000, must=False).length = length
+    [block] = cache.blocks
+
+    def lengths(call: int) -> list[list[int]]:
+        stretches = list(block.stretches(call))
+        assert [data.shape[2] for data, _ in stretches] == [len(entries) for _, entries in stretches]
+        places = torch.cat([data for data, _ in stretches], dim=2)
+        assert torch.equal(places, block.data[:, :, : len(block.entries)])
+        return [[entry.length for entry in entries] for _, entries in stretches]
+
+    assert lengths(0) == [[90], [85], [40], [38], [41], [100]]
+    assert lengths(10) == [[90, 85], [40, 38, 41], [100]]
+    assert lengths(1000) == [[90, 85, 40, 38, 41, 100]]
+
+
+@pytest.mark.parametrize("call", [0, 2**30])
+def test_how_entries_are_read_changes_no_answer(call: int, sampler, tokenizer, words, monkeypatch) -> None:
+    requests = [Request(id=i, query=words(3 + 7 * i, i), max_new_tokens=20, stop_ids=(), seed=i) for i in range(6)]
+    expected = sorted(BatchGenerator(sampler, tokenizer).run(requests), key=lambda r: r.id)
+    monkeypatch.setattr(cache_module, "CALL_BYTES", {"cpu": call})
+    assert sorted(BatchGenerator(sampler, tokenizer).run(requests), key=lambda r: r.id) == expected
 
 
 def test_memory_is_what_is_counted(sampler, tokenizer, words, monkeypatch: pytest.MonkeyPatch) -> None:
