@@ -167,7 +167,7 @@ class CacheStep:
     """
 
     def __init__(self, cache: Cache, readers: Mapping[Entry, list[int]], *, new: int) -> None:
-        self.parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor | None]] = []
+        self.parts: list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]] = []
         device, dtype = cache.device, cache.dtype
         call = CALL_BYTES.get(device.type, OTHER_CALL_BYTES) * cache.layers // cache.token_bytes
         places = [0] * sum(map(len, readers.values()))
@@ -187,21 +187,26 @@ class CacheStep:
                 beyond = torch.arange(longest, device=device) >= lengths[:, None] + new
                 mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
                 mask = mask.masked_fill_(beyond, torch.finfo(dtype).min)[:, None, None]  # (e, 1, 1, S)
-            firsts = torch.arange(len(rows) * cache.heads, device=device) * data.shape[4]
-            ends = firsts + lengths.repeat_interleave(cache.heads)  # (e * H,) where each head's next token goes
-            self.parts.append((data, filled, ends, longest, mask))
+            self.parts.append((data, filled, longest, mask))
         self.places = torch.tensor(places, device=device)  # of each row in what the parts give, one after the other
+        self.ends: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for block in cache.blocks if new else ():
+            rows = torch.tensor([readers[entry][0] for entry in block.entries], device=device)
+            firsts = torch.arange(len(rows) * cache.heads, device=device) * block.room
+            lengths = torch.tensor([entry.length for entry in block.entries], device=device)
+            keys = firsts + lengths.repeat_interleave(cache.heads)  # where each head's next token goes
+            ends = torch.cat([keys, keys + block.capacity * cache.heads * block.room])  # (2 * entries * H,)
+            self.ends.append((block.data, rows, ends))
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores each row's new key and value (n, H, D) at the end of its entry."""
-        for data, rows, ends, _, _ in self.parts:
-            for stored, new in zip(data[layer], (keys, values), strict=True):
-                stored.view(-1, new.shape[-1]).index_copy_(0, ends, new[rows[:, 0]].flatten(0, 1))
+    def write(self, layer: int, new: torch.Tensor) -> None:
+        """Stores each row's new key and value (2, n, H, D) at the end of its entry, which nobody else reads."""
+        for data, rows, ends in self.ends:
+            data[layer].view(-1, new.shape[-1]).index_copy_(0, ends, new[:, rows].flatten(0, 2))
 
     def attend(self, layer: int, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial attention of each row's query (n, H, D) to its entry: (n, H, D), and float32 (n, H)."""
         outs, weights = [], []
-        for data, rows, _, longest, mask in self.parts:
+        for data, rows, longest, mask in self.parts:
             keys, values = data[layer, ..., :longest, :]
             by_entry = query[rows].transpose(1, 2)  # (e, H, R, D)
             out, lse = partial_attention(by_entry, keys, values, scaling, mask=mask)

@@ -99,7 +99,7 @@ class BatchForward:
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
             q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (n, H, D)
-            own.write(layer, k, v)
+            own.write(layer, torch.stack((k, v)))
             return join(*prefixes.attend(layer, q, scaling), *own.attend(layer, q, scaling))[None]
 
         tokens = torch.tensor([member.answer[-1] for member in members], device=self.device)
@@ -170,7 +170,8 @@ class BatchForward:
         """
         cos, sin = rotary_tables(self._frequencies[frequency_rows], positions[:, None])  # (T, 1, 1, D / 2)
         rotary = cos.transpose(0, 2), sin.transpose(0, 2)  # (1, 1, T, D / 2)
-        logn = logn_factors(positions[None], self.config.seq_length) if self.config.use_logn_attn else None
+        scaled = self.config.use_logn_attn and int(positions.max()) >= self.config.seq_length  # else all factors are 1
+        logn = logn_factors(positions[None], self.config.seq_length) if scaled else None
         given = {"rotary": rotary, "logn": logn, "attention_mask": None, "past_key_values": None, "attend": attend}
         *layers, last = self.model.transformer.h
         for layer in layers:

@@ -10,7 +10,7 @@ import torch
 from qwen_vl.engine.cache import OUT_OF_MEMORY_ALONE, is_out_of_memory
 from qwen_vl.images import QwenVLImageProcessor
 
-AT_ONCE = 8  # through the vision tower
+AT_ONCE = 4  # through the vision tower
 KEPT = 64  # features of the latest images, for later groups
 
 
