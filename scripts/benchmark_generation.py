@@ -68,7 +68,7 @@ def run_generation(options: argparse.Namespace) -> dict[str, Any]:
     # What the released way would take for all requests: those that it is timed on may be longer or shorter on average.
     whole = ours["prompt tokens"] * released["seconds per prompt token"]
     whole += ours["written tokens"] * released["seconds per written token"]
-    figures["released way, all requests"] = whole
+    figures["released way, seconds for all requests"] = whole
     figures["times the released way"] = whole / ours["seconds"]
     figures["floor"] = _floor(model, ours)
     _print(figures)
@@ -256,7 +256,7 @@ def _print(figures: dict[str, Any]) -> None:
     for name in names:
         print(f"{name:28}{figures['released'][name]:>14,.2f}{figures['ours'][name]:>14,.2f}")
     first, rest = (1000 * figures["released"][f"seconds per {name} token"] for name in ("prompt", "written"))
-    whole, times = figures["released way, all requests"], figures["times the released way"]
+    whole, times = figures["released way, seconds for all requests"], figures["times the released way"]
     print(
         f"\nreleased way: {first:.2f} ms a prompt token, {rest:.1f} ms a written one; {whole:,.0f} s for all requests"
     )

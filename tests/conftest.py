@@ -15,12 +15,13 @@ from tests.golden_checkpoint import write_golden_checkpoint
 
 RANKS = 256  # of the small tokenizer: the bytes
 ROOT = Path(__file__).resolve().parent.parent
-# Settings of programs: what the user exports is not meant for the tests.
+# Settings of programs, and proxies: what the user exports is not meant for the tests.
 SETTINGS = """
     AGENT COCO_URL DATA_PATH DATA_ROOT DEMO_DIR ENDPOINT EVAL_DIR GLOBAL_BATCH HF_ENDPOINT HF_HUB_OFFLINE HOST JUDGE
     JUDGE_ENDPOINT JUDGE_MODEL LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT MICRO_BATCH MMROLE_HOSTS MMROLE_KEY
     MODEL MODEL_PATH MPLBACKEND NNODES NODE_RANK OPENAI_API_KEY OPENAI_BASE_URL OUTPUT_DIR PORT PROCESSES RANK RESUME
     SAVE_TO TRANSFORMERS_OFFLINE VLLM_API_KEY WEIGHTS_DIR WORLD_SIZE
+    ALL_PROXY HTTP_PROXY HTTPS_PROXY NO_PROXY all_proxy http_proxy https_proxy no_proxy
 """
 
 
@@ -30,7 +31,6 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in SETTINGS.split():
         os.environ.pop(name, None)
-    os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost,::1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

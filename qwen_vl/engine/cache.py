@@ -20,8 +20,8 @@ from qwen_vl.engine.attention import partial_attention
 BLOCK_TOKENS = 16_384  # of a block at the most
 BLOCK_SHARE = 8  # a block has at most this part of the budget, so that entries of different lengths find room
 ROOM_STEP = 64  # rooms are multiples of it
-CALL_BYTES = {"cpu": 2**20}  # of keys and values, which are read in about the time that one more call takes
-OTHER_CALL_BYTES = 2**28  # a GPU reads far more; not measured
+CALL_BYTES = 2**20  # of keys and values, which a CPU reads in about the time that one more call takes
+GPU_CALL_BYTES = 2**28  # not measured
 OUT_OF_MEMORY_ALONE = "out of memory, even alone"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -169,7 +169,8 @@ class CacheStep:
     def __init__(self, cache: Cache, readers: Mapping[Entry, list[int]], *, new: int) -> None:
         self.parts: list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]] = []
         device, dtype = cache.device, cache.dtype
-        call = CALL_BYTES.get(device.type, OTHER_CALL_BYTES) * cache.layers // cache.token_bytes
+        call_bytes = CALL_BYTES if device.type == "cpu" else GPU_CALL_BYTES
+        call = call_bytes * cache.layers // cache.token_bytes
         places = [0] * sum(map(len, readers.values()))
         offset = 0
         for data, entries in (stretch for block in cache.blocks for stretch in block.stretches(call)):

@@ -18,7 +18,7 @@ MOST_ROWS = 16  # prompts that share one prefix
 LEAST_SHARE = 1 / 8  # of the longer prompt; a shorter one would mix entries of all lengths in a block
 LEAST_SHARED = 32  # tokens: a shorter common prefix is not worth a group
 RESERVE = 0.1  # of the budget, for answers that become longer than expected
-ALIKE = 0.75  # of another's length: what is shorter needs no place of that length
+ALIKE = 0.75  # of a group's length: for those that wait and are shorter its block gets no places
 GROWTH = 1.5  # an entry that is full moves to one with so many times the room
 
 

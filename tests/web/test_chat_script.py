@@ -157,8 +157,6 @@ def test_an_endpoint_that_breaks(sent: bytes, message: str, monkeypatch: pytest.
     ],
 )
 def test_what_is_refused_early(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MMROLE_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("web.__main__.listen_problem", lambda *_: None)  # whoever has port 8000 here
     with pytest.raises(MMRoleError, match=message):
         main(flags)
